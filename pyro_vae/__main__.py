@@ -1,0 +1,36 @@
+"""Variational autoencoders as Pyro programs.
+
+  pyro-vae train      train a model and write a run folder
+  pyro-vae evaluate   ELBO, log-evidence, bits per dimension, active units of a run
+  pyro-vae generate   new data from a run
+  pyro-vae encode     posterior means and standard deviations of data
+
+`pyro-vae COMMAND --help` explains a command; python -m pyro_vae.COMMAND is the same.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = ("train", "evaluate", "generate", "encode")
+
+
+def main() -> int:
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print((__doc__ or "").strip())
+        return 0
+    if name == "--version":
+        from .config import VERSION
+
+        print(VERSION)
+        return 0
+    if name not in COMMANDS:
+        print(f"error: expected one of {', '.join(COMMANDS)}; got {name}", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"pyro_vae.{name}").main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""Checkpoints: one file that brings back a model, or a training, and runs no code.
+
+A file is a dictionary of plain values and tensors, written by `torch.save` and read with
+`weights_only=True`. It carries the config and the data's shape, so it is enough by itself. Files
+are written beside their place and renamed into it: an interrupted or failed write leaves the
+earlier file whole.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .autoencoder import Autoencoder
+from .config import VERSION, Config, InputError
+from .data import DataSpec, Splits
+from .factory import build_blank
+from .vae import VAE
+
+__all__ = ["Checkpoint", "load", "load_checkpoint", "serialize", "write_atomically"]
+
+FORMAT = "pyro_vae checkpoint"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file brings back.
+
+    Attributes:
+        vae: the model, on the CPU, in evaluation mode.
+        config: the run's settings, all of them resolved.
+        fingerprint: of the data, see `Splits`.
+        training: state for `fit`, or None where the file holds a model only.
+        history: a metrics line for each epoch so far.
+        path: the file.
+    """
+
+    vae: VAE | Autoencoder
+    config: Config
+    fingerprint: str
+    training: dict[str, Any] | None
+    history: list[dict[str, Any]]
+    path: Path
+
+
+def serialize(
+    vae: VAE | Autoencoder,
+    config: Config,
+    splits: Splits,
+    history: list[dict[str, Any]],
+    training: dict[str, Any] | None = None,
+) -> bytes:
+    """The content of a checkpoint file."""
+    spec = splits.spec
+    buffer = io.BytesIO()
+    torch.save(
+        {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "pyro_vae": VERSION,
+            "config": config.to_dict(),
+            "data": {
+                "shape": list(spec.shape),
+                "max_value": spec.max_value,
+                "discrete": spec.discrete,
+                "fingerprint": splits.fingerprint,
+            },
+            "weights": vae.state_dict(),
+            "training": training,
+            "history": history,
+        },
+        buffer,
+    )
+    return buffer.getvalue()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file as a whole or not at all.
+
+    Raises:
+        OSError: the disk is full or the folder not writable; an earlier file is left whole.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load(run: str | Path) -> VAE | Autoencoder:
+    """The trained model of a run, ready for use on the CPU.
+
+    Args:
+        run: a run folder (its best checkpoint is taken, by validation ELBO) or a checkpoint file.
+
+    Raises:
+        InputError: no run, or a file that is foreign, damaged or of another version.
+    """
+    return load_checkpoint(run).vae
+
+
+def load_checkpoint(run: str | Path, which: str = "best") -> Checkpoint:
+    """Everything in a checkpoint: of a file, or of a run folder's `which`, best or last.
+
+    Raises:
+        InputError: no run, or a file that is foreign, damaged or of another version.
+    """
+    path = Path(run)
+    if not path.is_file():
+        path = _find(path, which)
+    content = _read(path)
+    if content["format_version"] != FORMAT_VERSION:
+        raise InputError(
+            f"{path} was written by pyro_vae {content.get('pyro_vae')} in format "
+            f"{content['format_version']}; this is {VERSION}, which reads format {FORMAT_VERSION}. "
+            f"Install that version, or train again"
+        )
+    try:
+        config = Config.from_dict(content["config"])
+        data = content["data"]
+        spec = DataSpec(tuple(data["shape"]), data["max_value"], data["discrete"])
+        vae = build_blank(config.model, spec)
+        vae.load_state_dict(content["weights"])
+        fingerprint, history = data["fingerprint"], content["history"]
+        training = content["training"]
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{path} does not fit together: {first_line}. It is damaged, or of another version "
+            f"than {VERSION}"
+        ) from None
+    return Checkpoint(vae.eval(), config, fingerprint, training, history, path)
+
+
+def _find(run: Path, which: str) -> Path:
+    if not run.is_dir():
+        raise InputError(
+            f"expected a run folder, as python -m pyro_vae.train makes; no {run} exists"
+        )
+    names = ["best.pt", "last.pt"] if which == "best" else ["last.pt"]
+    for name in names:
+        if (run / "checkpoints" / name).is_file():
+            return run / "checkpoints" / name
+    raise InputError(
+        f"{run} holds no checkpoints/{names[0]}: it is not a run folder, or the run ended before "
+        f"its first checkpoint"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The dictionary in a checkpoint file, unpickling nothing but plain values and tensors."""
+    try:
+        # Torch itself does not notice a flipped bit in a tensor; the archive's checksums do.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise InputError(f"{path} is damaged: {damaged} in it fails its checksum")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (
+        zipfile.BadZipFile,
+        pickle.UnpicklingError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        KeyError,
+        NotImplementedError,
+    ):
+        raise InputError(
+            f"{path} is not a checkpoint of pyro_vae, or it is damaged; use another checkpoint of "
+            f"the run, or train again"
+        ) from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f"{path} is a file of another program, not a checkpoint of pyro_vae")
+    return content

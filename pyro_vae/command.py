@@ -1,0 +1,167 @@
+"""What the commands share: flags from dataclasses, errors without tracebacks, devices, data.
+
+This module and the commands import torch only once they have work to do, so that `--help` and a
+mistyped flag are answered at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import tyro
+
+from .config import Config, DataConfig, InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from .checkpoint import Checkpoint
+    from .data import Splits
+
+__all__ = [
+    "choose_device",
+    "fail",
+    "load_run_data",
+    "parse",
+    "print_json",
+    "refuse_existing",
+    "run_command",
+]
+
+Arguments = TypeVar("Arguments")
+
+
+def parse(
+    arguments: type[Arguments],
+    argv: Sequence[str] | None,
+    prog: str,
+    doc: str | None,
+    default: Any = None,
+) -> Arguments:
+    """Flags → a dataclass; a mistyped flag or a value out of range exits with status 2."""
+    options = {} if default is None else {"default": default}
+    return tyro.cli(
+        arguments,
+        args=argv,
+        prog=f"python -m pyro_vae.{prog}",
+        description=doc,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        **options,
+    )
+
+
+def run_command(work: Callable[[], int | None]) -> int:
+    """Do the work of a command: a user's mistake becomes one line on stderr and status 2."""
+    try:
+        return work() or 0
+    except InputError as error:
+        return fail(str(error))
+    except BrokenPipeError:  # the reader of our output has gone, as in `… | head`
+        sys.stderr.close()
+        return 141
+    except OSError as error:
+        place = f": {error.filename}" if error.filename else ""
+        return fail(f"{error.strerror or error}{place}; nothing written before was lost")
+    except KeyboardInterrupt:
+        return fail("interrupted", status=130)
+
+
+def fail(message: str, status: int = 2) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; auto is cuda where there is one.
+
+    Raises:
+        InputError: no such device here.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"{device.type} is not supported")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        count = torch.cuda.device_count()
+        here = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+        raise InputError(
+            f"--device expects auto or one of {here} on this machine; got {name!r} "
+            f"({str(error).splitlines()[0]})"
+        ) from None
+    return device
+
+
+def load_run_data(checkpoint: Checkpoint, source: str | None, root: Path | None) -> Splits:
+    """The data of a run, or others of the same kind.
+
+    Args:
+        checkpoint: of the run.
+        source: `--data` in place of the run's own.
+        root: `--data-root` in place of the run's own.
+
+    Raises:
+        InputError: the data are missing, have changed since the training, or do not suit the model.
+    """
+    from .data import load_data
+
+    config: DataConfig = checkpoint.config.data
+    spec = checkpoint.vae.likelihood_module.spec
+    if root is not None:
+        config = dataclasses.replace(config, root=root)
+    if source is not None:
+        # Other data are read on the run's terms; their own range could differ by chance.
+        config = dataclasses.replace(
+            config, source=source, max_value=spec.max_value, validation_size=None, test_size=None
+        )
+    splits = load_data(config, checkpoint.config.seed)
+    if source is None and splits.fingerprint != checkpoint.fingerprint:
+        raise InputError(
+            f"the data {config.source} are not those that {checkpoint.path} was trained on: their "
+            f"splits would mix training and test rows. Restore them, or name other data by --data"
+        )
+    if splits.spec.shape != spec.shape or (spec.discrete and not splits.spec.discrete):
+        raise InputError(
+            f"{checkpoint.path} models {_kind(spec)} of shape {spec.shape}; {splits.name} holds "
+            f"{splits.describe()} of shape {splits.spec.shape}"
+        )
+    return splits
+
+
+def refuse_existing(out: Path, overwrite: bool, endings: Sequence[str]) -> None:
+    """Check that the file `out` can be written, before any work is done.
+
+    Raises:
+        InputError: another ending, an existing file without `overwrite`, or no such folder.
+    """
+    if out.suffix not in endings:
+        raise InputError(f"--out expects a file ending in {' or '.join(endings)}; got {out}")
+    if out.exists() and not overwrite:
+        raise InputError(f"{out} exists; give another --out, or --overwrite")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"--out expects an existing folder; {out.absolute().parent} is none")
+
+
+def print_json(values: dict[str, Any]) -> None:
+    print(json.dumps(values, indent=2))
+
+
+def _kind(spec: Any) -> str:
+    if spec.discrete:
+        return f"integers from 0 to {spec.max_value}"
+    return "real values" if spec.max_value is None else f"values from 0 to {spec.max_value}"
+
+
+def config_of(arguments: Config) -> Config:
+    """The `Config` within a command's arguments that extend it."""
+    names = [field.name for field in dataclasses.fields(Config)]
+    return Config(**{name: getattr(arguments, name) for name in names})

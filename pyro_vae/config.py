@@ -1,0 +1,307 @@
+"""The settings of a run: one truth for the flags, `config.json` and the checkpoint.
+
+`Config` is a tree of frozen dataclasses. Each field's docstring is the help of its flag; each
+class checks its own fields when it is made, so a setting out of range, or one that the chosen
+model would ignore, fails at once. This module imports no torch: `--help` answers from it alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import tyro
+from typeguard import TypeCheckError, check_type
+
+__all__ = [
+    "VERSION",
+    "Config",
+    "DataConfig",
+    "FitConfig",
+    "InputError",
+    "ModelConfig",
+    "auto",
+    "read_config",
+    "resolve",
+    "resolve_epochs",
+]
+
+VERSION = "0.1.0"
+
+Likelihood = Literal[
+    "auto", "bernoulli", "continuous-bernoulli", "binomial", "gaussian", "discretized-logistic"
+]
+Objective = Literal["trace", "mean-field", "iwae"]
+
+DEFAULT_HIDDEN = {"mlp": (512, 256), "conv": (32, 64)}
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave: a flag, a file, an array.
+
+    The message says what was expected, what came and how to mend it. The commands print it
+    without a traceback and exit with status 2.
+    """
+
+
+def auto(metavar: str | None, meaning: str) -> Any:
+    """Flag metadata that shows what the default stands for, in place of `None` or `auto`."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {meaning})")
+
+
+def _at_least(flag: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise InputError(f"--{flag} expects an integer of at least {least}; got {value}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to learn from.
+
+    Attributes:
+        source: Data set: digits (embedded, needs no network), mnist, fashion-mnist, kmnist or
+            emnist (torchvision, downloaded to --data-root); or a path: a folder of images, or a
+            file .npy, .npz or .csv.
+        root: Folder in which torchvision's data sets are kept, and to which they are downloaded.
+        image_size: Height and width in pixels: a folder's images are resized to it, the flat rows
+            of an array or table are read as images of it.
+        max_value: Largest value that the data can take, as 255 for 8-bit images.
+        validation_size: Number of rows carved from the training data for validation, by the seed.
+        test_size: Number of rows kept for testing where the data bring no test split of their own.
+    """
+
+    source: Annotated[str, tyro.conf.arg(name="data", metavar="NAME|PATH")] = "digits"
+    root: Annotated[Path, tyro.conf.arg(name="data-root", metavar="DIR")] = Path("data")
+    image_size: Annotated[tuple[int, int] | None, auto("H W", "as they are")] = None
+    max_value: Annotated[
+        int | None, auto("INT", "1, 255 or the largest count, seen in the data")
+    ] = None
+    validation_size: Annotated[
+        int | None, auto("INT", "a tenth of the training data, at most 5000")
+    ] = None
+
+    test_size: Annotated[int | None, auto("INT", "a tenth, where the data bring no test split")] = (
+        None
+    )
+
+    def __post_init__(self) -> None:
+        for flag, value in [
+            ("validation-size", self.validation_size),
+            ("test-size", self.test_size),
+        ]:
+            _at_least(flag, value, 1)
+        _at_least("max-value", self.max_value, 1)
+        for side in self.image_size or ():
+            _at_least("image-size", side, 1)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The generative model p(z) p(x|z) and the posterior q(z|x).
+
+    Attributes:
+        kind: vae: the variational autoencoder. ae: the deterministic autoencoder, same networks,
+            reconstruction loss only, for comparison.
+        architecture: Networks of encoder and decoder: mlp for any data, conv (strided) for images.
+        latent_dim: Number of latent dimensions Z.
+        hidden: Sizes of the encoder's hidden layers, outermost first; the decoder mirrors them.
+            Units a layer for mlp, channels for conv, whose every layer halves height and width.
+        activation: Activation, by its name in torch.nn: SiLU, ReLU, Tanh, Softplus, GELU…
+        likelihood: p(x|z). bernoulli: grey images are binarized afresh at each access.
+            continuous-bernoulli: values in [0, 1]. binomial: counts. gaussian: real values, learned
+            scale. discretized-logistic: 8-bit images.
+    """
+
+    kind: Annotated[Literal["vae", "ae"], tyro.conf.arg(name="model")] = "vae"
+    architecture: Literal["mlp", "conv"] = "mlp"
+    latent_dim: int = 20
+    hidden: Annotated[
+        tuple[int, ...] | None, auto("INT ...", "512 256 for mlp, 32 64 for conv")
+    ] = None
+    activation: str = "SiLU"
+    likelihood: Annotated[Likelihood, auto(None, "follows the data")] = "auto"
+
+    def __post_init__(self) -> None:
+        _at_least("latent-dim", self.latent_dim, 1)
+        for size in self.hidden or ():
+            _at_least("hidden", size, 1)
+        if self.architecture == "conv" and self.hidden == ():
+            raise InputError("--architecture conv expects at least one layer in --hidden; got none")
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Stochastic variational inference.
+
+    Attributes:
+        objective: What is maximized. trace: the ELBO, sampled. mean-field: the ELBO with the KL in
+            closed form. iwae: the importance-weighted bound of --num-particles samples.
+        num_particles: Number of samples of z an image and a step (K).
+        epochs: Number of passes over the training data.
+        batch_size: Number of images a step.
+        learning_rate: Adam's largest learning rate.
+        schedule: Learning rate after its warm-up: cosine (falls to zero at the end) or constant.
+        learning_rate_warmup: Part of all steps, 0 to 1, over which the learning rate rises from
+            zero.
+        gradient_clip: Largest norm of the gradient of the loss per image, in nats; inf for no
+            clipping.
+        beta: Weight of the KL term in training (the beta-VAE's β); reported ELBOs have weight 1.
+        kl_warmup: Part of all steps, 0 to 1, over which the KL's weight rises from zero to --beta.
+        patience: Stop after this many epochs without a better validation ELBO.
+    """
+
+    objective: Objective = "trace"
+    num_particles: int = 1
+    epochs: Annotated[int | None, auto("INT", "enough for about 2500 steps")] = None
+    batch_size: int = 256
+    learning_rate: float = 2e-3
+    schedule: Literal["cosine", "constant"] = "cosine"
+    learning_rate_warmup: float = 0.05
+    gradient_clip: float = 100.0
+    beta: float = 1.0
+    kl_warmup: float = 0.0
+    patience: Annotated[int | None, auto("INT", "never stop early")] = None
+
+    def __post_init__(self) -> None:
+        _at_least("num-particles", self.num_particles, 1)
+        _at_least("epochs", self.epochs, 1)
+        _at_least("batch-size", self.batch_size, 1)
+        _at_least("patience", self.patience, 1)
+        for flag, positive in [
+            ("learning-rate", self.learning_rate),
+            ("gradient-clip", self.gradient_clip),
+            ("beta", self.beta),
+        ]:
+            if not positive > 0:
+                raise InputError(f"--{flag} expects a number above 0; got {positive}")
+        for flag, finite in [("learning-rate", self.learning_rate), ("beta", self.beta)]:
+            if math.isinf(finite):
+                raise InputError(f"--{flag} expects a finite number; got {finite}")
+        for flag, part in [
+            ("learning-rate-warmup", self.learning_rate_warmup),
+            ("kl-warmup", self.kl_warmup),
+        ]:
+            if not 0 <= part <= 1:
+                raise InputError(f"--{flag} expects a part of the run, 0 to 1; got {part}")
+        if self.objective == "iwae" and (self.beta != 1 or self.kl_warmup > 0):
+            # A scaled site makes Pyro's RenyiELBO weigh images by powers of their weights.
+            raise InputError(
+                "--objective iwae bounds log p(x) only at KL weight 1; drop --beta and --kl-warmup"
+            )
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run.
+
+    Raises:
+        InputError: a setting is out of range, or has no effect on the chosen model.
+
+    Attributes:
+        seed: Seed of the splits, the initial weights and every random draw.
+        device: Where to compute: cpu, cuda, cuda:1, or auto (cuda where there is one).
+    """
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    fit: FitConfig = FitConfig()
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed expects an integer from 0 to 2^63 - 1; got {self.seed}")
+        if self.model.kind == "ae":
+            unused = ["objective", "num_particles", "beta", "kl_warmup"]
+            for name in unused:
+                if getattr(self.fit, name) != getattr(FitConfig, name):
+                    flag = name.replace("_", "-")
+                    raise InputError(
+                        f"--{flag} has no effect on --model ae, which has neither posterior nor "
+                        f"KL; drop it or train --model vae"
+                    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dictionary of plain JSON values."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
+        """Inverse of `to_dict`; missing settings take their defaults.
+
+        Raises:
+            InputError: an unknown setting, or a value of the wrong type or out of range.
+        """
+        return _structure(cls, values, "")
+
+
+def read_config(path: Path) -> Config:
+    """The `Config` in a run's `config.json`.
+
+    Raises:
+        InputError: no such file, not JSON, or not this version's settings.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the config {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not a config.json: {error}") from None
+    try:
+        return Config.from_dict(values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def resolve(config: Config, likelihood: Any, num_train: int) -> Config:
+    """`config` with every default that follows the data filled in.
+
+    Args:
+        config: the settings as asked.
+        likelihood: the default likelihood of the data.
+        num_train: number of training rows.
+    """
+    model = dataclasses.replace(
+        config.model,
+        hidden=DEFAULT_HIDDEN[config.model.architecture]
+        if config.model.hidden is None
+        else config.model.hidden,
+        likelihood=likelihood if config.model.likelihood == "auto" else config.model.likelihood,
+    )
+    fit = dataclasses.replace(config.fit, epochs=resolve_epochs(config.fit, num_train))
+    return dataclasses.replace(config, model=model, fit=fit)
+
+
+def resolve_epochs(config: FitConfig, num_train: int) -> int:
+    """Number of epochs: as asked, or enough for about 2500 steps."""
+    return config.epochs or max(1, round(2500 / math.ceil(num_train / config.batch_size)))
+
+
+def _structure(cls: type, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise InputError(f"{where or 'the config'} expects settings by name; got {values!r}")
+    hints = get_type_hints(cls)
+    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+    if unknown:
+        raise InputError(
+            f"unknown setting {where}{unknown[0]}; it was written by another version of pyro_vae "
+            f"(this is {VERSION}) or by hand"
+        )
+    settings = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            value = _structure(hint, value, f"{where}{name}.")  # type: ignore[arg-type]
+        elif hint is Path and isinstance(value, str):
+            value = Path(value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        try:
+            settings[name] = check_type(value, hint)
+        except TypeCheckError as error:
+            raise InputError(f"{where}{name} = {value!r}: {error}") from None
+    return cls(**settings)

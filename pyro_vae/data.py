@@ -1,0 +1,338 @@
+"""Rows → `Splits`: train, validation and test, ready to be gathered by the batch.
+
+A likelihood observes x in certain *units*; a batch is gathered from the one stored tensor,
+scaled and, where need be, binarized as a whole:
+
+    binary   x ~ Bernoulli(value / max_value), drawn afresh at each access
+    unit     value / max_value, in [0, 1]
+    count    the value itself, an integer from 0 to max_value
+    real     value / max_value where the data are bounded, else the value itself
+
+Evaluation uses one binarization, fixed by a seed (`Split.fixed`), on every device the same. The
+test split is carved off first and serves no choice; validation is carved from the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import DataConfig, InputError
+from .sources import Source, read
+
+__all__ = ["DataSpec", "Split", "Splits", "Units", "load_data", "moments"]
+
+Units = Literal["binary", "unit", "count", "real"]
+
+# Rows handled at once where a whole split is read. Fixed, because the draws of a seeded
+# binarization depend on it.
+CHUNK = 512
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What a model has to know of its data.
+
+    Attributes:
+        shape: shape of one row: (C, H, W) for images, (D,) for tables.
+        max_value: the largest value that the data can take; None where they are unbounded.
+        discrete: whether the values are the integers from 0 to `max_value`.
+    """
+
+    shape: tuple[int, ...]
+    max_value: int | None
+    discrete: bool
+
+    @property
+    def is_image(self) -> bool:
+        return len(self.shape) == 3
+
+    @property
+    def bound(self) -> int:
+        """`max_value`, where the data are bounded.
+
+        Raises:
+            ValueError: they are not.
+        """
+        if self.max_value is None:
+            raise ValueError(f"expected bounded data; got {self}")
+        return self.max_value
+
+    @property
+    def is_binary(self) -> bool:
+        return self.discrete and self.max_value == 1
+
+    def to_units(
+        self, values: Tensor, units: Units, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Stored values (B, *shape) → x (B, *shape), float32, in `units`; binarized where asked."""
+        x = values.to(torch.float32)
+        if units != "count" and self.max_value not in (None, 1):
+            x = x / self.bound
+        if units == "binary" and not self.is_binary:
+            # Comparing uniforms takes half the time of torch.bernoulli, which draws doubles.
+            uniform = torch.rand(x.shape, generator=generator, device=x.device)
+            x = (uniform < x).to(torch.float32)
+        return x
+
+
+@dataclass(frozen=True)
+class Split:
+    """Some rows of the data.
+
+    Attributes:
+        values: (M, *shape), the stored rows, shared by all splits.
+        rows: (N,) int64, which of them are this split's.
+        spec: what the values mean.
+        labels: (N,) int64, or None.
+        device: where batches are delivered.
+    """
+
+    values: Tensor
+    rows: Tensor
+    spec: DataSpec
+    labels: Tensor | None = None
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, index: Tensor, units: Units, generator: torch.Generator | None = None) -> Tensor:
+        """The rows `index` (B,) of this split as x (B, *shape) on `device`.
+
+        Binarization draws from `generator`, or from torch's global one.
+        """
+        values = self.values[self.rows[index].to(self.values.device)]
+        return self.spec.to_units(values.to(self.device), units, generator)
+
+    def fixed(self, units: Units, seed: int, num_images: int | None = None) -> Iterator[Tensor]:
+        """All rows, or the first `num_images`, in order, as batches x (≤ CHUNK, *shape).
+
+        Where they are binarized, the draws are fixed by `seed` alone.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for rows in self.rows[:num_images].split(CHUNK):
+            values = self.values[rows.to(self.values.device)].cpu()
+            yield self.spec.to_units(values, units, generator).to(self.device)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Train, validation and test split of one data set.
+
+    Attributes:
+        name: how to call the data.
+        spec: what the values mean.
+        likelihood: name of the default likelihood.
+        class_names: the name of each label, or empty.
+        low, high: the least and the largest value.
+        fingerprint: a digest of shape, type and a sample of the rows, to recognize the data by.
+    """
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    spec: DataSpec
+    likelihood: str
+    class_names: tuple[str, ...]
+    low: float
+    high: float
+    fingerprint: str
+
+    def describe(self) -> str:
+        """The values in words, as "integers from 0 to 16"."""
+        kind = "integers" if self.spec.discrete else "real values"
+        return f"{kind} from {self.low:g} to {self.high:g}"
+
+    def whole(self) -> Split:
+        """All rows in the order of the data, as one split."""
+        parts = (self.train, self.validation, self.test)
+        rows, order = torch.cat([part.rows for part in parts]).sort()
+        labels = None
+        if self.train.labels is not None:
+            labels = torch.cat([part.labels for part in parts if part.labels is not None])[order]
+        return dataclasses.replace(self.train, rows=rows, labels=labels)
+
+    def to(self, device: torch.device | str) -> Splits:
+        """The same splits, delivering batches on `device`.
+
+        The stored rows move there too, unless they are larger than 2 GiB, as a memory-mapped file
+        may be.
+        """
+        device = torch.device(device)
+        values = self.train.values
+        if values.nbytes <= 2 * 1024**3:
+            values = values.to(device)
+        parts: dict[str, Any] = {
+            name: dataclasses.replace(getattr(self, name), values=values, device=device)
+            for name in ("train", "validation", "test")
+        }
+        return dataclasses.replace(self, **parts)
+
+
+def load_data(config: DataConfig | str = DataConfig(), seed: int = 0) -> Splits:  # noqa: B008
+    """Read data and carve their splits.
+
+    Args:
+        config: which data; a plain name or path stands for `DataConfig(source=...)`.
+        seed: chooses the rows of the validation split, and of the test split where the data
+            have none of their own.
+
+    Raises:
+        InputError: the data are missing, damaged, hold values that are not finite, or are too few.
+    """
+    if isinstance(config, str):
+        config = DataConfig(source=config)
+    source = read(config)
+    low, high, integral = _scan(source)
+    spec = _spec(source, config.max_value, low, high, integral)
+    total = len(source.values)
+    if total < 3:
+        raise InputError(
+            f"{source.name} has {total} row{'s' * (total > 1)}; training, validation and test need "
+            f"one each at least"
+        )
+    shuffle = torch.Generator().manual_seed(seed)
+    if source.num_test:
+        test = torch.arange(total - source.num_test, total)
+        rest = torch.randperm(total - source.num_test, generator=shuffle)
+        if config.test_size is not None:
+            raise InputError(
+                f"--test-size has no effect on {source.name}, which brings its own test split of "
+                f"{source.num_test} rows; drop it"
+            )
+    else:
+        order = torch.randperm(total, generator=shuffle)
+        size = config.test_size or max(1, total // 10)
+        test, rest = order[:size].sort().values, order[size:]
+    size = config.validation_size or min(5000, max(1, len(rest) // 10))
+    if size >= len(rest):
+        raise InputError(
+            f"{source.name} has {total} rows, {len(test)} of them for testing: {size} rows for "
+            f"validation leave none to train on; lower --validation-size or --test-size"
+        )
+    values = _tensor(source.values)
+    labels = None if source.labels is None else torch.from_numpy(source.labels)
+
+    def split(rows: Tensor) -> Split:
+        return Split(values, rows, spec, None if labels is None else labels[rows])
+
+    return Splits(
+        name=source.name,
+        train=split(rest[size:].sort().values),
+        validation=split(rest[:size].sort().values),
+        test=split(test),
+        spec=spec,
+        likelihood=source.likelihood or _default_likelihood(spec),
+        class_names=source.class_names,
+        low=low,
+        high=high,
+        fingerprint=_fingerprint(source.values, spec),
+    )
+
+
+def moments(split: Split, units: Units, num_images: int = 50_000) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the split's data, before any binarization.
+
+    Args:
+        split: the training split.
+        units: the units in which x is observed.
+        num_images: at most so many rows, evenly spaced, are read.
+
+    Returns:
+        mean (*shape); standard deviation (): one number for images; (D,) for tables, whose columns
+        may have units of their own. Where nothing varies it is 1.
+    """
+    step = max(1, len(split) // num_images)
+    intensity: Units = "unit" if units == "binary" else units
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for rows in split.rows[::step].split(CHUNK):
+        values = split.values[rows.to(split.values.device)].cpu()
+        x = split.spec.to_units(values, intensity).to(torch.float64)
+        count += len(x)
+        total = total + x.sum(0)
+        squares = squares + x.square().sum(0)
+    mean = total / count
+    if split.spec.is_image:
+        variance = squares.mean() / count - mean.mean().square()
+    else:
+        variance = squares / count - mean.square()
+    # Rounding leaves a constant column a variance of about 1e-16 of its square.
+    varies = variance > 1e-10 * (squares.mean() if split.spec.is_image else squares) / count
+    std = torch.where(varies, variance.clamp_min(0).sqrt(), torch.ones_like(variance))
+    return mean.to(torch.float32), std.to(torch.float32)
+
+
+def _scan(source: Source) -> tuple[float, float, bool]:
+    """Least value, largest value, and whether all are integers; each value is read once."""
+    low, high, integral, bad = np.inf, -np.inf, True, 0
+    first: tuple[int, ...] = ()
+    for start in range(0, len(source.values), 4 * CHUNK):
+        chunk = np.asarray(source.values[start : start + 4 * CHUNK])
+        if chunk.dtype.kind == "f":
+            wrong = ~np.isfinite(chunk)
+            if wrong.any():
+                if not bad:
+                    row, *place = np.argwhere(wrong)[0].tolist()
+                    first = (start + row, *place)
+                bad += int(wrong.sum())
+                continue
+            integral = integral and bool((chunk == np.rint(chunk)).all())
+        low, high = min(low, float(chunk.min())), max(high, float(chunk.max()))
+    if bad:
+        raise InputError(
+            f"{source.name} holds {bad} value{'s' * (bad > 1)} that are NaN or infinite, the first "
+            f"in row {first[0]} at {first[1:]} (counted from 0); remove or impute them"
+        )
+    return low, high, integral
+
+
+def _spec(
+    source: Source, max_value: int | None, low: float, high: float, integral: bool
+) -> DataSpec:
+    limit = max_value or source.max_value
+    if limit is not None and not 0 <= low <= high <= limit:
+        raise InputError(
+            f"--max-value {limit} expects values from 0 to {limit}; {source.name} ranges from "
+            f"{low:g} to {high:g}"
+        )
+    if limit is None and integral and low >= 0 and 1 < high <= 255:
+        # uint8 is the type of 8-bit images, whatever the largest value that happens to occur.
+        limit = 255 if source.values.dtype == np.uint8 else int(high)
+    if limit is None and low >= 0 and high <= 1:
+        limit = 1
+    return DataSpec(tuple(source.values.shape[1:]), limit, discrete=integral and limit is not None)
+
+
+def _default_likelihood(spec: DataSpec) -> str:
+    if spec.max_value is None:
+        return "gaussian"
+    if not spec.discrete:
+        return "continuous-bernoulli"
+    return {1: "bernoulli", 255: "discretized-logistic"}.get(spec.max_value, "binomial")
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    """One uint8 or float tensor over the same memory where torch can index the type."""
+    if values.dtype == bool:
+        values = values.view(np.uint8)
+    if isinstance(values, np.memmap) and values.dtype.name in ("uint8", "float32", "float64"):
+        return torch.from_numpy(values)
+    if values.dtype.kind in "iu" and values.min() >= 0 and values.max() <= 255:
+        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.uint8))
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+
+
+def _fingerprint(values: np.ndarray, spec: DataSpec) -> str:
+    digest = hashlib.sha256(repr((values.shape, spec)).encode())
+    for row in np.linspace(0, len(values) - 1, num=min(64, len(values)), dtype=int):
+        digest.update(np.ascontiguousarray(values[row], dtype=np.float32).tobytes())
+    return digest.hexdigest()

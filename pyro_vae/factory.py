@@ -1,0 +1,83 @@
+"""Config and data → model."""
+
+from __future__ import annotations
+
+import torch
+
+from .autoencoder import Autoencoder
+from .config import DEFAULT_HIDDEN, InputError, ModelConfig
+from .data import DataSpec, Splits, moments
+from .likelihoods import LIKELIHOODS, Likelihood
+from .nets import Decoder, Encoder
+from .priors import StandardNormal
+from .randomness import random_states
+from .vae import VAE
+
+__all__ = ["build", "build_blank"]
+
+
+def build(
+    config: ModelConfig,
+    splits: Splits,
+    seed: int = 0,
+) -> VAE | Autoencoder:
+    """A model for these data, with fresh weights.
+
+    Args:
+        config: architecture, latents, likelihood.
+        splits: the data; the training split's moments standardize the encoder's input and set the
+            decoder's output bias.
+        seed: of the initial weights. Torch's global random state is left as it was.
+
+    Raises:
+        InputError: the data do not suit the likelihood or the architecture.
+    """
+    name = splits.likelihood if config.likelihood == "auto" else config.likelihood
+    units = LIKELIHOODS[name].units
+    _check(name, splits)
+    mean, std = moments(splits.train, units)
+    likelihood = LIKELIHOODS[name](splits.spec, mean, std)
+    with random_states(torch.device("cpu"), seed):
+        return _assemble(config, likelihood)
+
+
+def build_blank(config: ModelConfig, spec: DataSpec) -> VAE | Autoencoder:
+    """The model that `config` and `spec` describe, for a state dict to be loaded into.
+
+    Raises:
+        InputError: `config` does not say which likelihood, or does not suit `spec`.
+    """
+    if config.likelihood == "auto":
+        raise InputError("a saved model expects its likelihood by name; got auto")
+    mean = torch.full(spec.shape, 0.5)
+    std = torch.ones(() if spec.is_image else spec.shape)
+    with random_states(torch.device("cpu")):
+        return _assemble(config, LIKELIHOODS[config.likelihood](spec, mean, std))
+
+
+def _assemble(config: ModelConfig, likelihood: Likelihood) -> VAE | Autoencoder:
+    hidden = DEFAULT_HIDDEN[config.architecture] if config.hidden is None else config.hidden
+    body = (config.architecture, likelihood.spec.shape, hidden, config.activation)
+    num_features = config.latent_dim * (1 if config.kind == "ae" else 2)
+    encoder = Encoder(*body, num_features, likelihood.mean, likelihood.std)
+    decoder = Decoder(*body, config.latent_dim, likelihood.initial_bias())
+    if config.kind == "ae":
+        return Autoencoder(encoder, decoder, likelihood)
+    return VAE(StandardNormal(config.latent_dim), encoder, decoder, likelihood)
+
+
+def _check(likelihood: str, splits: Splits) -> None:
+    """Refuse data on which the likelihood is no density."""
+    units, spec = LIKELIHOODS[likelihood].units, splits.spec
+    if units == "real":
+        return
+    if units == "count" and not spec.discrete:
+        expected = "integers from 0 to --max-value"
+    elif units != "count" and spec.max_value is None:
+        expected = "values in [0, 1], or integers from 0 to --max-value"
+    else:
+        return
+    raise InputError(
+        f"--likelihood {likelihood} expects {expected}; {splits.name} holds {splits.describe()}. "
+        f"Use --likelihood {splits.likelihood}, or rescale the data"
+    )

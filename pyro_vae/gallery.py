@@ -1,0 +1,187 @@
+"""The pictures of a run: what each shows is computed here and drawn by `figures.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from . import figures
+from .autoencoder import Autoencoder
+from .data import Split, Splits
+from .randomness import random_states
+from .vae import VAE
+
+__all__ = ["draw_reconstructions", "draw_run", "generate_images", "square", "to_display"]
+
+# Latent means are drawn for at most so many images: enough to see every cluster, and few enough for
+# t-SNE to take seconds.
+MAX_POINTS = 2000
+
+
+def to_display(vae: VAE | Autoencoder, x: Tensor) -> np.ndarray:
+    """x in the likelihood's units → intensities in [0, 1], or standardized columns of tables."""
+    likelihood = vae.likelihood_module
+    spec = likelihood.spec
+    if not spec.is_image:
+        x = (x - likelihood.mean) / likelihood.std
+    elif likelihood.units == "count":
+        x = x / spec.bound
+    elif spec.max_value is None:
+        mean, reach = likelihood.mean.mean(), 3 * likelihood.std
+        x = ((x - mean + reach) / (2 * reach)).clamp(0, 1)
+    return x.cpu().numpy()
+
+
+def draw_reconstructions(
+    vae: VAE | Autoencoder, splits: Splits, folder: Path, name: str, epoch: int, seed: int
+) -> Path:
+    """Validation images beside their reconstructions; the same images whenever it is called."""
+    x = _first(splits.validation, vae, 24, seed)
+    figure = figures.reconstructions(
+        to_display(vae, x),
+        to_display(vae, vae.reconstruct(x)),
+        f"{splits.name}, validation images and their reconstructions after epoch {epoch}",
+    )
+    path = folder / f"{name}.png"
+    figures.save(figure, path)
+    return path
+
+
+def draw_run(
+    vae: VAE | Autoencoder,
+    splits: Splits,
+    history: Sequence[dict[str, Any]],
+    folder: Path,
+    seed: int,
+) -> list[Path]:
+    """All pictures but the reconstructions; returns the files written.
+
+    Drawn from the prior with `seed`; torch's global random state is left as it was.
+    """
+    with random_states(next(vae.parameters()).device, seed):
+        drawn = {"elbo": figures.elbo_curves(history, f"{splits.name}: training")}
+        drawn["latent"] = _latent(vae, splits, seed)
+        drawn["interpolations"] = _interpolations(vae, splits, seed)
+        if isinstance(vae, VAE):
+            count = 100 if splits.spec.is_image else 24
+            mean = to_display(vae, generate_images(vae, count)[0])
+            title = f"{splits.name}: means of p(x|z) at draws of z from the prior"
+            drawn["samples"] = figures.image_grid(square(mean), title)
+            if vae.prior().event_shape[0] == 2:
+                drawn["manifold"] = _manifold(vae, splits)
+    paths = []
+    for name, figure in drawn.items():
+        paths.append(folder / f"{name}.png")
+        figures.save(figure, paths[-1])
+    return paths
+
+
+@torch.no_grad()
+def generate_images(vae: VAE, count: int, draw: bool = False) -> tuple[Tensor, Tensor]:
+    """Images from the prior.
+
+    Args:
+        count: how many.
+        draw: draw x from p(x|z) rather than take its mean.
+
+    Returns:
+        x (count, *data_shape) in the likelihood's units; z (count, Z).
+    """
+    z = vae.prior().sample((count,))
+    likelihoods = [vae.likelihood(part) for part in z.split(256)]
+    return torch.cat([p.sample() if draw else p.mean for p in likelihoods]), z
+
+
+def _first(split: Split, vae: VAE | Autoencoder, count: int, seed: int) -> Tensor:
+    """The first rows of a split, as x."""
+    return next(split.fixed(vae.likelihood_module.units, seed, count))
+
+
+def square(values: np.ndarray) -> np.ndarray:
+    """(N, *shape) → (rows, columns, *shape), nearly square."""
+    columns = int(np.ceil(np.sqrt(len(values))))
+    rows = len(values) // columns
+    return values[: rows * columns].reshape(rows, columns, *values.shape[1:])
+
+
+@torch.no_grad()
+def _latent(vae: VAE | Autoencoder, splits: Splits, seed: int) -> Figure:
+    """Latent means of the test images; of small data, of the other splits' images too."""
+    used = [splits.test]
+    if len(splits.test) < 1000:
+        used += [splits.validation, splits.train]
+    units = vae.likelihood_module.units
+    batches = [x for split in used for x in split.fixed(units, seed, MAX_POINTS)]
+    means = torch.cat([vae.posterior(x).mean for x in batches])[:MAX_POINTS].cpu().numpy()
+    labels = None
+    if splits.test.labels is not None:
+        parts = [split.labels[:MAX_POINTS] for split in used if split.labels is not None]
+        labels = torch.cat(parts)[:MAX_POINTS].numpy()
+    what = "codes" if isinstance(vae, Autoencoder) else "posterior means"
+    which = "test" if len(used) == 1 else "test, validation and training"
+    return figures.latent_scatter(
+        _planes(means),
+        labels,
+        splits.class_names,
+        f"{splits.name}: {what} of {len(means)} {which} images",
+    )
+
+
+def _planes(means: np.ndarray) -> list[figures.Plane]:
+    """(N, Z) → the latents themselves where Z ≤ 2, else principal components and t-SNE."""
+    if means.shape[1] == 1:
+        spread = np.random.default_rng(0).uniform(-0.5, 0.5, size=len(means))
+        return [figures.Plane(np.column_stack([means[:, 0], spread]), "$z_1$", "spread at random")]
+    if means.shape[1] == 2 or len(means) < 10:
+        return [figures.Plane(means[:, :2], "$z_1$", "$z_2$")]
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    pca = PCA(n_components=2, svd_solver="full").fit(means)
+    shares = 100 * pca.explained_variance_ratio_
+    names = [f"principal component {i + 1} ({shares[i]:.0f}% of the variance)" for i in range(2)]
+    perplexity = min(30.0, (len(means) - 1) / 3)
+    tsne = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(means)
+    return [
+        figures.Plane(pca.transform(means), *names),
+        figures.Plane(tsne, "t-SNE 1 (neighbours only: distances mean little)", "t-SNE 2"),
+    ]
+
+
+@torch.no_grad()
+def _interpolations(vae: VAE | Autoencoder, splits: Splits, seed: int) -> Figure:
+    """Straight lines between the posterior means of test images, decoded at even steps."""
+    rows, steps = min(6, len(splits.test) // 2), 11 if splits.spec.is_image else 7
+    if rows == 0:  # one test image alone: the line is a point
+        x = _first(splits.test, vae, 1, seed).expand(2, *splits.spec.shape)
+        rows = 1
+    else:
+        x = _first(splits.test, vae, 2 * rows, seed)
+    means = vae.posterior(x).mean
+    weights = torch.linspace(0, 1, steps, device=x.device)[:, None]
+    lines = torch.stack(
+        [torch.lerp(a, b, weights) for a, b in zip(means[::2], means[1::2], strict=True)]
+    )
+    decoded = to_display(vae, vae.likelihood(lines).mean)
+    ends = to_display(vae, x).reshape(rows, 2, *splits.spec.shape)
+    values = np.concatenate([ends[:, :1], decoded, ends[:, 1:]], axis=1)
+    title = f"{splits.name}: test images at both ends, decoded straight lines between their means"
+    return figures.interpolations(values, title)
+
+
+@torch.no_grad()
+def _manifold(vae: VAE, splits: Splits) -> Figure:
+    """The decoder's means on a grid of quantiles of the standard normal prior."""
+    side = 20 if splits.spec.is_image else 6
+    quantiles = (torch.arange(side) + 0.5) / side
+    line = torch.special.ndtri(quantiles).to(next(vae.parameters()).device)
+    second, first = torch.meshgrid(line, line, indexing="ij")
+    decoded = vae.likelihood(torch.stack([first, second], dim=-1)).mean
+    title = f"{splits.name}: means of p(x|z) over the latent plane"
+    return figures.manifold(to_display(vae, decoded), quantiles.numpy(), title)

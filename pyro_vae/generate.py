@@ -1,0 +1,91 @@
+"""Generate data from a trained VAE: draws of z from the prior, decoded.
+
+python -m pyro_vae.generate runs/digits --num 64 --out samples.png
+python -m pyro_vae.generate runs/digits --num 10000 --draw --out samples.npz
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from .command import choose_device, parse, refuse_existing, run_command
+from .config import InputError
+
+
+@dataclass(frozen=True)
+class GenerateArguments:
+    """What to generate.
+
+    Attributes:
+        run: Run folder, or a checkpoint file.
+        out: File to write. A .png holds a grid; a .npy the values x; a .npz x and its latents z.
+        num: Number of images.
+        draw: Draw x from p(x|z) rather than take its mean.
+        seed: Seed of the draws.
+        overwrite: Replace the file.
+        device: Where to compute: cpu, cuda, cuda:1, or auto (cuda where there is one).
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    out: Path
+    num: int = 64
+    draw: bool = False
+    seed: int = 0
+    overwrite: bool = False
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.num < 1:
+            raise InputError(f"--num expects at least 1; got {self.num}")
+        if self.num > 2500 and self.out.suffix == ".png":
+            raise InputError(f"--num expects at most 2500 for a .png grid; got {self.num}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(GenerateArguments, argv, "generate", __doc__)
+    return run_command(lambda: _main(arguments))
+
+
+def _main(arguments: GenerateArguments) -> None:
+    refuse_existing(arguments.out, arguments.overwrite, (".png", ".npy", ".npz"))
+    import numpy as np
+
+    from .checkpoint import load_checkpoint, write_atomically
+    from .figures import image_grid, save
+    from .gallery import generate_images, square, to_display
+    from .randomness import random_states
+    from .vae import VAE
+
+    device = choose_device(arguments.device)
+    checkpoint = load_checkpoint(arguments.run)
+    vae = checkpoint.vae.to(device)
+    if not isinstance(vae, VAE):
+        raise InputError(
+            f"{arguments.run} is a deterministic autoencoder, which has no prior to draw from; "
+            f"train with --model vae"
+        )
+    with random_states(device, arguments.seed):
+        x, z = generate_images(vae, arguments.num, arguments.draw)
+    if arguments.out.suffix == ".png":
+        save(image_grid(square(to_display(vae, x))), arguments.out)
+    else:
+        values: dict[str, Any] = {"x": x.cpu().numpy(), "z": z.cpu().numpy()}
+        buffer = io.BytesIO()
+        if arguments.out.suffix == ".npy":
+            np.save(buffer, values["x"])
+        else:
+            np.savez(buffer, **values)
+        write_atomically(arguments.out, buffer.getvalue())
+    what = "draws from" if arguments.draw else "means of"
+    print(f"{arguments.out}: {arguments.num} {what} p(x|z), z from the prior")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""Networks: x (..., *data_shape) → features, and z (..., Z) → (..., P, *data_shape).
+
+Both take any number of leading batch dimensions, so that particles of z need no reshaping
+elsewhere. P is the number of parameters that a likelihood has for each value of x.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .config import InputError
+
+__all__ = ["Decoder", "Encoder"]
+
+
+class Encoder(nn.Module):
+    """x (..., *data_shape) → features (..., num_features).
+
+    Args:
+        architecture: `mlp`, or `conv` for images (C, H, W).
+        data_shape: shape of one x.
+        hidden: units of each hidden layer (mlp) or channels of each strided layer (conv).
+        activation: name of an activation in `torch.nn`.
+        num_features: size of the output.
+        mean, std: of the data, in the units of x. Inputs are standardized by them, so that the
+            same initial weights suit data of any scale.
+
+    Raises:
+        InputError: the activation is unknown, or the images do not suit the architecture.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        architecture: str,
+        data_shape: tuple[int, ...],
+        hidden: tuple[int, ...],
+        activation: str,
+        num_features: int,
+        mean: Tensor,
+        std: Tensor,
+    ) -> None:
+        super().__init__()
+        self.data_shape = tuple(data_shape)
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", std.clone())
+        layers: list[nn.Module] = []
+        if architecture == "conv":
+            sizes = _conv_sizes(self.data_shape, hidden)
+            channels = [self.data_shape[0], *hidden]
+            for i in range(len(hidden)):
+                layers += [
+                    nn.Conv2d(channels[i], channels[i + 1], kernel_size=4, stride=2, padding=1),
+                    _activation(activation),
+                ]
+            layers += [nn.Flatten(), nn.Linear(hidden[-1] * _size(sizes[-1]), num_features)]
+        else:
+            layers += [nn.Flatten(), *_mlp([_size(self.data_shape), *hidden], activation)]
+            layers += [nn.Linear([_size(self.data_shape), *hidden][-1], num_features)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch_shape = x.shape[: x.dim() - len(self.data_shape)]
+        standardized = (x - self.mean) / self.std
+        return self.layers(standardized.reshape(-1, *self.data_shape)).reshape(*batch_shape, -1)
+
+
+class Decoder(nn.Module):
+    """z (..., Z) → likelihood parameters (..., P, *data_shape), unconstrained.
+
+    Args:
+        architecture, data_shape, hidden, activation: as of the encoder that this one mirrors.
+        latent_dim: Z.
+        bias: (P, *data_shape), initial output bias: what the decoder says before it has learned
+            anything. It stays a parameter, one for each output.
+
+    Raises:
+        InputError: as for `Encoder`.
+    """
+
+    def __init__(
+        self,
+        architecture: str,
+        data_shape: tuple[int, ...],
+        hidden: tuple[int, ...],
+        activation: str,
+        latent_dim: int,
+        bias: Tensor,
+    ) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(bias.clone())
+        num_parameters = len(bias)
+        layers: list[nn.Module] = []
+        if architecture == "conv":
+            sizes = _conv_sizes(data_shape, hidden)
+            channels = [num_parameters * data_shape[0], *hidden]
+            layers += [
+                nn.Linear(latent_dim, hidden[-1] * _size(sizes[-1])),
+                _activation(activation),
+                nn.Unflatten(1, (hidden[-1], *sizes[-1])),
+            ]
+            for i in reversed(range(len(hidden))):
+                # Halving rounds down; the odd row or column comes back as output padding.
+                padding = (sizes[i][0] % 2, sizes[i][1] % 2)
+                layers.append(
+                    nn.ConvTranspose2d(
+                        channels[i + 1],
+                        channels[i],
+                        kernel_size=4,
+                        stride=2,
+                        padding=1,
+                        output_padding=padding,
+                        bias=i > 0,
+                    )
+                )
+                if i > 0:
+                    layers.append(_activation(activation))
+        else:
+            sizes_up = [latent_dim, *reversed(hidden)]
+            layers += _mlp(sizes_up, activation)
+            layers.append(nn.Linear(sizes_up[-1], bias.numel(), bias=False))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, z: Tensor) -> Tensor:
+        output = self.layers(z.reshape(-1, z.shape[-1]))
+        return output.reshape(*z.shape[:-1], *self.bias.shape) + self.bias
+
+
+def _mlp(sizes: list[int], activation: str) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for i in range(len(sizes) - 1):
+        layers += [nn.Linear(sizes[i], sizes[i + 1]), _activation(activation)]
+    return layers
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _conv_sizes(data_shape: tuple[int, ...], hidden: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(height, width) before each strided layer and after the last."""
+    if len(data_shape) != 3:
+        raise InputError(
+            f"--architecture conv expects images; the data are rows of {data_shape[0]} values. Use "
+            f"--architecture mlp, or --image-size H W where the rows are images"
+        )
+    height, width = data_shape[1:]
+    least = max(8, 2 ** len(hidden))
+    if min(height, width) < least:
+        raise InputError(
+            f"--architecture conv with {len(hidden)} layers expects images of at least "
+            f"{least}x{least} pixels; got {height}x{width}. Use fewer layers in --hidden, a larger "
+            f"--image-size or --architecture mlp"
+        )
+    return [(height >> i, width >> i) for i in range(len(hidden) + 1)]
+
+
+def _activation(name: str) -> nn.Module:
+    kinds = {
+        key.lower(): kind
+        for key, kind in vars(nn.modules.activation).items()
+        if isinstance(kind, type)
+        and issubclass(kind, nn.Module)
+        and key in nn.modules.activation.__all__
+    }
+    try:
+        module = kinds[name.lower()]()
+        module(torch.zeros(1, 2))
+    except (KeyError, TypeError):
+        raise InputError(
+            f"--activation expects the name of an activation in torch.nn that needs no argument, "
+            f"such as SiLU, ReLU, Tanh, Softplus, GELU or ELU; got {name!r}"
+        ) from None
+    return module

@@ -1,0 +1,28 @@
+"""p(z): modules whose call returns the prior, batch shape (), event shape (Z,)."""
+
+from __future__ import annotations
+
+import torch
+from pyro.distributions import Distribution, Normal
+from torch import Tensor, nn
+
+__all__ = ["StandardNormal"]
+
+
+class StandardNormal(nn.Module):
+    """N(0, I) in `latent_dim` dimensions.
+
+    Source: "Auto-encoding variational Bayes", arXiv 1312.6114.
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        # Buffers, so that the prior moves with the model from device to device.
+        self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
+        self.register_buffer("scale", torch.ones(latent_dim), persistent=False)
+
+    def forward(self) -> Distribution:
+        return Normal(self.loc, self.scale).to_event(1)

@@ -1,0 +1,48 @@
+"""Torch's global random states, which Pyro draws from, borrowed and given back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+__all__ = ["RandomStates", "random_states"]
+
+
+class RandomStates:
+    """Reads and writes the global random states that a model on `device` draws from."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.accelerator = None if device.type == "cpu" else torch.get_device_module(device)
+
+    def get(self) -> dict[str, Tensor]:
+        states = {"cpu": torch.get_rng_state()}
+        if self.accelerator is not None:
+            states["accelerator"] = self.accelerator.get_rng_state()
+        return states
+
+    def set(self, states: dict[str, Tensor]) -> None:
+        torch.set_rng_state(states["cpu"])
+        # A run may be resumed on another kind of device, where its draws must differ anyway.
+        if self.accelerator is not None and "accelerator" in states:
+            self.accelerator.set_rng_state(states["accelerator"])
+
+
+@contextmanager
+def random_states(device: torch.device, seed: int | None = None) -> Iterator[RandomStates]:
+    """Within, draws are the block's own; after it the caller's states are as they were.
+
+    Args:
+        device: the draws' device; the CPU's state is kept in any case.
+        seed: seeds the block's draws, where given.
+    """
+    states = RandomStates(device)
+    outer = states.get()
+    try:
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield states
+    finally:
+        states.set(outer)

@@ -1,0 +1,400 @@
+"""Stochastic variational inference: the training loop.
+
+    for record in fit(vae, splits, FitConfig(epochs=20)):
+        print(record.epoch, record.validation_elbo)
+
+The loop writes no files and prints nothing. It leaves Pyro's parameter store and torch's global
+random state as it found them, between any two records too, so the consumer of the records may draw
+what it likes without changing the training. `record.state()` is all that a later call needs to
+continue with exactly the numbers of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.infer import SVI
+from pyro.optim import PyroOptim
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from .autoencoder import Autoencoder
+from .config import FitConfig, resolve_epochs
+from .data import Split, Splits
+from .objectives import objective
+from .randomness import random_states
+from .vae import VAE
+
+__all__ = ["Diverged", "OneOptimizer", "Progress", "Record", "elbo_terms", "fit"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the training is, after a step. ELBO terms are nats per image, of this epoch so far.
+
+    Attributes:
+        epoch, step: counted from 1, `step` over the whole run.
+        epochs, steps_per_epoch: how many there are.
+        elbo, kl: None for an `Autoencoder`.
+        state: makes the state to resume from; to be called before the loop goes on.
+    """
+
+    epoch: int
+    step: int
+    epochs: int
+    steps_per_epoch: int
+    elbo: float | None
+    reconstruction: float
+    kl: float | None
+    images_per_second: float
+    state: Callable[[], dict[str, Any]] = dataclasses.field(repr=False)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One epoch. ELBO terms are nats per image at KL weight 1, elbo = reconstruction − kl.
+
+    Attributes:
+        epoch, step: counted from 1, `step` over the whole run.
+        seconds: spent in `fit` since the run's beginning.
+        train_elbo, reconstruction, kl: means over the epoch, while the parameters moved. For an
+            `Autoencoder` ELBO and KL are None.
+        validation_elbo, validation_reconstruction, validation_kl: after the epoch, one draw of z an
+            image, the draws and any binarization the same after every epoch.
+        learning_rate: of the epoch's last step.
+        images_per_second: training speed of the epoch.
+        is_best: whether validation has never been better.
+        state: makes the state to resume from; to be called before the loop goes on.
+    """
+
+    epoch: int
+    step: int
+    seconds: float
+    train_elbo: float | None
+    validation_elbo: float | None
+    reconstruction: float
+    kl: float | None
+    validation_reconstruction: float
+    validation_kl: float | None
+    learning_rate: float
+    images_per_second: float
+    is_best: bool
+    state: Callable[[], dict[str, Any]] = dataclasses.field(repr=False)
+
+    def metrics(self) -> dict[str, Any]:
+        """A line of metrics.jsonl."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return {name: getattr(self, name) for name in names if name not in ("is_best", "state")}
+
+
+class Diverged(ArithmeticError):
+    """The loss or its gradient is not finite; the parameters are those before the step."""
+
+
+class OneOptimizer(PyroOptim):
+    """One torch optimizer over all parameters, behind the interface that SVI asks for.
+
+    Pyro's own makes an optimizer for each parameter, which costs more than the arithmetic of a
+    small network. Gradients are clipped by their global norm before the step.
+
+    Args:
+        optimizer: over every parameter that model and guide register.
+
+    Attributes:
+        max_norm: largest norm of the gradient; inf for no clipping.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.max_norm = math.inf
+
+    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Step, given the parameters that took part in the loss.
+
+        Raises:
+            RuntimeError: a gradient is not finite, or a parameter is not the optimizer's.
+        """
+        if not {id(p) for p in params} <= {id(p) for p in self.parameters}:
+            # Pyro copies a parameter that is not contiguous, and would train the copy.
+            raise RuntimeError("model or guide registered a parameter that the optimizer lacks")
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm, error_if_nonfinite=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def fit(
+    vae: VAE | Autoencoder,
+    splits: Splits,
+    config: FitConfig = FitConfig(),  # noqa: B008 (frozen)
+    seed: int = 0,
+    state: dict[str, Any] | None = None,
+    on_step: Callable[[Progress], bool | None] | None = None,
+) -> Iterator[Record]:
+    """Train `vae` in place and yield a record after each epoch.
+
+    Args:
+        vae: the model, on the device on which `splits` deliver their batches.
+        splits: training and validation rows; the test split is not touched.
+        config: objective, schedule and length.
+        seed: of the order of the images and all draws.
+        state: of an earlier `Record.state()` or `Progress.state()`, with the weights of that moment
+            in `vae`: the run continues from there.
+        on_step: called after every step; a true answer ends the training there.
+
+    Raises:
+        Diverged: the loss, its gradient or the validation ELBO is not finite.
+        ValueError: the batch is larger than the training set.
+    """
+    training = _Training(vae, splits, config, seed)
+    if state is not None:
+        training.load(state)
+    try:
+        while training.epoch < training.epochs and not training.is_stale():
+            for _ in training.epoch_steps():
+                if on_step is not None and on_step(training.progress()):
+                    return
+            yield training.end_epoch()
+    finally:
+        if isinstance(vae, VAE):
+            vae.kl_weight = 1.0
+        vae.eval()
+
+
+def elbo_terms(
+    vae: VAE | Autoencoder, split: Split, seed: int = 0, num_images: int | None = None
+) -> tuple[float, float | None]:
+    """Mean reconstruction and KL over a split, nats per image, one draw of z an image.
+
+    Draws and binarization are fixed by `seed`; torch's global random state is left as it was.
+    The KL of an `Autoencoder` is None.
+    """
+    reconstruction, kl, count = 0.0, 0.0, 0
+    with random_states(_device(vae), seed):
+        for x in split.fixed(vae.likelihood_module.units, seed, num_images):
+            reconstructions, kls = vae.elbo_terms(x)
+            reconstruction += reconstructions.double().sum().item()
+            kl += 0.0 if kls is None else kls.double().sum().item()
+            count += len(x)
+    return reconstruction / count, kl / count if isinstance(vae, VAE) else None
+
+
+class _Terms(Messenger):
+    """Keeps distribution and value of each site at its first visit: z in the guide, x in the model.
+
+    Every ELBO of Pyro runs the guide first, so "z" is kept with q(z|x), whatever is maximized.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: dict[str, tuple[Any, Tensor]] = {}
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        self.sites.setdefault(msg["name"], (msg["fn"], msg["value"]))
+
+
+class _Training:
+    """The state of a run, and its two moves: a step and the end of an epoch."""
+
+    def __init__(
+        self, vae: VAE | Autoencoder, splits: Splits, config: FitConfig, seed: int
+    ) -> None:
+        self.vae, self.splits, self.config, self.seed = vae, splits, config, seed
+        num_train = len(splits.train)
+        if config.batch_size > num_train:
+            raise ValueError(
+                f"--batch-size {config.batch_size} is larger than the training set of "
+                f"{num_train} rows; lower it"
+            )
+        self.device = _device(vae)
+        self.units = vae.likelihood_module.units
+        self.steps_per_epoch = math.ceil(num_train / config.batch_size)
+        self.epochs = resolve_epochs(config, num_train)
+        self.num_steps = self.epochs * self.steps_per_epoch
+        self.optimizer = OneOptimizer(
+            torch.optim.Adam(vae.parameters(), lr=config.learning_rate, fused=True)
+        )
+        self.svi = SVI(
+            vae.model,
+            vae.guide,
+            self.optimizer,
+            loss=objective(config.objective, config.num_particles),
+        )
+        self.epoch = 0  # complete ones
+        self.step = 0
+        self.seconds = 0.0
+        self.best = -math.inf
+        self.stale_epochs = 0
+        self.random: dict[str, Tensor] | None = None
+        self._clear_sums()
+
+    def _clear_sums(self) -> None:
+        self.sums = {"images": 0.0, "seconds": 0.0, "reconstruction": 0.0, "kl": 0.0}
+
+    def state(self) -> dict[str, Any]:
+        """All but the weights; its tensors are live, valid until the next step."""
+        names = ("epoch", "step", "seconds", "best", "stale_epochs", "random")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "sums": dict(self.sums),
+            "optimizer": self.optimizer.optimizer.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        self.optimizer.optimizer.load_state_dict(state.pop("optimizer"))
+        for name, value in state.items():
+            setattr(self, name, dict(value) if name == "sums" else value)
+
+    def is_stale(self) -> bool:
+        return self.config.patience is not None and self.stale_epochs >= self.config.patience
+
+    def epoch_steps(self) -> Iterator[None]:
+        """The steps of one epoch, or what is left of it."""
+        self.vae.train()
+        order = torch.from_numpy(
+            np.random.default_rng([self.seed, self.epoch]).permutation(len(self.splits.train))
+        )
+        first = self.step - self.epoch * self.steps_per_epoch
+        for index in order.split(self.config.batch_size)[first:]:
+            started = time.perf_counter()
+            self._one_step(index)
+            elapsed = time.perf_counter() - started
+            self.seconds += elapsed
+            self.sums["seconds"] += elapsed
+            yield
+
+    def _one_step(self, index: Tensor) -> None:
+        for group in self.optimizer.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        self.optimizer.max_norm = self.config.gradient_clip * len(index)
+        if isinstance(self.vae, VAE):
+            self.vae.kl_weight = self._kl_weight()
+        with self._randomness(), pyro.get_param_store().scope():
+            x = self.splits.train.take(index, self.units)
+            # Pyro's checks of shapes and supports, once: they cost a tenth of a step.
+            with pyro.validation_enabled(self.step == 0), _Terms() as terms:
+                try:
+                    loss = self.svi.step(x)
+                except RuntimeError as error:
+                    if "non-finite" not in str(error):
+                        raise
+                    raise self._diverged("gradient") from None
+            if not math.isfinite(loss):
+                raise self._diverged("loss")
+            with torch.no_grad():
+                likelihood, value = terms.sites["x"]
+                self.sums["reconstruction"] += _sum_images(likelihood.log_prob(value), len(x))
+                if isinstance(self.vae, VAE):
+                    kl = kl_divergence(terms.sites["z"][0], self.vae.prior())
+                    self.sums["kl"] += _sum_images(kl, len(x))
+            self.sums["images"] += len(x)
+        self.step += 1
+
+    def _diverged(self, what: str) -> Diverged:
+        return Diverged(
+            f"the {what} is not finite in epoch {self.epoch + 1}, step {self.step + 1}. Likely "
+            f"causes: --learning-rate {self.config.learning_rate:g} is too high, "
+            f"--learning-rate-warmup or --kl-warmup too short, --gradient-clip too loose, or the "
+            f"data hold extreme values"
+        )
+
+    def _learning_rate(self) -> float:
+        """Linear warm-up, then constant or half a cosine down to zero."""
+        warmup = self.config.learning_rate_warmup * self.num_steps
+        if self.step < warmup:
+            return self.config.learning_rate * (self.step + 1) / (warmup + 1)
+        if self.config.schedule == "constant":
+            return self.config.learning_rate
+        part = (self.step - warmup) / (self.num_steps - warmup)
+        return self.config.learning_rate * (1 + math.cos(math.pi * part)) / 2
+
+    def _kl_weight(self) -> float:
+        warmup = self.config.kl_warmup * self.num_steps
+        return self.config.beta * min(1.0, (self.step + 1) / (warmup + 1))
+
+    def _train_terms(self) -> tuple[float | None, float, float | None]:
+        """ELBO, reconstruction and KL of this epoch so far, nats per image."""
+        reconstruction = self.sums["reconstruction"] / self.sums["images"]
+        if isinstance(self.vae, Autoencoder):
+            return None, reconstruction, None
+        kl = self.sums["kl"] / self.sums["images"]
+        return reconstruction - kl, reconstruction, kl
+
+    def progress(self) -> Progress:
+        elbo, reconstruction, kl = self._train_terms()
+        return Progress(
+            epoch=self.epoch + 1,
+            step=self.step,
+            epochs=self.epochs,
+            steps_per_epoch=self.steps_per_epoch,
+            elbo=elbo,
+            reconstruction=reconstruction,
+            kl=kl,
+            images_per_second=self.sums["images"] / max(self.sums["seconds"], 1e-9),
+            state=self.state,
+        )
+
+    def end_epoch(self) -> Record:
+        """Validate and report."""
+        started = time.perf_counter()
+        self.vae.eval()
+        reconstruction, kl = elbo_terms(self.vae, self.splits.validation, self.seed)
+        elbo = None if kl is None else reconstruction - kl
+        score = reconstruction if elbo is None else elbo
+        if not math.isfinite(score):
+            raise self._diverged("validation ELBO")
+        is_best = score > self.best
+        self.best = max(score, self.best)
+        self.stale_epochs = 0 if is_best else self.stale_epochs + 1
+        self.epoch += 1
+        self.seconds += time.perf_counter() - started
+        progress = self.progress()
+        self._clear_sums()
+        return Record(
+            epoch=self.epoch,
+            step=self.step,
+            seconds=self.seconds,
+            train_elbo=progress.elbo,
+            validation_elbo=elbo,
+            reconstruction=progress.reconstruction,
+            kl=progress.kl,
+            validation_reconstruction=reconstruction,
+            validation_kl=kl,
+            learning_rate=self.optimizer.optimizer.param_groups[0]["lr"],
+            images_per_second=progress.images_per_second,
+            is_best=is_best,
+            state=self.state,
+        )
+
+    @contextmanager
+    def _randomness(self) -> Iterator[None]:
+        """Torch's global random state is this training's own within, the caller's without."""
+        with random_states(self.device) as states:
+            if self.random is None:
+                # Not the seed itself, which has drawn the initial weights.
+                entropy = np.random.SeedSequence([self.seed, 1]).generate_state(1, np.uint64)
+                torch.manual_seed(int(entropy[0]))
+            else:
+                states.set(self.random)
+            yield
+            self.random = states.get()
+
+
+def _sum_images(values: Tensor, num_images: int) -> float:
+    """Sum over images of (B,) or, with particles, of the mean over K of (K, B)."""
+    return values.reshape(-1, num_images).mean(0).sum().item()
+
+
+def _device(vae: VAE | Autoencoder) -> torch.device:
+    return next(vae.parameters()).device

@@ -1,0 +1,390 @@
+"""Train a variational autoencoder.
+
+With no flags it learns the embedded handwritten digits in about a minute on two cores and writes a
+run folder, runs/digits: config.json, metrics.jsonl (a line an epoch), checkpoints/ and figures/.
+
+  python -m pyro_vae.train --data mnist --epochs 20
+  python -m pyro_vae.train --data photos/ --image-size 32 32 --architecture conv
+  python -m pyro_vae.train --resume runs/digits
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from .command import choose_device, config_of, fail, parse, run_command
+from .config import Config, InputError, auto, read_config, resolve
+
+if TYPE_CHECKING:
+    from .autoencoder import Autoencoder
+    from .checkpoint import Checkpoint
+    from .data import Splits
+    from .svi import Progress, Record
+    from .vae import VAE
+
+# Checkpoints are written at most so often, in seconds: a kill costs no more than this.
+SAVE_EVERY = 15.0
+
+RUN_FILES = ("config.json", "metrics.jsonl", "checkpoints", "figures", "tensorboard")
+
+
+@dataclass(frozen=True)
+class TrainArguments(Config):
+    """The run and its folder.
+
+    Attributes:
+        out: Run folder to write.
+        overwrite: Replace the run in --out.
+        resume: Continue the run in this folder with its own settings; --epochs, --patience and
+            --device may be given anew.
+        config: Take the settings of a run's config.json; flags given beside it win.
+        tensorboard: Also write TensorBoard events to the run folder (needs pip install
+            'pyro-vae[tensorboard]').
+    """
+
+    out: Annotated[
+        Path | None,
+        auto("DIR", "runs/DATA, numbered where that exists"),
+    ] = None
+    overwrite: bool = False
+    resume: Annotated[Path | None, auto("DIR", "a new run")] = None
+    config: Annotated[Path | None, auto("FILE", "none")] = None
+    tensorboard: bool = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path)
+    early.add_argument("--resume", type=Path)
+    given, _ = early.parse_known_args(argv)
+    checkpoint = None
+    default = Config()
+    if given.config and given.resume:
+        raise InputError("--resume takes the run's own settings; drop --config")
+    if given.config:
+        default = read_config(given.config)
+    if given.resume:
+        from .checkpoint import load_checkpoint
+
+        checkpoint = load_checkpoint(given.resume, "last")
+        default = checkpoint.config
+    names = [field.name for field in dataclasses.fields(Config)]
+    arguments = parse(
+        TrainArguments,
+        argv,
+        "train",
+        __doc__,
+        TrainArguments(**{name: getattr(default, name) for name in names}),
+    )
+    if checkpoint is not None:
+        _check_resumable(arguments, checkpoint)
+    return train(arguments, checkpoint)
+
+
+def train(arguments: TrainArguments, checkpoint: Checkpoint | None = None) -> int:
+    """Train as the arguments say, from the beginning or from a checkpoint; returns the status."""
+    from .data import load_data
+    from .factory import build
+    from .svi import Diverged, fit
+
+    device = choose_device(arguments.device)
+    asked = config_of(arguments)
+    if checkpoint is None and not Path(asked.data.source).is_absolute():
+        asked = _with_absolute_paths(asked)
+    splits = load_data(asked.data, asked.seed).to(device)
+    config = resolve(asked, splits.likelihood, len(splits.train))
+    if config.fit.batch_size > len(splits.train):
+        raise InputError(
+            f"--batch-size {config.fit.batch_size} is larger than the training set of "
+            f"{len(splits.train)} rows; lower it"
+        )
+    if checkpoint is None:
+        vae = build(config.model, splits, config.seed).to(device)
+        folder = _new_folder(arguments, splits.name)
+    else:
+        if splits.fingerprint != checkpoint.fingerprint:
+            raise InputError(f"the data {asked.data.source} have changed since the run began")
+        vae = checkpoint.vae.to(device)
+        folder = checkpoint.path.parent.parent
+    run = _Run(folder, config, vae, splits, checkpoint, arguments.tensorboard)
+    _describe(run)
+    try:
+        with run:
+            training = None if checkpoint is None else checkpoint.training
+            for record in fit(vae, splits, config.fit, config.seed, training, run.on_step):
+                run.on_epoch(record)
+    except Diverged as error:
+        kept = f"{folder / 'checkpoints'} keeps the last good state, of epoch {run.saved_epoch}"
+        return fail(f"{error}. {kept}", status=1)
+    if run.stopped is not None:
+        print(f"stopped; continue with: python -m pyro_vae.train --resume {folder}")
+        return 128 + run.stopped
+    _summarize(run)
+    return 0
+
+
+class _Run:
+    """The folder of a run while it trains: metrics, checkpoints, progress bar, signals."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        vae: VAE | Autoencoder,
+        splits: Splits,
+        checkpoint: Checkpoint | None,
+        tensorboard: bool,
+    ) -> None:
+        from tqdm import tqdm
+
+        self.folder, self.config, self.vae, self.splits = folder, config, vae, splits
+        self.history = [] if checkpoint is None else list(checkpoint.history)
+        self.best: bytes | None = None  # waiting to be written
+        self.saved_at = time.monotonic()
+        self.saved_epoch = len(self.history)
+        self.stopped: int | None = None  # the signal that asked for it
+        self.writer = _tensorboard_writer(folder) if tensorboard else None
+        for name in ("checkpoints", "figures"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        self._write("config.json", json.dumps({**config.to_dict()}, indent=2) + "\n")
+        # After a kill there may be lines of epochs that are to be done again.
+        self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
+        if checkpoint is None:
+            self._save(None)
+        self.metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self.bar = tqdm(disable=None, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+    def __enter__(self) -> _Run:
+        self.handlers = {
+            number: signal.signal(number, self._on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.bar.close()
+        self.metrics.close()
+        if self.writer is not None:
+            self.writer.close()
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        """Finish the step, save, stop; at the second signal stop at once."""
+        if self.stopped is not None:
+            raise KeyboardInterrupt
+        self.stopped = number
+
+    def on_step(self, progress: Progress) -> bool:
+        if self.bar.total is None:
+            self.bar.reset(total=progress.epochs * progress.steps_per_epoch)
+            self.bar.update(progress.step - 1)
+        self.bar.update()
+        self.bar.set_description(f"epoch {progress.epoch}/{progress.epochs}", refresh=False)
+        parts = {"ELBO": progress.elbo, "rec": progress.reconstruction, "KL": progress.kl}
+        shown = {key: f"{value:.2f}" for key, value in parts.items() if value is not None}
+        self.bar.set_postfix(**shown, img_s=f"{progress.images_per_second:,.0f}", refresh=False)
+        if self.stopped is not None or time.monotonic() - self.saved_at > SAVE_EVERY:
+            self._save(progress.state())
+        return self.stopped is not None
+
+    def on_epoch(self, record: Record) -> None:
+        from .checkpoint import serialize
+        from .gallery import draw_reconstructions
+
+        line = record.metrics()
+        self.history.append(line)
+        self.metrics.write(json.dumps(line) + "\n")
+        self.metrics.flush()
+        if self.writer is not None:
+            for name, value in line.items():
+                if value is not None and name not in ("epoch", "step"):
+                    self.writer.add_scalar(name, value, record.epoch)
+        if record.is_best:
+            self.best = serialize(self.vae, self.config, self.splits, self.history)
+        last = record.epoch == self.config.fit.epochs
+        if record.epoch == 1 or last or time.monotonic() - self.saved_at > SAVE_EVERY:
+            self._save(record.state())
+        if record.epoch == 1:
+            draw_reconstructions(
+                self.vae,
+                self.splits,
+                self.folder / "figures",
+                "reconstructions_first_epoch",
+                record.epoch,
+                self.config.seed,
+            )
+        self._say(line)
+
+    def finish(self) -> None:
+        """Bring the files up to date where early stopping ended the run."""
+        if self.best is not None:
+            self._write_best()
+
+    def _say(self, line: dict[str, Any]) -> None:
+        """A line an epoch where there is no progress bar, in long runs one in so many."""
+        assert self.config.fit.epochs is not None
+        every = max(1, self.config.fit.epochs // 20)
+        if self.bar.disable and (line["epoch"] % every == 0 or line["epoch"] == 1):
+            names = ("train_elbo", "validation_elbo", "reconstruction", "kl")
+            terms = "  ".join(f"{n} {line[n]:.2f}" for n in names if line[n] is not None)
+            print(f"epoch {line['epoch']}/{self.config.fit.epochs}  {terms}", flush=True)
+
+    def _save(self, training: dict[str, Any] | None) -> None:
+        """Write what has changed; the best model first, so that it is never behind the last."""
+        from .checkpoint import serialize, write_atomically
+
+        if self.best is not None:
+            self._write_best()
+        content = serialize(self.vae, self.config, self.splits, self.history, training)
+        write_atomically(self.folder / "checkpoints" / "last.pt", content)
+        self.saved_at = time.monotonic()
+        self.saved_epoch = len(self.history)
+
+    def _write_best(self) -> None:
+        from .checkpoint import write_atomically
+
+        assert self.best is not None
+        write_atomically(self.folder / "checkpoints" / "best.pt", self.best)
+        self.best = None
+
+    def _write(self, name: str, text: str) -> None:
+        from .checkpoint import write_atomically
+
+        write_atomically(self.folder / name, text.encode())
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Paths that mean the same from any folder, for the commands that read the run later."""
+    data = dataclasses.replace(config.data, root=config.data.root.expanduser().absolute())
+    path = Path(config.data.source).expanduser()
+    if path.exists() and config.data.source != "digits":
+        data = dataclasses.replace(data, source=str(path.absolute()))
+    return dataclasses.replace(config, data=data)
+
+
+def _new_folder(arguments: TrainArguments, name: str) -> Path:
+    """The folder of a new run; an old run in it is removed only when asked."""
+    folder = arguments.out
+    if folder is None:
+        folder = Path("runs", name)
+        number = 2
+        while not arguments.overwrite and folder.exists() and any(folder.iterdir()):
+            folder = Path("runs", f"{name}-{number}")
+            number += 1
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out expects a folder; {folder} is a file")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not arguments.overwrite:
+            raise InputError(
+                f"--out {folder} exists and is not empty; continue it by --resume {folder}, "
+                f"replace it by --overwrite, or give another --out"
+            )
+        if not (folder / "config.json").is_file():
+            raise InputError(f"--overwrite replaces runs only; {folder} holds no config.json")
+        for entry in RUN_FILES:
+            path = folder / entry
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoints").mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to the run folder {folder}: {error.strerror}") from None
+    return folder
+
+
+def _check_resumable(arguments: TrainArguments, checkpoint: Checkpoint) -> None:
+    """Refuse flags that would make another run of this one."""
+    if arguments.out is not None or arguments.overwrite:
+        raise InputError("--resume writes to the run's own folder; drop --out and --overwrite")
+    before, after = checkpoint.config, config_of(arguments)
+    fit = dataclasses.replace(after.fit, epochs=before.fit.epochs, patience=before.fit.patience)
+    if dataclasses.replace(after, fit=fit, device=before.device) != before:
+        raise InputError(
+            "--resume continues a run with its own settings; only --epochs, --patience and "
+            "--device may be given anew. For others start a new run by --config RUN/config.json"
+        )
+    if len(checkpoint.history) >= (arguments.fit.epochs or 0):
+        raise InputError(
+            f"the run is complete with {len(checkpoint.history)} epochs; give more by --epochs"
+        )
+
+
+def _tensorboard_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError(
+            "--tensorboard needs a package: pip install 'pyro-vae[tensorboard]'"
+        ) from None
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def _describe(run: _Run) -> None:
+    """What is about to be trained, on what, and where to."""
+    splits, model, spec = run.splits, run.config.model, run.splits.spec
+    sizes = " ".join(str(size) for size in model.hidden or ())
+    count = sum(p.numel() for p in run.vae.parameters())
+    binarized = model.likelihood == "bernoulli" and not spec.is_binary
+    binarization = " (binarized afresh at each access)" if binarized else ""
+    print(
+        f"data   {splits.name}: {len(splits.train):,} training, {len(splits.validation):,} "
+        f"validation, {len(splits.test):,} test rows of {'x'.join(map(str, spec.shape))}, "
+        f"{splits.describe()}"
+    )
+    print(
+        f"model  {model.kind}: {model.architecture} {sizes}, {model.latent_dim} latents, "
+        f"likelihood {model.likelihood}{binarization}, "
+        f"{count:,} parameters on {next(run.vae.parameters()).device}"
+    )
+    print(f"run    {run.folder}", flush=True)
+
+
+def _summarize(run: _Run) -> None:
+    """Draw the pictures and say where everything is."""
+    from .checkpoint import load
+    from .gallery import draw_reconstructions, draw_run
+
+    run.finish()
+    history, figures, seed = run.history, run.folder / "figures", run.config.seed
+    device = next(run.vae.parameters()).device
+    last = history[-1]["epoch"]
+    draw_reconstructions(run.vae, run.splits, figures, "reconstructions_last_epoch", last, seed)
+    best = load(run.folder).to(device)
+    draw_run(best, run.splits, history, figures, seed)
+
+    def score(line: dict[str, Any]) -> float:
+        elbo = line["validation_elbo"]
+        return line["validation_reconstruction"] if elbo is None else elbo
+
+    line = max(history, key=score)
+    names = {
+        "validation_elbo": "ELBO",
+        "validation_reconstruction": "reconstruction",
+        "validation_kl": "KL",
+    }
+    terms = ", ".join(f"{n} {line[k]:.2f}" for k, n in names.items() if line[k] is not None)
+    print(
+        f"done   {history[-1]['seconds']:.0f} s of training; best epoch {line['epoch']} of {last}"
+    )
+    print(f"       validation: {terms} nats per image")
+    print(f"see    {figures}{'/' if figures else ''}*.png, {run.folder / 'metrics.jsonl'}")
+    print(f"next   python -m pyro_vae.evaluate {run.folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

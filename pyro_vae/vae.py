@@ -1,0 +1,114 @@
+"""The variational autoencoder as a Pyro program.
+
+    model   z ~ p(z)                x ~ p(x|z) = likelihood(decoder(z))
+    guide   z ~ q(z|x) = N(μ(x), diag σ(x)²),  μ, log σ = encoder(x)
+
+    log p(x) ≥ ELBO = E_q[log p(x|z)] − KL(q(z|x) ‖ p(z)) = reconstruction − KL
+
+`prior`, `likelihood` and `posterior` return the three distributions; `model` and `guide` are made
+of them and of nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Distribution, Normal
+from torch import Tensor, nn
+from torch.distributions import kl_divergence
+
+from .likelihoods import Likelihood
+
+__all__ = ["VAE", "register"]
+
+_names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+_numbers = itertools.count(1)
+
+
+class VAE(nn.Module):
+    """A generative model p(z) p(x|z) and its amortized posterior q(z|x).
+
+    Source: "Auto-encoding variational Bayes", arXiv 1312.6114.
+
+    Args:
+        prior: module without arguments → p(z), batch (), event (Z,).
+        encoder: module x (..., *data_shape) → (..., 2Z): means and log standard deviations.
+        decoder: module z (..., Z) → whatever `likelihood` takes.
+        likelihood: module decoder output → p(x|z), batch (...), event `data_shape`.
+
+    Attributes:
+        kl_weight: factor of the KL term while training, set by `fit` (β, KL warm-up); 1 otherwise.
+            It scales the site "z" in model and guide alike: scaled in one of them alone, the ELBO's
+            value would be wrong.
+    """
+
+    def __init__(
+        self, prior: nn.Module, encoder: nn.Module, decoder: nn.Module, likelihood: Likelihood
+    ) -> None:
+        super().__init__()
+        self.prior_module = prior
+        self.encoder = encoder
+        self.decoder = decoder
+        self.likelihood_module = likelihood
+        self.kl_weight = 1.0
+
+    def prior(self) -> Distribution:
+        """p(z): batch (), event (Z,)."""
+        return self.prior_module()
+
+    def likelihood(self, z: Tensor) -> Distribution:
+        """p(x|z): z (..., Z) → batch (...), event `data_shape`, in the likelihood's units."""
+        return self.likelihood_module(self.decoder(z))
+
+    def posterior(self, x: Tensor) -> Distribution:
+        """q(z|x): x (..., *data_shape) → batch (...), event (Z,)."""
+        loc, log_scale = self.encoder(x).chunk(2, dim=-1)
+        return Normal(loc, log_scale.exp()).to_event(1)
+
+    def model(self, x: Tensor) -> None:
+        """p(x, z), with x (B, *data_shape) observed. Sites "z" and "x" in one plate "data"."""
+        register("prior", self.prior_module)
+        register("decoder", self.decoder)
+        register("likelihood", self.likelihood_module)
+        with pyro.plate("data", len(x), dim=-1):
+            with poutine.scale(scale=self.kl_weight):
+                z = pyro.sample("z", self.prior())
+            pyro.sample("x", self.likelihood(z), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        """q(z|x), for x (B, *data_shape)."""
+        register("encoder", self.encoder)
+        with pyro.plate("data", len(x), dim=-1), poutine.scale(scale=self.kl_weight):
+            pyro.sample("z", self.posterior(x))
+
+    @torch.no_grad()
+    def elbo_terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The ELBO's two terms for each image, at KL weight 1.
+
+        Returns:
+            reconstruction (B,): log p(x|z) at one draw of z from q(z|x), nats.
+            kl (B,): KL(q(z|x) ‖ p(z)) in closed form, nats.
+        """
+        posterior = self.posterior(x)
+        reconstruction = self.likelihood(posterior.sample()).log_prob(x)
+        return reconstruction, kl_divergence(posterior, self.prior())
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Mean of p(x|z) at the posterior's mean: (B, *data_shape)."""
+        return self.likelihood(self.posterior(x).mean).mean
+
+
+def register(name: str, module: nn.Module) -> None:
+    """`pyro.module` under a name that belongs to this very module object.
+
+    Pyro's parameter store is global and keeps the first parameters that come under a name: a second
+    model, or a copy of the first, would silently stay untrained.
+    """
+    if module not in _names:
+        _names[module] = f"{name}{next(_numbers)}"
+    pyro.module(_names[module], module)
