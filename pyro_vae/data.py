@@ -324,7 +324,7 @@ def _tensor(values: np.ndarray) -> Tensor:
     """One uint8 or float tensor over the same memory where torch can index the type."""
     if values.dtype == bool:
         values = values.view(np.uint8)
-    if isinstance(values, np.memmap) and values.dtype.name in ("uint8", "float32", "float64"):
+    if isinstance(values, np.memmap) and values.dtype in (np.uint8, np.float32, np.float64):
         return torch.from_numpy(values)
     if values.dtype.kind in "iu" and values.min() >= 0 and values.max() <= 255:
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.uint8))

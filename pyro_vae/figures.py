@@ -92,7 +92,7 @@ def manifold(values: np.ndarray, quantiles: np.ndarray, title: str = "") -> Figu
     figure = _figure(6.5, 6.5 * _aspect(values) + 0.5)
     axes = figure.add_subplot()
     axes.set_title(title)
-    mosaic = _mosaic(values[::-1], gap=0)
+    mosaic = _mosaic(values[::-1], gap=1)
     axes.imshow(mosaic, cmap="gray", vmin=0, vmax=1, extent=(0, side, 0, side), aspect="auto")
     ticks = np.unique(np.linspace(0, side - 1, 5).round().astype(int))
     for axis, name in ((axes.xaxis, "$z_1$"), (axes.yaxis, "$z_2$")):

@@ -178,7 +178,7 @@ def _interpolations(vae: VAE | Autoencoder, splits: Splits, seed: int) -> Figure
 @torch.no_grad()
 def _manifold(vae: VAE, splits: Splits) -> Figure:
     """The decoder's means on a grid of quantiles of the standard normal prior."""
-    side = 20 if splits.spec.is_image else 6
+    side = 16 if splits.spec.is_image else 6
     quantiles = (torch.arange(side) + 0.5) / side
     line = torch.special.ndtri(quantiles).to(next(vae.parameters()).device)
     second, first = torch.meshgrid(line, line, indexing="ij")

@@ -125,24 +125,26 @@ def _torchvision(name: str, class_name: str, root: Path) -> Source:
     options = {"split": "balanced"} if name == "emnist" else {}
     try:
         parts = [dataset_class(root, train=train, **options) for train in (True, False)]
-    except (RuntimeError, OSError):  # not there yet
+    except (RuntimeError, OSError, ValueError) as error:
+        if "not found" not in str(error).lower():
+            raise InputError(
+                f"{name} under {root} is damaged ({error}); delete {root / class_name} or mend it"
+            ) from None
         try:
             parts = [
                 dataset_class(root, train=train, download=True, **options)
                 for train in (True, False)
             ]
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError) as failure:
             stem = "emnist-balanced-" if name == "emnist" else ""
-            last_line = str(error).strip().splitlines()[-1]
+            last_line = str(failure).strip().splitlines()[-1]
             raise InputError(
                 f"{name} is not under {root} and cannot be downloaded ({last_line}). Put "
                 f"{stem}train-images-idx3-ubyte and -labels-idx1-ubyte, and the same of "
-                f"{'emnist-balanced-test' if stem else 't10k'}, unpacked or .gz, under "
+                f"{'emnist-balanced-test' if stem else 't10k'}, unpacked, under "
                 f"{root / class_name / 'raw'} or name another folder by --data-root; --data digits "
                 f"needs neither network nor files"
             ) from None
-    except ValueError as error:  # a file of the wrong length
-        raise InputError(f"{name} under {root} is damaged: {error}; delete it") from None
     values = np.concatenate([part.data.numpy() for part in parts])[:, None]
     if name == "emnist":  # stored with rows and columns exchanged
         values = np.ascontiguousarray(values.swapaxes(-1, -2))
@@ -249,15 +251,18 @@ def _npy(path: Path, config: DataConfig) -> Source:
     except (ValueError, OSError, EOFError) as error:
         raise InputError(f"{path} is not a whole .npy file of numbers: {error}") from None
     if not isinstance(values, np.ndarray):
+        values.close()
         raise InputError(f"{path} is a .npz archive by its content; name it so")
     return Source(path.stem, _rows(values, path, config))
 
 
 def _npz(path: Path, config: DataConfig) -> Source:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except TypeError:
+        raise InputError(f"{path} is a single array by its content; name it .npy") from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is not a whole .npz file of numbers: {error}") from None
 
     def one_of(names: tuple[str, ...], suffix: str = "") -> np.ndarray | None:

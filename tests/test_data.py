@@ -1,0 +1,158 @@
+"""Splits, units, binarization and the scan of the values."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import SIGMAS
+
+from pyro_vae import DataConfig, InputError, load_data
+from pyro_vae.data import CHUNK, moments
+
+
+def save(tmp_path, values, name="a.npy") -> str:
+    np.save(tmp_path / name, values)
+    return str(tmp_path / name)
+
+
+def test_splits_are_disjoint_cover_all_rows_and_follow_the_seed(digits):
+    parts = [set(s.rows.tolist()) for s in (digits.train, digits.validation, digits.test)]
+    assert sum(map(len, parts)) == 1797
+    assert set.union(*parts) == set(range(1797))
+    again = load_data("digits")
+    assert torch.equal(again.validation.rows, digits.validation.rows)
+    other = load_data("digits", seed=1)
+    assert not torch.equal(other.validation.rows, digits.validation.rows)
+    labels = digits.whole().labels
+    assert labels is not None
+    assert torch.equal(labels[digits.test.rows], digits.test.labels)
+    # one tensor holds all rows, whatever the number of splits
+    assert digits.train.values.data_ptr() == digits.test.values.data_ptr()
+
+
+def test_sizes_of_splits(tmp_path):
+    path = save(tmp_path, np.random.default_rng(0).random((50, 4)))
+    splits = load_data(DataConfig(path, validation_size=7, test_size=9))
+    assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [34, 7, 9]
+    with pytest.raises(InputError, match="leave none to train on"):
+        load_data(DataConfig(path, validation_size=25, test_size=25))
+    for rows in (1, 2):
+        with pytest.raises(InputError, match=f"has {rows} row"):
+            load_data(save(tmp_path, np.zeros((rows, 4)), "few.npy"))
+    assert len(load_data(save(tmp_path, np.eye(3), "few.npy")).train) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "max_value", "discrete", "likelihood"),
+    [
+        (np.array([0, 1, 1], np.uint8), 1, True, "bernoulli"),
+        (np.array([0.0, 1.0, 1.0]), 1, True, "bernoulli"),
+        (np.array([False, True, True]), 1, True, "bernoulli"),
+        (np.array([0, 3, 200], np.uint8), 255, True, "discretized-logistic"),
+        (np.array([0, 3, 255], np.int64), 255, True, "discretized-logistic"),
+        (np.array([0, 3, 16], np.int64), 16, True, "binomial"),
+        (np.array([0.0, 3.0, 16.0]), 16, True, "binomial"),
+        (np.array([0.0, 0.25, 1.0]), 1, False, "continuous-bernoulli"),
+        (np.array([-0.1, 0.25, 1.0]), None, False, "gaussian"),
+        (np.array([0, 3, 300], np.int64), None, False, "gaussian"),
+        (np.array([-1, 3, 4], np.int64), None, False, "gaussian"),
+        (np.array([0.0, 7.3, 2.0]), None, False, "gaussian"),
+    ],
+)
+def test_kind_of_data(values, max_value, discrete, likelihood, tmp_path):
+    splits = load_data(save(tmp_path, np.stack([values] * 2, 1)))
+    found = (splits.spec.max_value, splits.spec.discrete, splits.likelihood)
+    assert found == (max_value, discrete, likelihood)
+
+
+def test_max_value(tmp_path):
+    path = save(tmp_path, np.array([[0, 3], [5, 7], [16, 2]], np.uint8))
+    splits = load_data(DataConfig(path, max_value=16))
+    assert (splits.spec.max_value, splits.likelihood) == (16, "binomial")
+    with pytest.raises(InputError, match="expects values from 0 to 15; a ranges from 0 to 16"):
+        load_data(DataConfig(path, max_value=15))
+
+
+def test_values_that_are_not_finite_are_counted_and_located(tmp_path):
+    values = np.zeros((5000, 2, 3))
+    values[4200, 1, 2] = np.nan
+    values[4500, 0, 0] = np.inf
+    with pytest.raises(InputError, match=r"2 values .* first in row 4200 at \(0, 1, 2\)"):
+        load_data(save(tmp_path, values))
+
+
+def test_units(tmp_path):
+    path = save(tmp_path, np.array([[0, 51], [255, 102], [3, 4]], np.uint8))
+    spec = load_data(path).spec
+    values = torch.tensor([[0, 51], [255, 102]], dtype=torch.uint8)
+    assert spec.to_units(values, "count").tolist() == [[0, 51], [255, 102]]
+    expected = torch.tensor([[0, 0.2], [1, 0.4]])
+    torch.testing.assert_close(spec.to_units(values, "unit"), expected)
+    torch.testing.assert_close(spec.to_units(values, "real"), expected)
+    binary = spec.to_units(values, "binary")
+    assert binary[0, 0] == 0
+    assert binary[1, 0] == 1
+    assert set(binary.unique().tolist()) <= {0.0, 1.0}
+
+
+def test_binarization_is_afresh_in_training_and_fixed_in_evaluation(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (1300, 6), dtype=np.uint8)
+    train = load_data(save(tmp_path, values)).train
+    index = torch.arange(200)
+    assert not torch.equal(train.take(index, "binary"), train.take(index, "binary"))
+
+    def fixed(seed, count=None):
+        batches = list(train.fixed("binary", seed, count))
+        assert max(map(len, batches)) <= CHUNK
+        return torch.cat(batches)
+
+    assert torch.equal(fixed(3), fixed(3))
+    assert torch.equal(fixed(3)[:100], fixed(3, 100))
+    assert not torch.equal(fixed(3), fixed(4))
+    # the draws have the grey values as their means
+    torch.manual_seed(0)
+    grey = train.take(index, "unit")
+    mean = torch.stack([train.take(index, "binary") for _ in range(2000)]).mean(0)
+    deviation = (mean - grey) / (grey * (1 - grey) / 2000).sqrt().clamp_min(1e-9)
+    chi_square = deviation[(grey > 0.05) & (grey < 0.95)].square()
+    error = math.sqrt(2 / len(chi_square))
+    assert abs(chi_square.mean().item() - 1) < SIGMAS * error
+    # power: grey values that are a hundredth off are seen
+    off = (mean - grey - 0.01) / (grey * (1 - grey) / 2000).sqrt().clamp_min(1e-9)
+    assert off[(grey > 0.05) & (grey < 0.95)].square().mean().item() - 1 > SIGMAS * error
+
+
+def test_evaluation_does_not_disturb_the_global_random_state(digits):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    list(digits.test.fixed("binary", 0))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_moments_are_of_the_training_split_alone(tmp_path):
+    values = np.random.default_rng(0).normal([5, -3, 7], [1, 100, 0], (2000, 3))
+    splits = load_data(save(tmp_path, values))
+    mean, std = moments(splits.train, "real")
+    rows = values[splits.train.rows.numpy()].astype(np.float32).astype(float)
+    np.testing.assert_allclose(mean.numpy(), rows.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(std.numpy()[:2], rows.std(0)[:2], rtol=1e-4)
+    assert std[2] == 1, "a constant column has no scale of its own"
+
+
+def test_moments_of_images_have_one_scale(digits):
+    mean, std = moments(digits.train, "count")
+    rows = digits.train.values[digits.train.rows].double()
+    torch.testing.assert_close(mean.double(), rows.mean(0), rtol=1e-5, atol=1e-6)
+    assert std.shape == ()
+    assert std.item() == pytest.approx(rows.std().item(), rel=1e-3)
+
+
+def test_fingerprint_tells_data_apart(tmp_path, digits):
+    assert load_data("digits").fingerprint == digits.fingerprint
+    values = np.random.default_rng(0).random((20, 4))
+    first = load_data(save(tmp_path, values)).fingerprint
+    values[0, 0] += 1e-3
+    assert load_data(save(tmp_path, values)).fingerprint != first
