@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
-from typeguard import TypeCheckError, check_type
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 __all__ = [
     "VERSION",
@@ -36,6 +36,15 @@ Likelihood = Literal[
     "auto", "bernoulli", "continuous-bernoulli", "binomial", "gaussian", "discretized-logistic"
 ]
 Objective = Literal["trace", "mean-field", "iwae"]
+
+# Names that --data takes, each with its class in torchvision.datasets; a folder of the same name is
+# meant by ./name.
+TORCHVISION_CLASSES = {
+    "mnist": "MNIST",
+    "fashion-mnist": "FashionMNIST",
+    "kmnist": "KMNIST",
+    "emnist": "EMNIST",
+}
 
 DEFAULT_HIDDEN = {"mlp": (512, 256), "conv": (32, 64)}
 
@@ -87,6 +96,14 @@ class DataConfig:
     test_size: Annotated[int | None, auto("INT", "a tenth, where the data bring no test split")] = (
         None
     )
+
+    def absolute(self) -> DataConfig:
+        """The same data, named by paths that mean the same from any working folder."""
+        root = self.root.expanduser().absolute()
+        if self.source == "digits" or self.source in TORCHVISION_CLASSES:
+            return dataclasses.replace(self, root=root)
+        source = str(Path(self.source).expanduser().absolute())
+        return dataclasses.replace(self, root=root, source=source)
 
     def __post_init__(self) -> None:
         for flag, value in [
@@ -301,7 +318,10 @@ def _structure(cls: type, values: Any, where: str) -> Any:
         elif isinstance(value, list):
             value = tuple(value)
         try:
-            settings[name] = check_type(value, hint)
+            # All elements: a list may be right in its first one alone.
+            settings[name] = check_type(
+                value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS
+            )
         except TypeCheckError as error:
             raise InputError(f"{where}{name} = {value!r}: {error}") from None
     return cls(**settings)

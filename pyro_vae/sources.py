@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import DataConfig, InputError
+from .config import TORCHVISION_CLASSES, DataConfig, InputError
 
 __all__ = ["Source", "read"]
 
@@ -55,23 +55,17 @@ def read(config: DataConfig) -> Source:
     Raises:
         InputError: the data are missing, damaged or of a shape that nothing here can use.
     """
-    torchvision_reader = {
-        "mnist": "MNIST",
-        "fashion-mnist": "FashionMNIST",
-        "kmnist": "KMNIST",
-        "emnist": "EMNIST",
-    }
     if config.source == "digits":
         return _fixed_size(_digits(), config)
-    if config.source in torchvision_reader:
-        source = _torchvision(config.source, torchvision_reader[config.source], config.root)
+    if config.source in TORCHVISION_CLASSES:
+        source = _torchvision(config.source, TORCHVISION_CLASSES[config.source], config.root)
         return _fixed_size(source, config)
     path = Path(config.source).expanduser()
     if path.is_dir():
         return _folder(path, config.image_size)
     if not path.exists():
         raise InputError(
-            f"--data expects digits, {', '.join(torchvision_reader)}, or the path of a folder of "
+            f"--data expects digits, {', '.join(TORCHVISION_CLASSES)}, or the path of a folder of "
             f"images, a .npy, .npz or .csv file; {config.source!r} is none of these names and no "
             f"such path exists"
         )

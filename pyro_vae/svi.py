@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ class Record:
 
 
 class Diverged(ArithmeticError):
-    """The loss or its gradient is not finite; the parameters are those before the step."""
+    """The loss or its gradient is not finite; the parameters still are."""
 
 
 class OneOptimizer(PyroOptim):
@@ -187,6 +188,14 @@ def elbo_terms(
             kl += 0.0 if kls is None else kls.double().sum().item()
             count += len(x)
     return reconstruction / count, kl / count if isinstance(vae, VAE) else None
+
+
+@contextmanager
+def _no_nan_warning() -> Iterator[None]:
+    """Pyro warns of a loss that is not finite; here it is an error, with its likely causes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Encountered NaN")
+        yield
 
 
 class _Terms(Messenger):
@@ -283,7 +292,7 @@ class _Training:
         with self._randomness(), pyro.get_param_store().scope():
             x = self.splits.train.take(index, self.units)
             # Pyro's checks of shapes and supports, once: they cost a tenth of a step.
-            with pyro.validation_enabled(self.step == 0), _Terms() as terms:
+            with pyro.validation_enabled(self.step == 0), _Terms() as terms, _no_nan_warning():
                 try:
                     loss = self.svi.step(x)
                 except RuntimeError as error:

@@ -103,8 +103,8 @@ def train(arguments: TrainArguments, checkpoint: Checkpoint | None = None) -> in
 
     device = choose_device(arguments.device)
     asked = config_of(arguments)
-    if checkpoint is None and not Path(asked.data.source).is_absolute():
-        asked = _with_absolute_paths(asked)
+    if checkpoint is None:
+        asked = dataclasses.replace(asked, data=asked.data.absolute())
     splits = load_data(asked.data, asked.seed).to(device)
     config = resolve(asked, splits.likelihood, len(splits.train))
     if config.fit.batch_size > len(splits.train):
@@ -266,15 +266,6 @@ class _Run:
         from .checkpoint import write_atomically
 
         write_atomically(self.folder / name, text.encode())
-
-
-def _with_absolute_paths(config: Config) -> Config:
-    """Paths that mean the same from any folder, for the commands that read the run later."""
-    data = dataclasses.replace(config.data, root=config.data.root.expanduser().absolute())
-    path = Path(config.data.source).expanduser()
-    if path.exists() and config.data.source != "digits":
-        data = dataclasses.replace(data, source=str(path.absolute()))
-    return dataclasses.replace(config, data=data)
 
 
 def _new_folder(arguments: TrainArguments, name: str) -> Path:

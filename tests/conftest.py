@@ -17,6 +17,9 @@ from pyro_vae.likelihoods import LIKELIHOODS
 # (6.3e-5); seeds are fixed, so a test that passes once passes always.
 SIGMAS = 4.0
 
+# The models here are tiny: a second thread costs more than it brings, above all on a busy machine.
+torch.set_num_threads(1)
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

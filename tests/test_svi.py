@@ -1,0 +1,237 @@
+"""The training loop: exact resumption, honest records, nothing left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pyro
+import pytest
+import torch
+from conftest import SIGMAS, all_likelihoods, example_splits
+
+import pyro_vae
+from pyro_vae import FitConfig
+from pyro_vae.checkpoint import load_checkpoint, serialize
+from pyro_vae.svi import Diverged, OneOptimizer, elbo_terms, fit
+
+TIMINGS = ("seconds", "images_per_second")
+
+
+def metrics(records) -> list[dict]:
+    lines = [record.metrics() for record in records]
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+
+
+def small(name: str, tmp_path, **settings):
+    splits = example_splits(name, tmp_path, count=100)
+    config = pyro_vae.ModelConfig(**{"latent_dim": 2, "hidden": (16,), **settings})
+    return pyro_vae.build(config, splits), splits
+
+
+@all_likelihoods
+@pytest.mark.parametrize("kind", ["vae", "ae"])
+def test_training_improves_every_likelihood(name, kind, tmp_path):
+    vae, splits = small(name, tmp_path, likelihood=name, kind=kind)
+    before = elbo_terms(vae, splits.train)
+    config = FitConfig(epochs=60, batch_size=20, learning_rate=1e-2)
+    records = list(fit(vae, splits, config))
+    after = elbo_terms(vae, splits.train)
+    assert after[0] - (after[1] or 0) > before[0] - (before[1] or 0) + 1
+    assert [r.epoch for r in records] == list(range(1, 61))
+    assert records[-1].step == 60 * 5
+
+
+@pytest.mark.parametrize("objective", ["trace", "mean-field", "iwae"])
+@pytest.mark.parametrize("particles", [1, 5])
+def test_records_are_the_elbo_whatever_is_maximized(objective, particles, tmp_path):
+    """With a learning rate near zero the epoch's mean is the ELBO of the initial weights."""
+    vae, splits = small("binomial", tmp_path)
+    config = FitConfig(
+        epochs=1,
+        batch_size=16,
+        learning_rate=1e-12,
+        objective=objective,
+        num_particles=particles,
+    )
+    (record,) = fit(vae, splits, config)
+    assert record.train_elbo == pytest.approx(record.reconstruction - record.kl, rel=1e-9)
+    # 400 independent evaluations at fixed weights give mean and spread
+    terms = [elbo_terms(vae, splits.train, seed) for seed in range(400)]
+    recon = torch.tensor([t[0] for t in terms], dtype=torch.float64)
+    assert record.kl == pytest.approx(terms[0][1], rel=1e-4)
+    assert abs(record.reconstruction - recon.mean()) < SIGMAS * recon.std() * math.sqrt(1 + 1 / 400)
+
+
+def test_same_seed_same_numbers_and_other_seed_others(tmp_path):
+    config = FitConfig(epochs=4, batch_size=16)
+    vae, splits = small("bernoulli", tmp_path)
+    first = metrics(fit(vae, splits, config, seed=5))
+    vae, splits = small("bernoulli", tmp_path)
+    assert metrics(fit(vae, splits, config, seed=5)) == first
+    vae, splits = small("bernoulli", tmp_path)
+    assert metrics(fit(vae, splits, config, seed=6)) != first
+
+
+@pytest.mark.parametrize("stop_at", [1, 13, 18, 30])
+@pytest.mark.parametrize("name", ["discretized-logistic", "gaussian"])
+def test_resumed_run_equals_uninterrupted_one(stop_at, name, tmp_path):
+    """Stopped inside an epoch, at its first step, at its end; through a file, to the last bit."""
+    config = FitConfig(
+        epochs=6, batch_size=16, learning_rate_warmup=0.5, kl_warmup=0.7, patience=3
+    )
+    vae, splits = small(name, tmp_path)
+    whole = metrics(fit(vae, splits, config))
+    weights = {k: v.clone() for k, v in vae.state_dict().items()}
+
+    vae, splits = small(name, tmp_path)
+    run = pyro_vae.config.resolve(
+        pyro_vae.Config(model=pyro_vae.ModelConfig(latent_dim=2, hidden=(16,))), name, 81
+    )
+    files = []
+
+    def on_step(progress) -> bool:
+        if progress.step == stop_at:
+            files.append(serialize(vae, run, splits, [], progress.state()))
+        return progress.step == stop_at
+
+    head = metrics(fit(vae, splits, config, on_step=on_step))
+    (tmp_path / "a.pt").write_bytes(files[0])
+    loaded = load_checkpoint(tmp_path / "a.pt")
+    torch.manual_seed(99)  # the global state of the new process is another
+    tail = metrics(fit(loaded.vae, splits, config, state=loaded.training))
+    assert head + tail == whole
+    for key, value in loaded.vae.state_dict().items():
+        assert torch.equal(value, weights[key]), key
+
+
+def test_resuming_from_the_end_of_an_epoch(tmp_path):
+    config = FitConfig(epochs=4, batch_size=16)
+    vae, splits = small("binomial", tmp_path)
+    whole = metrics(fit(vae, splits, config))
+    vae, splits = small("binomial", tmp_path)
+    records = fit(vae, splits, config)
+    head = [next(records), next(records)]
+    state = head[-1].state()
+    assert metrics(head) + metrics(fit(vae, splits, config, state=state)) == whole
+
+
+def test_consumer_may_draw_and_train_between_records(tmp_path):
+    """Neither global random state nor parameter store is shared with the caller's code."""
+    config = FitConfig(epochs=3, batch_size=16)
+    vae, splits = small("bernoulli", tmp_path)
+    quiet = metrics(fit(vae, splits, config))
+    vae, splits = small("bernoulli", tmp_path)
+    other, _ = small("bernoulli", tmp_path)
+    busy = []
+    torch.manual_seed(0)
+    mine = pyro.param("mine", torch.ones(2))
+    for record in fit(vae, splits, config):
+        state = torch.get_rng_state()
+        busy.append(record)
+        next(iter(fit(other, splits, config)))
+        assert torch.equal(torch.get_rng_state(), state)
+        assert list(pyro.get_param_store()) == ["mine"]
+        assert pyro.param("mine") is not None
+        torch.randn(1000)
+    assert metrics(busy) == quiet
+    assert torch.equal(pyro.param("mine"), mine)
+
+
+def test_kl_weight_and_warmup_during_and_after_training(tmp_path):
+    vae, splits = small("binomial", tmp_path)
+    weights = []
+    config = FitConfig(epochs=4, batch_size=27, beta=2.0, kl_warmup=0.5)
+    list(fit(vae, splits, config, on_step=lambda progress: weights.append(vae.kl_weight)))
+    assert len(weights) == 12
+    assert weights == sorted(weights)
+    assert weights[0] == pytest.approx(2 / 7)
+    assert weights[5] == pytest.approx(12 / 7)
+    assert weights[6:] == [2.0] * 6
+    assert vae.kl_weight == 1.0
+
+
+def test_beta_lowers_the_kl(tmp_path):
+    kls = {}
+    for beta in (0.1, 1.0, 8.0):
+        vae, splits = small("binomial", tmp_path)
+        config = FitConfig(epochs=60, batch_size=20, learning_rate=1e-2, beta=beta)
+        kls[beta] = list(fit(vae, splits, config))[-1].kl
+    assert kls[0.1] > kls[1.0] > kls[8.0]
+
+
+def test_schedules(tmp_path):
+    rates = {}
+    for schedule in ("cosine", "constant"):
+        vae, splits = small("binomial", tmp_path)
+        config = FitConfig(
+            epochs=10, batch_size=81, learning_rate=0.1, schedule=schedule, learning_rate_warmup=0.4
+        )
+        rates[schedule] = [r.learning_rate for r in fit(vae, splits, config)]
+    assert rates["constant"] == pytest.approx([0.02, 0.04, 0.06, 0.08] + [0.1] * 6)
+    assert rates["cosine"][:5] == rates["constant"][:5]
+    falling = [0.05 * (1 + math.cos(math.pi * i / 6)) for i in range(6)]
+    assert rates["cosine"][4:] == pytest.approx(falling)
+
+
+def test_gradient_clipping_bounds_the_step():
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    optimizer = OneOptimizer(torch.optim.SGD([parameter], lr=1.0))
+    optimizer.max_norm = 3.0
+    parameter.grad = torch.full((4,), 100.0)
+    optimizer([parameter])
+    assert parameter.detach().norm().item() == pytest.approx(3.0, rel=1e-5)
+    assert parameter.grad is None
+    with pytest.raises(RuntimeError, match="lacks"):
+        optimizer([torch.nn.Parameter(torch.zeros(1))])
+
+
+def test_early_stopping(tmp_path):
+    vae, splits = small("binomial", tmp_path)
+    config = FitConfig(epochs=400, batch_size=81, learning_rate=0.05, patience=5)
+    records = list(fit(vae, splits, config))
+    assert len(records) < 400
+    best = max(range(len(records)), key=lambda i: records[i].validation_elbo)
+    assert len(records) == best + 1 + 5
+    assert [r.is_best for r in records[best:]] == [True] + [False] * 5
+
+
+def test_divergence_is_told_and_leaves_finite_weights(tmp_path):
+    vae, splits = small("gaussian", tmp_path)
+    config = FitConfig(
+        epochs=50, batch_size=16, learning_rate=1e4, gradient_clip=math.inf, learning_rate_warmup=0
+    )
+    with pytest.raises(Diverged, match=r"not finite in epoch \d+, step \d+.*--learning-rate 10000"):
+        list(fit(vae, splits, config))
+    assert all(value.isfinite().all() for value in vae.state_dict().values())
+
+
+def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(tmp_path):
+    vae, splits = small("binomial", tmp_path)
+    records = fit(vae, splits, FitConfig(epochs=3, batch_size=81))
+    next(records)
+    before = {k: v.clone() for k, v in vae.state_dict().items()}
+    vae.decoder.bias.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(Diverged, match="gradient is not finite in epoch 2, step 2"):
+        next(records)
+    for key, value in vae.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_batch_larger_than_the_training_set(tmp_path):
+    vae, splits = small("binomial", tmp_path)
+    with pytest.raises(ValueError, match="--batch-size 82 is larger than the training set of 81"):
+        next(fit(vae, splits, FitConfig(batch_size=82)))
+
+
+def test_validation_uses_the_same_draws_every_time(tmp_path):
+    vae, splits = small("bernoulli", tmp_path)
+    assert elbo_terms(vae, splits.validation, 3) == elbo_terms(vae, splits.validation, 3)
+    assert elbo_terms(vae, splits.validation, 3) != elbo_terms(vae, splits.validation, 4)
+
+
+def test_the_test_split_is_never_read(tmp_path):
+    """Training on data whose test rows cannot be gathered works all the same."""
+    vae, splits = small("binomial", tmp_path)
+    broken = dataclasses.replace(splits.test, rows=torch.tensor([10**9]))
+    list(fit(vae, dataclasses.replace(splits, test=broken), FitConfig(epochs=1, batch_size=81)))
