@@ -24,8 +24,8 @@ from .vae import VAE
 
 __all__ = ["Evidence", "importance_sample", "log_evidence"]
 
-# Values of x that are decoded at once: 2^23 floats are 32 MiB, and a few times that in the decoder.
-CHUNK_VALUES = 2**23
+# Values of x that are decoded at once: 2^22 floats are 16 MiB, a few times that in the decoder.
+CHUNK_VALUES = 2**22
 
 
 @dataclass(frozen=True)

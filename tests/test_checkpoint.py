@@ -62,7 +62,9 @@ def rewritten(file: Path, **changes) -> Path:
 def test_truncated_file_is_named(file, keep):
     content = file.read_bytes()
     file.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
-    with pytest.raises(InputError, match=r"model\.pt is not a checkpoint of pyro_vae, or it is dam"):
+    with pytest.raises(
+        InputError, match=r"model\.pt is not a checkpoint of pyro_vae, or it is dam"
+    ):
         pyro_vae.load(file)
 
 
@@ -121,7 +123,7 @@ def test_contents_that_do_not_fit_are_named(file):
 
 
 def test_missing_runs(tmp_path):
-    with pytest.raises(InputError, match="no .*nowhere exists"):
+    with pytest.raises(InputError, match=r"no .*nowhere exists"):
         pyro_vae.load(tmp_path / "nowhere")
     with pytest.raises(InputError, match="holds no checkpoints"):
         pyro_vae.load(tmp_path)

@@ -214,7 +214,8 @@ def test_arrays_of_every_shape_and_type(shape, expected, dtype, tmp_path):
     assert splits.train.values.dtype in (torch.uint8, torch.float32, torch.float64)
     moved = np.moveaxis(values, 3, 1) if values.ndim == 4 and shape[3] in (1, 3) else values
     np.testing.assert_allclose(
-        splits.whole().take(torch.arange(20), "real").reshape(20, -1).numpy() * splits_scale(splits),
+        splits.whole().take(torch.arange(20), "real").reshape(20, -1).numpy()
+        * splits_scale(splits),
         moved.reshape(20, -1).astype("float32"),
         rtol=1e-6,
     )

@@ -77,9 +77,7 @@ def test_same_seed_same_numbers_and_other_seed_others(tmp_path):
 @pytest.mark.parametrize("name", ["discretized-logistic", "gaussian"])
 def test_resumed_run_equals_uninterrupted_one(stop_at, name, tmp_path):
     """Stopped inside an epoch, at its first step, at its end; through a file, to the last bit."""
-    config = FitConfig(
-        epochs=6, batch_size=16, learning_rate_warmup=0.5, kl_warmup=0.7, patience=3
-    )
+    config = FitConfig(epochs=6, batch_size=16, learning_rate_warmup=0.5, kl_warmup=0.7, patience=3)
     vae, splits = small(name, tmp_path)
     whole = metrics(fit(vae, splits, config))
     weights = {k: v.clone() for k, v in vae.state_dict().items()}

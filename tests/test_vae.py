@@ -13,8 +13,6 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from torch.distributions import kl_divergence
 
-import pyro_vae
-
 
 def by_hand(vae, x, sign=1.0, kl_weight=1.0):
     """Σ over images of log p(x|z) + w·(log p(z) − log q(z|x)) at one draw of z."""

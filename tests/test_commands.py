@@ -1,0 +1,483 @@
+"""Each command end to end, in the process where that is enough, as a process where it is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+import pyro_vae
+from pyro_vae import encode, evaluate, generate, train
+from pyro_vae.checkpoint import load_checkpoint
+
+KEYS = {
+    "epoch",
+    "step",
+    "seconds",
+    "train_elbo",
+    "validation_elbo",
+    "reconstruction",
+    "kl",
+    "learning_rate",
+    "images_per_second",
+}
+PICTURES = {
+    "reconstructions_first_epoch",
+    "reconstructions_last_epoch",
+    "samples",
+    "elbo",
+    "latent",
+    "interpolations",
+}
+QUICK = ["--epochs", "6", "--latent-dim", "2", "--hidden", "16"]
+
+
+def lines(run: Path) -> list[dict]:
+    """metrics.jsonl without the timings."""
+    text = (run / "metrics.jsonl").read_text()
+    parsed = [json.loads(line) for line in text.splitlines()]
+    for line in parsed:
+        del line["seconds"], line["images_per_second"]
+    return parsed
+
+
+def same_weights(first: Path, second: Path, name: str) -> bool:
+    a, b = (torch.load(p / "checkpoints" / name, weights_only=True) for p in (first, second))
+    return all(torch.equal(a["weights"][key], b["weights"][key]) for key in a["weights"])
+
+
+def start(*arguments: str, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def wait_for_epoch(run: Path, epoch: int) -> None:
+    for _ in range(1200):
+        path = run / "metrics.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= epoch:
+            return
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+def test_a_run_is_complete(run, capsys):
+    assert {p.name for p in run.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "figures",
+    }
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.pt", "last.pt"}
+    assert {p.stem for p in (run / "figures").glob("*.png")} == PICTURES | {"manifold"}
+    for path in (run / "figures").glob("*.png"):
+        picture = matplotlib.image.imread(path)
+        assert picture.std() > 0.02, f"{path} is blank"
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert set(first) >= KEYS
+    for line in lines(run):
+        assert line["kl"] >= 0
+        assert line["train_elbo"] == pytest.approx(line["reconstruction"] - line["kl"])
+        assert line["validation_elbo"] == pytest.approx(
+            line["validation_reconstruction"] - line["validation_kl"]
+        )
+    assert isinstance(pyro_vae.load(run), pyro_vae.VAE)
+    best = max(lines(run), key=lambda line: line["validation_elbo"])
+    assert load_checkpoint(run).history[-1]["epoch"] == best["epoch"]
+    assert len(load_checkpoint(run, "last").history) == 12
+
+
+def test_train_says_where_everything_is(tmp_path, capsys):
+    assert train.main(["--out", str(tmp_path / "run"), *QUICK]) == 0
+    out = capsys.readouterr().out
+    for part in ("digits: 1,457 training, 161 validation, 179 test", "likelihood binomial"):
+        assert part in out
+    for part in ("figures", "metrics.jsonl", "python -m pyro_vae.evaluate", "best epoch"):
+        assert part in out
+
+
+def test_default_folder_is_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert train.main(["--epochs", "1", "--hidden", "8", "--latent-dim", "2"]) == 0
+    assert sorted(p.name for p in Path("runs").iterdir()) == ["digits", "digits-2"]
+
+
+def test_same_seed_same_metrics(tmp_path):
+    for name, seed in [("a", "3"), ("b", "3"), ("c", "4")]:
+        assert train.main(["--out", str(tmp_path / name), "--seed", seed, *QUICK]) == 0
+    assert lines(tmp_path / "a") == lines(tmp_path / "b")
+    assert lines(tmp_path / "a") != lines(tmp_path / "c")
+
+
+def test_config_is_read_back_and_flags_beside_it_win(run, tmp_path):
+    config = str(run / "config.json")
+    assert train.main(["--config", config, "--out", str(tmp_path / "same")]) == 0
+    assert lines(tmp_path / "same") == lines(run)
+    arguments = ["--config", config, "--epochs", "2", "--out", str(tmp_path / "short")]
+    assert train.main(arguments) == 0
+    assert len(lines(tmp_path / "short")) == 2
+    assert load_checkpoint(tmp_path / "short").config.model.latent_dim == 2
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "continuous-bernoulli", "gaussian"])
+def test_other_likelihoods_and_conv(likelihood, tmp_path, capsys):
+    path = tmp_path / "images.npy"
+    values = np.random.default_rng(0).random((60, 9, 11, 3)).astype(np.float32)
+    np.save(path, values)
+    run = tmp_path / "run"
+    arguments = ["--data", str(path), "--out", str(run), "--likelihood", likelihood]
+    arguments += ["--architecture", "conv", "--hidden", "4", "--epochs", "2", "--batch-size", "16"]
+    assert train.main(arguments) == 0
+    capsys.readouterr()
+    assert evaluate.main([str(run), "--num-samples", "20", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["likelihood"] == likelihood
+    assert (results["bits_per_dim"] is None) == (likelihood != "bernoulli")
+    binarized = likelihood == "bernoulli"
+    assert results["binarization"] == ("fixed, seed 0" if binarized else "none")
+
+
+def test_table_with_labels(tmp_path):
+    path = tmp_path / "table.csv"
+    random = np.random.default_rng(0)
+    rows = [
+        f"{a:.3f},{1000 * b:.1f},{'xy'[int(a > 0)]}" for a, b in random.standard_normal((80, 2))
+    ]
+    path.write_text("\n".join(["a,b,label", *rows]))
+    run = tmp_path / "run"
+    arguments = ["--data", str(path), "--out", str(run), "--batch-size", "32", *QUICK]
+    assert train.main(arguments) == 0
+    assert {p.stem for p in (run / "figures").glob("*.png")} == PICTURES | {"manifold"}
+    out = tmp_path / "codes.npz"
+    assert encode.main([str(run), "--out", str(out)]) == 0
+    with np.load(out) as codes:
+        assert codes["mean"].shape == codes["standard_deviation"].shape == (80, 2)
+        labels = [codes["class_names"][i] for i in codes["labels"]]
+        assert labels == [row[-1] for row in rows]
+        assert sorted(set(codes["split"])) == ["test", "train", "validation"]
+
+
+def test_evaluate(run, capsys):
+    assert evaluate.main([str(run), "--num-samples", "50", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["elbo"] == pytest.approx(results["reconstruction"] - results["kl"])
+    assert results["log_evidence"] > results["elbo"]
+    assert results["bits_per_dim"] == pytest.approx(-results["log_evidence"] / 64 / np.log(2))
+    assert (results["num_images"], results["num_samples"], results["split"]) == (179, 50, "test")
+    assert results["likelihood"] == "binomial"
+    assert 0 <= results["active_units"] <= 2
+    assert results["standard_error"] > results["monte_carlo_error"] > 0
+    # the same numbers from the Python interface, image by image
+    vae, splits = pyro_vae.load(run), pyro_vae.load_data("digits")
+    x = next(splits.test.fixed("count", 0))
+    torch.manual_seed(0)
+    values = pyro_vae.log_evidence(vae, x, num_samples=50)
+    assert values.mean().item() == pytest.approx(results["log_evidence"], rel=1e-9)
+    error = (values.std() / len(values) ** 0.5).item()
+    assert error == pytest.approx(results["standard_error"], rel=1e-9)
+    assert evaluate.main([str(run), "--num-samples", "50", "--num-images", "7"]) == 0
+    out = capsys.readouterr().out
+    assert "7 test images of digits" in out
+    assert "50 importance samples" in out
+
+
+def test_evaluate_finds_relative_data_from_another_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    np.save("a.npy", np.random.default_rng(0).random((40, 5)))
+    assert train.main(["--data", "a.npy", "--batch-size", "8", "--out", "run", *QUICK]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main(["here/run", "--num-samples", "5"]) == 0
+    # the data change behind the run's back
+    np.save("here/a.npy", np.random.default_rng(1).random((40, 5)))
+    capsys.readouterr()
+    assert evaluate.main(["here/run", "--num-samples", "5"]) == 2
+    assert "are not those that" in capsys.readouterr().err
+    assert evaluate.main(["here/run", "--num-samples", "5", "--data", "here/a.npy"]) == 0
+
+
+def test_generate(run, tmp_path):
+    for name in ("a.png", "a.npy", "a.npz"):
+        assert generate.main([str(run), "--num", "10", "--out", str(tmp_path / name)]) == 0
+    means = np.load(tmp_path / "a.npy")
+    with np.load(tmp_path / "a.npz") as archive:
+        assert np.array_equal(archive["x"], means)
+        z = torch.from_numpy(archive["z"])
+    decoded = pyro_vae.load(run).likelihood(z).mean.detach().numpy()
+    np.testing.assert_allclose(means, decoded, rtol=1e-5)
+    arguments = [str(run), "--draw", "--num", "10", "--out", str(tmp_path / "b.npy")]
+    assert generate.main(arguments) == 0
+    draws = np.load(tmp_path / "b.npy")
+    assert np.array_equal(draws, np.rint(draws))
+    assert draws.shape == (10, 1, 8, 8)
+    assert matplotlib.image.imread(tmp_path / "a.png").std() > 0.02
+
+
+def test_encode(run, tmp_path):
+    out = tmp_path / "codes.npz"
+    assert encode.main([str(run), "--out", str(out)]) == 0
+    splits = pyro_vae.load_data("digits")
+    with np.load(out) as codes:
+        posterior = pyro_vae.load(run).posterior(splits.whole().take(torch.arange(1797), "count"))
+        np.testing.assert_allclose(codes["mean"], posterior.mean.detach(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            codes["standard_deviation"], posterior.stddev.detach(), rtol=1e-4
+        )
+        assert np.array_equal(codes["labels"], splits.whole().labels)
+        assert (codes["split"] == "test").sum() == 179
+        assert (codes["split"][splits.test.rows] == "test").all()
+
+
+def test_autoencoder(tmp_path, capsys):
+    run = tmp_path / "ae"
+    assert train.main(["--model", "ae", "--out", str(run), *QUICK]) == 0
+    assert all(line["kl"] is line["train_elbo"] is None for line in lines(run))
+    assert {p.stem for p in (run / "figures").glob("*.png")} == PICTURES - {"samples"}
+    capsys.readouterr()
+    assert evaluate.main([str(run), "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["elbo"] is results["log_evidence"] is results["kl"] is None
+    assert results["reconstruction"] < 0
+    assert encode.main([str(run), "--out", str(tmp_path / "codes.npz")]) == 0
+    with np.load(tmp_path / "codes.npz") as codes:
+        assert (codes["standard_deviation"] == 0).all()
+    assert generate.main([str(run), "--out", str(tmp_path / "a.png")]) == 2
+    assert "has no prior to draw from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_or_killed_run_resumes_to_the_same_numbers(number, tmp_path):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    options = ["--epochs", "60", "--latent-dim", "2", "--hidden", "16", "--batch-size", "64"]
+    assert train.main(["--out", str(whole), *options]) == 0
+    process = start("pyro_vae.train", "--out", str(part), *options)
+    wait_for_epoch(part, 3)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert process.returncode == -9
+    else:
+        assert process.returncode == 128 + number, (out, err)
+        assert f"continue with: python -m pyro_vae.train --resume {part}" in out
+        assert err == ""
+    assert len(lines(part)) < 60, "the run was over before it could be stopped"
+    assert train.main(["--resume", str(part)]) == 0
+    assert lines(part) == lines(whole)
+    for name in ("best.pt", "last.pt"):
+        assert same_weights(part, whole, name)
+
+
+def test_resume_of_a_complete_run_and_beyond(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train.main(["--out", str(run), *QUICK]) == 0
+    capsys.readouterr()
+    assert train.main(["--resume", str(run)]) == 2
+    assert "complete with 6 epochs; give more by --epochs" in capsys.readouterr().err
+    assert train.main(["--resume", str(run), "--latent-dim", "5", "--epochs", "8"]) == 2
+    assert "own settings" in capsys.readouterr().err
+    assert train.main(["--resume", str(run), "--out", str(run)]) == 2
+    assert train.main(["--resume", str(run), "--epochs", "8"]) == 0
+    assert [line["epoch"] for line in lines(run)] == list(range(1, 9))
+    assert json.loads((run / "config.json").read_text())["fit"]["epochs"] == 8
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    assert train.main(["--out", str(run), *QUICK]) == 0
+    earlier = {p: p.read_bytes() for p in (run / "checkpoints").iterdir()}
+    limit = min(map(len, earlier.values())) // 2
+
+    def no_large_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    arguments = ["pyro_vae.train", "--resume", str(run), "--epochs", "9"]
+    process = start(*arguments, preexec_fn=no_large_files)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    assert {p: p.read_bytes() for p in (run / "checkpoints").iterdir()} == earlier
+    assert train.main(["--resume", str(run), "--epochs", "9"]) == 0
+
+
+def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = ["--out", str(run), "--epochs", "1", "--hidden", "8", "--latent-dim", "2"]
+    assert train.main(arguments) == 0
+    (run / "notes.txt").write_text("mine")
+    assert train.main(arguments) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert train.main([*arguments, "--overwrite"]) == 0
+    assert (run / "notes.txt").read_text() == "mine"
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("years of work")
+    assert train.main(["--out", str(foreign), "--epochs", "1", "--overwrite"]) == 2
+    assert "holds no config.json" in capsys.readouterr().err
+    assert [p.name for p in foreign.iterdir()] == ["thesis.txt"]
+
+
+def test_diverged_run_keeps_the_last_good_state(tmp_path, capsys):
+    run = tmp_path / "run"
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).standard_normal((64, 5)))
+    arguments = ["--data", str(tmp_path / "a.npy"), "--out", str(run), "--learning-rate", "1e4"]
+    arguments += ["--gradient-clip", "inf", "--learning-rate-warmup", "0.9", "--batch-size", "8"]
+    assert train.main(arguments) == 1
+    err = capsys.readouterr().err
+    assert "not finite in epoch" in err
+    assert "keeps the last good state" in err
+    weights = load_checkpoint(run, "last").vae.state_dict()
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_tensorboard_is_an_extra(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert train.main(["--out", str(tmp_path / "run"), "--tensorboard", *QUICK]) == 2
+    assert "pip install 'pyro-vae[tensorboard]'" in capsys.readouterr().err
+
+
+def test_the_installed_command(run):
+    def call(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "pyro_vae", *arguments], capture_output=True, text=True
+        )
+
+    assert "pyro-vae train" in call().stdout
+    assert call("--version").stdout.strip() == pyro_vae.__version__
+    assert call("nonsense").returncode == 2
+    done = call("evaluate", str(run), "--num-samples", "2", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["num_samples"] == 2
+    assert done.stderr == ""
+
+
+def test_a_reader_that_leaves_early_is_no_error(run):
+    command = f"{sys.executable} -m pyro_vae.evaluate {run} --num-samples 2 | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stderr == ""
+
+
+BAD = {
+    "missing path": (["--data", "nowhere.npy"], "no such path exists"),
+    "unknown name": (["--data", "mnits"], "expects digits, mnist"),
+    "latent dimension 0": (["--latent-dim", "0"], "--latent-dim expects"),
+    "batch too large": (["--batch-size", "5000"], "larger than the training set of 1457 rows"),
+    "unknown device": (["--device", "tpu9"], "--device expects auto or one of cpu"),
+    "absent device": (["--device", "cuda:7"], "--device expects auto or one of cpu"),
+    "unknown flag": (["--colour", "3"], "colour"),
+    "not a number": (["--epochs", "many"], "--epochs"),
+    "unknown choice": (["--likelihood", "poisson"], "poisson"),
+    "unknown activation": (["--activation", "magic"], "--activation expects"),
+    "conv too deep": (["--architecture", "conv", "--hidden", "4", "4", "4", "4"], "at least 16x16"),
+    "resize of digits": (["--image-size", "16", "16"], "resizes folders of images only"),
+    "test size of counts": (["--max-value", "3"], "ranges from 0 to 16"),
+    "no such run": (["--resume", "nowhere"], "expected a run folder"),
+    "no such config": (["--config", "nowhere.json"], "cannot read the config"),
+    "unwritable folder": (["--out", "/proc/nowhere/run"], "cannot write to the run folder"),
+    "file in the way": (["--out", "file.txt/run"], "cannot write to the run folder"),
+    "folder is a file": (["--out", "file.txt"], "is a file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_flags(case, tmp_path, monkeypatch, capsys):
+    if case == "absent device" and torch.cuda.device_count() > 7:
+        pytest.skip("this machine has it")
+    arguments, message = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    Path("file.txt").write_text("in the way")
+    refused(train.main, arguments, message, capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def refused(main, arguments, message, capsys) -> None:
+    """Status 2, the message on stderr, no traceback, nothing on stdout."""
+    try:
+        status = main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+    assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "values", "mend"),
+    [
+        ("bernoulli", [[0.0, 7.3], [1, 2.5], [3, -1]], "--likelihood gaussian"),
+        ("binomial", [[0.0, 0.3], [1, 0.5], [0.2, 0]], "--likelihood continuous-bernoulli"),
+        ("discretized-logistic", [[0.0, 7.3], [1, 2.5], [3, 2]], "--likelihood gaussian"),
+        ("continuous-bernoulli", [[0.0, 7.3], [1, 2.5], [3, 2]], "--likelihood gaussian"),
+    ],
+)
+def test_impossible_likelihoods(likelihood, values, mend, tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.array(values * 5))
+    arguments = ["--data", str(tmp_path / "a.npy"), "--likelihood", likelihood]
+    arguments += ["--batch-size", "4", "--out", str(tmp_path / "run")]
+    refused(train.main, arguments, mend, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_data_by_command(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    np.save(tmp_path / "one.npy", np.zeros((1, 4)))
+    np.save(tmp_path / "nan.npy", np.array([[0, np.nan]] * 9))
+    for name, message in [("empty", "holds none"), ("one.npy", "1 row"), ("nan.npy", "9 values")]:
+        arguments = ["--data", str(tmp_path / name), "--out", str(tmp_path / "run")]
+        refused(train.main, arguments, message, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_arguments_of_the_other_commands(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("there.npz").write_text("mine")
+    Path("broken.pt").write_bytes((run / "checkpoints" / "best.pt").read_bytes()[:-500])
+    np.save("other.npy", np.zeros((9, 3)))
+    path = str(run)
+    for main, arguments, message in [
+        (evaluate.main, ["nowhere"], "expected a run folder"),
+        (evaluate.main, ["broken.pt"], "broken.pt is not a checkpoint"),
+        (evaluate.main, [path, "--num-samples", "0"], "--num-samples expects at least 1"),
+        (evaluate.main, [path, "--num-images", "9999"], "at most 179"),
+        (evaluate.main, [path, "--split", "holdout"], "holdout"),
+        (evaluate.main, [path, "--data", "other.npy"], "of shape (1, 8, 8); other holds"),
+        (evaluate.main, [path, "--device", "cuda:9"], "--device expects"),
+        (generate.main, [path, "--out", "there.npz"], "exists; give another --out"),
+        (generate.main, [path, "--out", "a.jpg"], "ending in .png or .npy or .npz"),
+        (generate.main, [path, "--out", "nowhere/a.png"], "expects an existing folder"),
+        (generate.main, [path, "--out", "a.png", "--num", "0"], "--num expects at least 1"),
+        (generate.main, ["nowhere", "--out", "a.png"], "expected a run folder"),
+        (encode.main, [path, "--out", "there.npz"], "exists; give another --out"),
+        (encode.main, [path, "--out", "a.npy"], "ending in .npz"),
+        (encode.main, [path, "--data", "other.npy", "--out", "a.npz"], "of shape (1, 8, 8)"),
+    ]:
+        refused(main, arguments, message, capsys)
+    assert Path("there.npz").read_text() == "mine"
+    assert not {"a.png", "a.npz"} & set(os.listdir())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_commands_on_cuda(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train.main(["--device", "cuda", "--out", str(run), *QUICK]) == 0
+    assert train.main(["--resume", str(run), "--device", "cuda", "--epochs", "8"]) == 0
+    assert evaluate.main([str(run), "--num-samples", "10", "--device", "cuda"]) == 0
+    assert generate.main([str(run), "--out", str(tmp_path / "a.png"), "--device", "cuda"]) == 0
+    assert encode.main([str(run), "--out", str(tmp_path / "a.npz"), "--device", "cuda"]) == 0
