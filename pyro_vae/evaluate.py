@@ -150,9 +150,9 @@ def evaluate(
             reconstructions.append(evidence.reconstruction)
             kls.append(torch.distributions.kl_divergence(posterior, vae.prior()).double())
             means.append(posterior.mean.double())
+            elbo = (torch.cat(reconstructions) - torch.cat(kls)).mean()
             bar.set_postfix(
-                ELBO=f"{(torch.cat(reconstructions) - torch.cat(kls)).mean():.2f}",
-                log_p=f"{torch.cat(log_evidence).mean():.2f}",
+                {"ELBO": f"{elbo:.2f}", "log p(x)": f"{torch.cat(log_evidence).mean():.2f}"}
             )
     evidences = torch.cat(log_evidence)
     results["reconstruction"] = torch.cat(reconstructions).mean().item()

@@ -197,7 +197,8 @@ class _Run:
         self.bar.set_description(f"epoch {progress.epoch}/{progress.epochs}", refresh=False)
         parts = {"ELBO": progress.elbo, "rec": progress.reconstruction, "KL": progress.kl}
         shown = {key: f"{value:.2f}" for key, value in parts.items() if value is not None}
-        self.bar.set_postfix(**shown, img_s=f"{progress.images_per_second:,.0f}", refresh=False)
+        shown["images/s"] = f"{progress.images_per_second:,.0f}"
+        self.bar.set_postfix(shown, refresh=False)
         if self.stopped is not None or time.monotonic() - self.saved_at > SAVE_EVERY:
             self._save(progress.state())
         return self.stopped is not None
