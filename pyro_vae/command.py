@@ -134,7 +134,7 @@ def load_run_data(checkpoint: Checkpoint, source: str | None, root: Path | None)
             f"{checkpoint.path} models {_kind(spec)} of shape {spec.shape}; {splits.name} holds "
             f"{splits.describe()} of shape {splits.spec.shape}"
         )
-    return splits
+    return splits.with_spec(spec)
 
 
 def refuse_existing(out: Path, overwrite: bool, endings: Sequence[str]) -> None:

@@ -281,6 +281,9 @@ def resolve(config: Config, likelihood: Any, num_train: int) -> Config:
         config: the settings as asked.
         likelihood: the default likelihood of the data.
         num_train: number of training rows.
+
+    Raises:
+        InputError: the batch is larger than the training set.
     """
     model = dataclasses.replace(
         config.model,
@@ -294,7 +297,16 @@ def resolve(config: Config, likelihood: Any, num_train: int) -> Config:
 
 
 def resolve_epochs(config: FitConfig, num_train: int) -> int:
-    """Number of epochs: as asked, or enough for about 2500 steps."""
+    """Number of epochs: as asked, or enough for about 2500 steps.
+
+    Raises:
+        InputError: the batch is larger than the training set.
+    """
+    if config.batch_size > num_train:
+        raise InputError(
+            f"--batch-size {config.batch_size} is larger than the training set of {num_train} "
+            f"rows; lower it"
+        )
     return config.epochs or max(1, round(2500 / math.ceil(num_train / config.batch_size)))
 
 

@@ -161,6 +161,18 @@ class Splits:
             labels = torch.cat([part.labels for part in parts if part.labels is not None])[order]
         return dataclasses.replace(self.train, rows=rows, labels=labels)
 
+    def with_spec(self, spec: DataSpec) -> Splits:
+        """The same rows, read on the terms of another data set of their kind."""
+        return self._changed(spec=spec)
+
+    def _changed(self, **changes: Any) -> Splits:
+        """Every split with the same changes, and the data set where it has such a field."""
+        parts: dict[str, Any] = {
+            name: dataclasses.replace(getattr(self, name), **changes)
+            for name in ("train", "validation", "test")
+        }
+        return dataclasses.replace(self, **parts, spec=changes.get("spec", self.spec))
+
     def to(self, device: torch.device | str) -> Splits:
         """The same splits, delivering batches on `device`.
 
@@ -171,11 +183,7 @@ class Splits:
         values = self.train.values
         if values.nbytes <= 2 * 1024**3:
             values = values.to(device)
-        parts: dict[str, Any] = {
-            name: dataclasses.replace(getattr(self, name), values=values, device=device)
-            for name in ("train", "validation", "test")
-        }
-        return dataclasses.replace(self, **parts)
+        return self._changed(values=values, device=device)
 
 
 def load_data(config: DataConfig | str = DataConfig(), seed: int = 0) -> Splits:  # noqa: B008

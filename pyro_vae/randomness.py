@@ -15,19 +15,20 @@ class RandomStates:
     """Reads and writes the global random states that a model on `device` draws from."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.accelerator = None if device.type == "cpu" else torch.get_device_module(device)
 
     def get(self) -> dict[str, Tensor]:
         states = {"cpu": torch.get_rng_state()}
         if self.accelerator is not None:
-            states["accelerator"] = self.accelerator.get_rng_state()
+            states["accelerator"] = self.accelerator.get_rng_state(self.device)
         return states
 
     def set(self, states: dict[str, Tensor]) -> None:
         torch.set_rng_state(states["cpu"])
         # A run may be resumed on another kind of device, where its draws must differ anyway.
         if self.accelerator is not None and "accelerator" in states:
-            self.accelerator.set_rng_state(states["accelerator"])
+            self.accelerator.set_rng_state(states["accelerator"], self.device)
 
 
 @contextmanager

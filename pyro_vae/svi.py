@@ -24,7 +24,6 @@ import numpy as np
 import pyro
 import torch
 from pyro.infer import SVI
-from pyro.optim import PyroOptim
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import kl_divergence
@@ -33,10 +32,11 @@ from .autoencoder import Autoencoder
 from .config import FitConfig, resolve_epochs
 from .data import Split, Splits
 from .objectives import objective
+from .optimizer import OneOptimizer
 from .randomness import random_states
 from .vae import VAE
 
-__all__ = ["Diverged", "OneOptimizer", "Progress", "Record", "elbo_terms", "fit"]
+__all__ = ["Diverged", "Progress", "Record", "elbo_terms", "fit"]
 
 
 @dataclass(frozen=True)
@@ -102,38 +102,6 @@ class Diverged(ArithmeticError):
     """The loss or its gradient is not finite; the parameters still are."""
 
 
-class OneOptimizer(PyroOptim):
-    """One torch optimizer over all parameters, behind the interface that SVI asks for.
-
-    Pyro's own makes an optimizer for each parameter, which costs more than the arithmetic of a
-    small network. Gradients are clipped by their global norm before the step.
-
-    Args:
-        optimizer: over every parameter that model and guide register.
-
-    Attributes:
-        max_norm: largest norm of the gradient; inf for no clipping.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.max_norm = math.inf
-
-    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Step, given the parameters that took part in the loss.
-
-        Raises:
-            RuntimeError: a gradient is not finite, or a parameter is not the optimizer's.
-        """
-        if not {id(p) for p in params} <= {id(p) for p in self.parameters}:
-            # Pyro copies a parameter that is not contiguous, and would train the copy.
-            raise RuntimeError("model or guide registered a parameter that the optimizer lacks")
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm, error_if_nonfinite=True)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-
 def fit(
     vae: VAE | Autoencoder,
     splits: Splits,
@@ -155,7 +123,7 @@ def fit(
 
     Raises:
         Diverged: the loss, its gradient or the validation ELBO is not finite.
-        ValueError: the batch is larger than the training set.
+        InputError: the batch is larger than the training set.
     """
     training = _Training(vae, splits, config, seed)
     if state is not None:
@@ -220,11 +188,6 @@ class _Training:
     ) -> None:
         self.vae, self.splits, self.config, self.seed = vae, splits, config, seed
         num_train = len(splits.train)
-        if config.batch_size > num_train:
-            raise ValueError(
-                f"--batch-size {config.batch_size} is larger than the training set of "
-                f"{num_train} rows; lower it"
-            )
         self.device = _device(vae)
         self.units = vae.likelihood_module.units
         self.steps_per_epoch = math.ceil(num_train / config.batch_size)

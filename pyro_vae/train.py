@@ -107,11 +107,6 @@ def train(arguments: TrainArguments, checkpoint: Checkpoint | None = None) -> in
         asked = dataclasses.replace(asked, data=asked.data.absolute())
     splits = load_data(asked.data, asked.seed).to(device)
     config = resolve(asked, splits.likelihood, len(splits.train))
-    if config.fit.batch_size > len(splits.train):
-        raise InputError(
-            f"--batch-size {config.fit.batch_size} is larger than the training set of "
-            f"{len(splits.train)} rows; lower it"
-        )
     if checkpoint is None:
         vae = build(config.model, splits, config.seed).to(device)
         folder = _new_folder(arguments, splits.name)
@@ -127,12 +122,13 @@ def train(arguments: TrainArguments, checkpoint: Checkpoint | None = None) -> in
             training = None if checkpoint is None else checkpoint.training
             for record in fit(vae, splits, config.fit, config.seed, training, run.on_step):
                 run.on_epoch(record)
+            run.finish()
     except Diverged as error:
         kept = f"{folder / 'checkpoints'} keeps the last good state, of epoch {run.saved_epoch}"
         return fail(f"{error}. {kept}", status=1)
-    if run.stopped is not None:
+    if run.interrupted:
         print(f"stopped; continue with: python -m pyro_vae.train --resume {folder}")
-        return 128 + run.stopped
+        return 128 + (run.stopped or 0)
     _summarize(run)
     return 0
 
@@ -156,7 +152,9 @@ class _Run:
         self.best: bytes | None = None  # waiting to be written
         self.saved_at = time.monotonic()
         self.saved_epoch = len(self.history)
+        self.unsaved: Record | None = None  # the last epoch, where last.pt does not hold it
         self.stopped: int | None = None  # the signal that asked for it
+        self.interrupted = False  # whether the training ended for it
         self.writer = _tensorboard_writer(folder) if tensorboard else None
         for name in ("checkpoints", "figures"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -201,7 +199,8 @@ class _Run:
         self.bar.set_postfix(shown, refresh=False)
         if self.stopped is not None or time.monotonic() - self.saved_at > SAVE_EVERY:
             self._save(progress.state())
-        return self.stopped is not None
+        self.interrupted = self.stopped is not None
+        return self.interrupted
 
     def on_epoch(self, record: Record) -> None:
         from .checkpoint import serialize
@@ -217,8 +216,8 @@ class _Run:
                     self.writer.add_scalar(name, value, record.epoch)
         if record.is_best:
             self.best = serialize(self.vae, self.config, self.splits, self.history)
-        last = record.epoch == self.config.fit.epochs
-        if record.epoch == 1 or last or time.monotonic() - self.saved_at > SAVE_EVERY:
+        self.unsaved = record
+        if record.epoch == 1 or time.monotonic() - self.saved_at > SAVE_EVERY:
             self._save(record.state())
         if record.epoch == 1:
             draw_reconstructions(
@@ -232,9 +231,9 @@ class _Run:
         self._say(line)
 
     def finish(self) -> None:
-        """Bring the files up to date where early stopping ended the run."""
-        if self.best is not None:
-            self._write_best()
+        """Bring the checkpoints up to date with the last epoch."""
+        if self.unsaved is not None and not self.interrupted:
+            self._save(self.unsaved.state())
 
     def _say(self, line: dict[str, Any]) -> None:
         """A line an epoch where there is no progress bar, in long runs one in so many."""
@@ -250,18 +249,13 @@ class _Run:
         from .checkpoint import serialize, write_atomically
 
         if self.best is not None:
-            self._write_best()
+            write_atomically(self.folder / "checkpoints" / "best.pt", self.best)
+            self.best = None
         content = serialize(self.vae, self.config, self.splits, self.history, training)
         write_atomically(self.folder / "checkpoints" / "last.pt", content)
         self.saved_at = time.monotonic()
         self.saved_epoch = len(self.history)
-
-    def _write_best(self) -> None:
-        from .checkpoint import write_atomically
-
-        assert self.best is not None
-        write_atomically(self.folder / "checkpoints" / "best.pt", self.best)
-        self.best = None
+        self.unsaved = None
 
     def _write(self, name: str, text: str) -> None:
         from .checkpoint import write_atomically
@@ -351,7 +345,6 @@ def _summarize(run: _Run) -> None:
     from .checkpoint import load
     from .gallery import draw_reconstructions, draw_run
 
-    run.finish()
     history, figures, seed = run.history, run.folder / "figures", run.config.seed
     device = next(run.vae.parameters()).device
     last = history[-1]["epoch"]

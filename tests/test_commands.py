@@ -211,6 +211,21 @@ def test_evaluate_finds_relative_data_from_another_folder(tmp_path, monkeypatch,
     assert evaluate.main(["here/run", "--num-samples", "5", "--data", "here/a.npy"]) == 0
 
 
+def test_other_data_are_read_on_the_terms_of_the_training(tmp_path):
+    """A model of real values meets bytes: they are not images of 8 bits to it."""
+    random = np.random.default_rng(0)
+    np.save(tmp_path / "real.npy", random.normal(100, 30, (60, 4)))
+    other = random.integers(0, 200, (30, 4), dtype=np.uint8)
+    np.save(tmp_path / "bytes.npy", other)
+    arguments = ["--data", str(tmp_path / "real.npy"), "--batch-size", "16", *QUICK]
+    assert train.main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    out, data = str(tmp_path / "codes.npz"), str(tmp_path / "bytes.npy")
+    assert encode.main([str(tmp_path / "run"), "--data", data, "--out", out]) == 0
+    posterior = pyro_vae.load(tmp_path / "run").posterior(torch.from_numpy(other).float())
+    with np.load(out) as codes:
+        np.testing.assert_allclose(codes["mean"], posterior.mean.detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_generate(run, tmp_path):
     for name in ("a.png", "a.npy", "a.npz"):
         assert generate.main([str(run), "--num", "10", "--out", str(tmp_path / name)]) == 0
@@ -313,6 +328,16 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path):
     assert "Traceback" not in err
     assert {p: p.read_bytes() for p in (run / "checkpoints").iterdir()} == earlier
     assert train.main(["--resume", str(run), "--epochs", "9"]) == 0
+
+
+def test_early_stopping_leaves_the_last_epoch(tmp_path):
+    run = tmp_path / "run"
+    arguments = ["--out", str(run), "--patience", "3", "--learning-rate", "0.05", "--epochs", "300"]
+    assert train.main([*arguments, "--hidden", "64", "--latent-dim", "2"]) == 0
+    history = load_checkpoint(run, "last").history
+    assert len(history) < 300
+    assert history[-1]["epoch"] == lines(run)[-1]["epoch"]
+    assert load_checkpoint(run).history[-1]["epoch"] == len(history) - 3
 
 
 def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, capsys):

@@ -20,6 +20,7 @@ ORDER = [
     "vae",
     "autoencoder",
     "objectives",
+    "optimizer",
     "factory",
     "svi",
     "checkpoint",

@@ -13,7 +13,8 @@ from conftest import SIGMAS, all_likelihoods, example_splits
 import pyro_vae
 from pyro_vae import FitConfig
 from pyro_vae.checkpoint import load_checkpoint, serialize
-from pyro_vae.svi import Diverged, OneOptimizer, elbo_terms, fit
+from pyro_vae.optimizer import OneOptimizer
+from pyro_vae.svi import Diverged, elbo_terms, fit
 
 TIMINGS = ("seconds", "images_per_second")
 
