@@ -27,7 +27,7 @@ def test_round_trip(name, kind, architecture, tmp_path):
             kind=kind, architecture=architecture, latent_dim=3, likelihood=name, activation="Tanh"
         )
     )
-    config = resolve(asked, splits.likelihood, len(splits.train))
+    config = resolve(asked, splits.likelihood, 1000)
     vae = pyro_vae.build(config.model, splits)
     path = tmp_path / "model.pt"
     write_atomically(path, serialize(vae, config, splits, [{"epoch": 1}]))
@@ -45,7 +45,7 @@ def test_round_trip(name, kind, architecture, tmp_path):
 @pytest.fixture
 def file(tmp_path) -> Path:
     splits = example_splits("binomial", tmp_path)
-    config = resolve(Config(), "binomial", 48)
+    config = resolve(Config(), "binomial", 1000)
     vae = pyro_vae.build(config.model, splits)
     path = tmp_path / "model.pt"
     path.write_bytes(serialize(vae, config, splits, []))

@@ -109,9 +109,9 @@ def test_defaults_that_follow_the_data():
     assert config.model.hidden == (512, 256)
     assert config.fit.epochs == round(2500 / 6)
     conv = Config(model=ModelConfig(architecture="conv", likelihood="gaussian"))
-    resolved = resolve(conv, "binomial", 10)
+    resolved = resolve(conv, "binomial", 1000)
     assert (resolved.model.likelihood, resolved.model.hidden) == ("gaussian", (32, 64))
-    assert resolve(resolved, "bernoulli", 10) == resolved
+    assert resolve(resolved, "bernoulli", 1000) == resolved
 
 
 def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
@@ -120,3 +120,8 @@ def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
     assert DataConfig("mnist").absolute().source == "mnist"
     assert DataConfig("./mnist").absolute().source == str(tmp_path / "mnist")
     assert DataConfig("digits").absolute().root == tmp_path / "data"
+
+
+def test_batch_larger_than_the_training_set():
+    with pytest.raises(InputError, match="--batch-size 256 is larger than the training set of 9"):
+        resolve(Config(), "binomial", 9)

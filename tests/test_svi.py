@@ -85,7 +85,7 @@ def test_resumed_run_equals_uninterrupted_one(stop_at, name, tmp_path):
 
     vae, splits = small(name, tmp_path)
     run = pyro_vae.config.resolve(
-        pyro_vae.Config(model=pyro_vae.ModelConfig(latent_dim=2, hidden=(16,))), name, 81
+        pyro_vae.Config(model=pyro_vae.ModelConfig(latent_dim=2, hidden=(16,))), name, 1000
     )
     files = []
 
