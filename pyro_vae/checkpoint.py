@@ -122,11 +122,11 @@ def load_checkpoint(run: str | Path, which: str = "best") -> Checkpoint:
     if not path.is_file():
         path = _find(path, which)
     content = _read(path)
-    if content["format_version"] != FORMAT_VERSION:
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
         raise InputError(
-            f"{path} was written by pyro_vae {content.get('pyro_vae')} in format "
-            f"{content['format_version']}; this is {VERSION}, which reads format {FORMAT_VERSION}. "
-            f"Install that version, or train again"
+            f"{path} was written by pyro_vae {content.get('pyro_vae')} in format {version}; this is "
+            f"{VERSION}, which reads format {FORMAT_VERSION}. Install that version, or train again"
         )
     try:
         config = Config.from_dict(content["config"])
@@ -136,6 +136,8 @@ def load_checkpoint(run: str | Path, which: str = "best") -> Checkpoint:
         vae.load_state_dict(content["weights"])
         fingerprint, history = data["fingerprint"], content["history"]
         training = content["training"]
+        if not isinstance(history, list) or not isinstance(training, dict | None):
+            raise TypeError("history or training state are of another kind")
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "choose_device",
+    "config_of",
     "fail",
     "load_run_data",
     "parse",
@@ -66,7 +67,13 @@ def run_command(work: Callable[[], int | None]) -> int:
         return 141
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
-        return fail(f"{error.strerror or error}{place}; nothing written before was lost")
+        return fail(f"{error.strerror or error}{place}")
+    except (MemoryError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        words = ("memory", "alloc", "overflow", "too large", "invalid dimension")
+        if isinstance(error, RuntimeError) and not any(word in reason for word in words):
+            raise
+        return fail(f"not enough memory for these sizes, lower them ({reason or 'out of memory'})")
     except KeyboardInterrupt:
         return fail("interrupted", status=130)
 
@@ -106,35 +113,31 @@ def load_run_data(checkpoint: Checkpoint, source: str | None, root: Path | None)
 
     Args:
         checkpoint: of the run.
-        source: `--data` in place of the run's own.
+        source: `--data` in place of the run's own. All its rows are test rows, unless they are the
+            very data of the run, which keep their splits.
         root: `--data-root` in place of the run's own.
 
     Raises:
         InputError: the data are missing, have changed since the training, or do not suit the model.
     """
-    from .data import load_data
+    from .data import load_data, load_foreign
 
     config: DataConfig = checkpoint.config.data
-    spec = checkpoint.vae.likelihood_module.spec
+    likelihood = checkpoint.vae.likelihood_module
     if root is not None:
         config = dataclasses.replace(config, root=root)
     if source is not None:
-        # Other data are read on the run's terms; their own range could differ by chance.
-        config = dataclasses.replace(
-            config, source=source, max_value=spec.max_value, validation_size=None, test_size=None
-        )
+        config = dataclasses.replace(config, source=source)
+        foreign = load_foreign(config, likelihood.spec, likelihood.units)
+        if foreign.fingerprint != checkpoint.fingerprint:
+            return foreign
     splits = load_data(config, checkpoint.config.seed)
-    if source is None and splits.fingerprint != checkpoint.fingerprint:
+    if splits.fingerprint != checkpoint.fingerprint:
         raise InputError(
             f"the data {config.source} are not those that {checkpoint.path} was trained on: their "
             f"splits would mix training and test rows. Restore them, or name other data by --data"
         )
-    if splits.spec.shape != spec.shape or (spec.discrete and not splits.spec.discrete):
-        raise InputError(
-            f"{checkpoint.path} models {_kind(spec)} of shape {spec.shape}; {splits.name} holds "
-            f"{splits.describe()} of shape {splits.spec.shape}"
-        )
-    return splits.with_spec(spec)
+    return splits
 
 
 def refuse_existing(out: Path, overwrite: bool, endings: Sequence[str]) -> None:
@@ -143,7 +146,7 @@ def refuse_existing(out: Path, overwrite: bool, endings: Sequence[str]) -> None:
     Raises:
         InputError: another ending, an existing file without `overwrite`, or no such folder.
     """
-    if out.suffix not in endings:
+    if out.suffix.lower() not in endings:
         raise InputError(f"--out expects a file ending in {' or '.join(endings)}; got {out}")
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists; give another --out, or --overwrite")
@@ -153,12 +156,6 @@ def refuse_existing(out: Path, overwrite: bool, endings: Sequence[str]) -> None:
 
 def print_json(values: dict[str, Any]) -> None:
     print(json.dumps(values, indent=2))
-
-
-def _kind(spec: Any) -> str:
-    if spec.discrete:
-        return f"integers from 0 to {spec.max_value}"
-    return "real values" if spec.max_value is None else f"values from 0 to {spec.max_value}"
 
 
 def config_of(arguments: Config) -> Config:

@@ -25,6 +25,7 @@ __all__ = [
     "InputError",
     "ModelConfig",
     "auto",
+    "check_seed",
     "read_config",
     "resolve",
     "resolve_epochs",
@@ -65,6 +66,16 @@ def auto(metavar: str | None, meaning: str) -> Any:
 def _at_least(flag: str, value: int | None, least: int) -> None:
     if value is not None and value < least:
         raise InputError(f"--{flag} expects an integer of at least {least}; got {value}")
+
+
+def check_seed(seed: int | None) -> None:
+    """Refuse what torch cannot be seeded with.
+
+    Raises:
+        InputError: the seed is negative or too large.
+    """
+    if seed is not None and not 0 <= seed < 2**63:
+        raise InputError(f"--seed expects an integer from 0 to 2^63 - 1; got {seed}")
 
 
 @dataclass(frozen=True)
@@ -230,8 +241,7 @@ class Config:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"--seed expects an integer from 0 to 2^63 - 1; got {self.seed}")
+        check_seed(self.seed)
         if self.model.kind == "ae":
             unused = ["objective", "num_particles", "beta", "kl_warmup"]
             for name in unused:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from .config import DataConfig, InputError
 from .sources import Source, read
 
-__all__ = ["DataSpec", "Split", "Splits", "Units", "load_data", "moments"]
+__all__ = ["DataSpec", "Split", "Splits", "Units", "load_data", "load_foreign", "moments"]
 
 Units = Literal["binary", "unit", "count", "real"]
 
@@ -82,6 +82,10 @@ class DataSpec:
             x = (uniform < x).to(torch.float32)
         return x
 
+    def from_units(self, x: Tensor, units: Units) -> Tensor:
+        """x in `units` → values as they are stored: the inverse of `to_units`."""
+        return x if units == "count" or self.max_value is None else x * self.max_value
+
 
 @dataclass(frozen=True)
 class Split:
@@ -133,7 +137,8 @@ class Splits:
         likelihood: name of the default likelihood.
         class_names: the name of each label, or empty.
         low, high: the least and the largest value.
-        fingerprint: a digest of shape, type and a sample of the rows, to recognize the data by.
+        integral: whether all values are integers.
+        fingerprint: a digest of all rows, to recognize the data by.
     """
 
     name: str
@@ -145,11 +150,12 @@ class Splits:
     class_names: tuple[str, ...]
     low: float
     high: float
+    integral: bool
     fingerprint: str
 
     def describe(self) -> str:
         """The values in words, as "integers from 0 to 16"."""
-        kind = "integers" if self.spec.discrete else "real values"
+        kind = "integers" if self.integral else "real values"
         return f"{kind} from {self.low:g} to {self.high:g}"
 
     def whole(self) -> Split:
@@ -161,18 +167,6 @@ class Splits:
             labels = torch.cat([part.labels for part in parts if part.labels is not None])[order]
         return dataclasses.replace(self.train, rows=rows, labels=labels)
 
-    def with_spec(self, spec: DataSpec) -> Splits:
-        """The same rows, read on the terms of another data set of their kind."""
-        return self._changed(spec=spec)
-
-    def _changed(self, **changes: Any) -> Splits:
-        """Every split with the same changes, and the data set where it has such a field."""
-        parts: dict[str, Any] = {
-            name: dataclasses.replace(getattr(self, name), **changes)
-            for name in ("train", "validation", "test")
-        }
-        return dataclasses.replace(self, **parts, spec=changes.get("spec", self.spec))
-
     def to(self, device: torch.device | str) -> Splits:
         """The same splits, delivering batches on `device`.
 
@@ -183,7 +177,11 @@ class Splits:
         values = self.train.values
         if values.nbytes <= 2 * 1024**3:
             values = values.to(device)
-        return self._changed(values=values, device=device)
+        parts: dict[str, Any] = {
+            name: dataclasses.replace(getattr(self, name), values=values, device=device)
+            for name in ("train", "validation", "test")
+        }
+        return dataclasses.replace(self, **parts)
 
 
 def load_data(config: DataConfig | str = DataConfig(), seed: int = 0) -> Splits:  # noqa: B008
@@ -200,8 +198,8 @@ def load_data(config: DataConfig | str = DataConfig(), seed: int = 0) -> Splits:
     if isinstance(config, str):
         config = DataConfig(source=config)
     source = read(config)
-    low, high, integral = _scan(source)
-    spec = _spec(source, config.max_value, low, high, integral)
+    scan = _scan(source)
+    spec = _spec(source, config.max_value, scan)
     total = len(source.values)
     if total < 3:
         raise InputError(
@@ -227,6 +225,43 @@ def load_data(config: DataConfig | str = DataConfig(), seed: int = 0) -> Splits:
             f"{source.name} has {total} rows, {len(test)} of them for testing: {size} rows for "
             f"validation leave none to train on; lower --validation-size or --test-size"
         )
+    train, validation = rest[size:].sort().values, rest[:size].sort().values
+    return _splits(source, scan, spec, train, validation, test)
+
+
+def load_foreign(config: DataConfig, spec: DataSpec, units: Units) -> Splits:
+    """Read data for a model that was trained on others: every row is a test row.
+
+    Args:
+        config: which data.
+        spec: of the data that the model was trained on, on whose terms these are read.
+        units: the units in which the model observes x.
+
+    Raises:
+        InputError: the data are missing, damaged, or not of the kind that the model expects.
+    """
+    source = read(config)
+    scan = _scan(source)
+    none = torch.arange(0)
+    splits = _splits(source, scan, spec, none, none, torch.arange(len(source.values)))
+    bounded = spec.max_value is not None and units != "real"
+    if (
+        source.values.shape[1:] != spec.shape
+        or (bounded and not 0 <= scan.low <= scan.high <= spec.bound)
+        or (spec.discrete and units == "count" and not scan.integral)
+    ):
+        kind = "integers" if spec.discrete else "values"
+        limits = f" from 0 to {spec.max_value}" if bounded else ""
+        raise InputError(
+            f"the model expects {kind}{limits} of shape {spec.shape}; {source.name} holds "
+            f"{splits.describe()} of shape {source.values.shape[1:]}"
+        )
+    return splits
+
+
+def _splits(
+    source: Source, scan: _Scan, spec: DataSpec, train: Tensor, validation: Tensor, test: Tensor
+) -> Splits:
     values = _tensor(source.values)
     labels = None if source.labels is None else torch.from_numpy(source.labels)
 
@@ -235,15 +270,16 @@ def load_data(config: DataConfig | str = DataConfig(), seed: int = 0) -> Splits:
 
     return Splits(
         name=source.name,
-        train=split(rest[size:].sort().values),
-        validation=split(rest[:size].sort().values),
+        train=split(train),
+        validation=split(validation),
         test=split(test),
         spec=spec,
         likelihood=source.likelihood or _default_likelihood(spec),
         class_names=source.class_names,
-        low=low,
-        high=high,
-        fingerprint=_fingerprint(source.values, spec),
+        low=scan.low,
+        high=scan.high,
+        integral=scan.integral,
+        fingerprint=scan.digest,
     )
 
 
@@ -261,32 +297,48 @@ def moments(split: Split, units: Units, num_images: int = 50_000) -> tuple[Tenso
     """
     step = max(1, len(split) // num_images)
     intensity: Units = "unit" if units == "binary" else units
-    count, total, squares = 0, torch.zeros(()), torch.zeros(())
-    for rows in split.rows[::step].split(CHUNK):
-        values = split.values[rows.to(split.values.device)].cpu()
-        x = split.spec.to_units(values, intensity).to(torch.float64)
-        count += len(x)
-        total = total + x.sum(0)
-        squares = squares + x.square().sum(0)
-    mean = total / count
+
+    def average(function: Callable[[Tensor], Tensor]) -> Tensor:
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for rows in split.rows[::step].split(CHUNK):
+            values = split.values[rows.to(split.values.device)].cpu()
+            x = split.spec.to_units(values, intensity).to(torch.float64)
+            total = total + function(x).sum(0)
+            count += len(x)
+        return total / count
+
+    mean = average(lambda x: x)
+    # Around the mean, in a second pass: the difference of two large sums would lose a small spread.
+    centre = mean.mean() if split.spec.is_image else mean
+    variance = average(lambda x: (x - centre).square())
     if split.spec.is_image:
-        variance = squares.mean() / count - mean.mean().square()
-    else:
-        variance = squares / count - mean.square()
-    # Rounding leaves a constant column a variance of about 1e-16 of its square.
-    varies = variance > 1e-10 * (squares.mean() if split.spec.is_image else squares) / count
-    std = torch.where(varies, variance.clamp_min(0).sqrt(), torch.ones_like(variance))
+        variance = variance.mean()
+    # Less than the rounding of a float32: the column is constant.
+    varies = variance > 1e-14 * centre.square()
+    std = torch.where(varies, variance.sqrt(), torch.ones_like(variance))
     return mean.to(torch.float32), std.to(torch.float32)
 
 
-def _scan(source: Source) -> tuple[float, float, bool]:
-    """Least value, largest value, and whether all are integers; each value is read once."""
+@dataclass(frozen=True)
+class _Scan:
+    """What one pass over all values tells."""
+
+    low: float
+    high: float
+    integral: bool
+    digest: str
+
+
+def _scan(source: Source) -> _Scan:
     low, high, integral, bad = np.inf, -np.inf, True, 0
     first: tuple[int, ...] = ()
+    digest = hashlib.blake2b(repr((source.values.shape, str(source.values.dtype))).encode())
     for start in range(0, len(source.values), 4 * CHUNK):
-        chunk = np.asarray(source.values[start : start + 4 * CHUNK])
+        chunk = np.ascontiguousarray(source.values[start : start + 4 * CHUNK])
+        digest.update(chunk.tobytes())
         if chunk.dtype.kind == "f":
-            wrong = ~np.isfinite(chunk)
+            with np.errstate(over="ignore"):  # models compute in single precision
+                wrong = ~np.isfinite(chunk.astype(np.float32))
             if wrong.any():
                 if not bad:
                     row, *place = np.argwhere(wrong)[0].tolist()
@@ -297,15 +349,15 @@ def _scan(source: Source) -> tuple[float, float, bool]:
         low, high = min(low, float(chunk.min())), max(high, float(chunk.max()))
     if bad:
         raise InputError(
-            f"{source.name} holds {bad} value{'s' * (bad > 1)} that are NaN or infinite, the first "
-            f"in row {first[0]} at {first[1:]} (counted from 0); remove or impute them"
+            f"{source.name} holds {bad} value{'s' * (bad > 1)} that are NaN, infinite or beyond "
+            f"3e38, the first in row {first[0]} at {first[1:]} (counted from 0); remove or impute "
+            f"them"
         )
-    return low, high, integral
+    return _Scan(low, high, integral, digest.hexdigest())
 
 
-def _spec(
-    source: Source, max_value: int | None, low: float, high: float, integral: bool
-) -> DataSpec:
+def _spec(source: Source, max_value: int | None, scan: _Scan) -> DataSpec:
+    low, high, integral = scan.low, scan.high, scan.integral
     limit = max_value or source.max_value
     if limit is not None and not 0 <= low <= high <= limit:
         raise InputError(
@@ -325,7 +377,9 @@ def _default_likelihood(spec: DataSpec) -> str:
         return "gaussian"
     if not spec.discrete:
         return "continuous-bernoulli"
-    return {1: "bernoulli", 255: "discretized-logistic"}.get(spec.max_value, "binomial")
+    if spec.max_value == 1:
+        return "bernoulli"
+    return "binomial" if spec.max_value < 255 else "discretized-logistic"
 
 
 def _tensor(values: np.ndarray) -> Tensor:
@@ -337,10 +391,3 @@ def _tensor(values: np.ndarray) -> Tensor:
     if values.dtype.kind in "iu" and values.min() >= 0 and values.max() <= 255:
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.uint8))
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-
-
-def _fingerprint(values: np.ndarray, spec: DataSpec) -> str:
-    digest = hashlib.sha256(repr((values.shape, spec)).encode())
-    for row in np.linspace(0, len(values) - 1, num=min(64, len(values)), dtype=int):
-        digest.update(np.ascontiguousarray(values[row], dtype=np.float32).tobytes())
-    return digest.hexdigest()

@@ -1,7 +1,7 @@
 """Encode data: mean and standard deviation of q(z|x) for every row.
 
-The .npz holds mean (N, Z), standard_deviation (N, Z), split (N,) and, where there are any, labels
-(N,) and class_names, in the order of the data.
+The .npz holds mean (N, Z) and standard_deviation (N, Z) in the order of the data; labels (N,) and
+class_names where there are any; and split (N,) for the run's own data.
 
   python -m pyro_vae.encode runs/digits --out codes.npz
   python -m pyro_vae.encode runs/photos --data more_photos/ --out codes.npz
@@ -19,7 +19,7 @@ from typing import Annotated
 import tyro
 
 from .command import choose_device, load_run_data, parse, refuse_existing, run_command
-from .config import auto
+from .config import auto, check_seed
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ class EncodeArguments:
     seed: Annotated[int | None, auto("INT", "the run's own")] = None
     overwrite: bool = False
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,14 +72,14 @@ def _main(arguments: EncodeArguments) -> None:
             posterior = vae.posterior(x)
             means.append(posterior.mean.cpu())
             deviations.append(posterior.variance.sqrt().cpu())
-    names = np.empty(len(whole), dtype="U10")
-    for name in ("train", "validation", "test"):
-        names[getattr(splits, name).rows.numpy()] = name
     arrays = {
         "mean": torch.cat(means).numpy(),
         "standard_deviation": torch.cat(deviations).numpy(),
-        "split": names,
     }
+    if len(splits.train):  # the run's own data
+        arrays["split"] = np.empty(len(whole), dtype="U10")
+        for name in ("train", "validation", "test"):
+            arrays["split"][getattr(splits, name).rows.numpy()] = name
     if whole.labels is not None:
         arrays["labels"] = whole.labels.numpy()
         arrays["class_names"] = np.array(splits.class_names)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from .command import choose_device, load_run_data, parse, print_json, run_command
-from .config import InputError, auto
+from .config import InputError, auto, check_seed
 
 if TYPE_CHECKING:
     from .autoencoder import Autoencoder
@@ -40,7 +40,7 @@ class EvaluateArguments:
         num_samples: Number of importance samples of z an image (K).
         split: Which rows to evaluate on.
         num_images: Number of rows, taken from the beginning of the split.
-        data: Other data in place of the run's own; all its splits are fresh to the model.
+        data: Other data in place of the run's own; all its rows are evaluated.
         data_root: Folder of torchvision's data sets.
         seed: Seed of the importance samples and of the binarization.
         device: Where to compute: cpu, cuda, cuda:1, or auto (cuda where there is one).
@@ -58,6 +58,7 @@ class EvaluateArguments:
     json: bool = False
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if self.num_samples < 1:
             raise InputError(f"--num-samples expects at least 1; got {self.num_samples}")
         if self.num_images is not None and self.num_images < 1:
@@ -76,6 +77,8 @@ def _main(arguments: EvaluateArguments) -> None:
     checkpoint = load_checkpoint(arguments.run)
     splits = load_run_data(checkpoint, arguments.data, arguments.data_root).to(device)
     split: Split = getattr(splits, arguments.split)
+    if not len(split):
+        raise InputError(f"--split {arguments.split} is empty: all rows of --data are test rows")
     if arguments.num_images is not None and arguments.num_images > len(split):
         raise InputError(
             f"--num-images expects at most {len(split)}, the rows of the {arguments.split} split; "
@@ -113,7 +116,7 @@ def evaluate(
     from tqdm import tqdm
 
     from .evidence import importance_sample
-    from .randomness import random_states
+    from .randomness import derive, random_states
     from .svi import elbo_terms
     from .vae import VAE
 
@@ -141,7 +144,7 @@ def evaluate(
         return results
     log_evidence, errors, reconstructions, kls, means = [], [], [], [], []
     bar = tqdm(total=count * num_samples, unit="sample", unit_scale=True, disable=None)
-    with bar, random_states(split.device, seed), torch.no_grad():
+    with bar, random_states(split.device, derive(seed, "posterior")), torch.no_grad():
         for x in split.fixed(likelihood.units, seed, count):
             evidence = importance_sample(vae, x, num_samples, on_chunk=bar.update)
             posterior = vae.posterior(x)

@@ -10,7 +10,7 @@ from .data import DataSpec, Splits, moments
 from .likelihoods import LIKELIHOODS, Likelihood
 from .nets import Decoder, Encoder
 from .priors import StandardNormal
-from .randomness import random_states
+from .randomness import derive, random_states
 from .vae import VAE
 
 __all__ = ["build", "build_blank"]
@@ -37,7 +37,7 @@ def build(
     _check(name, splits)
     mean, std = moments(splits.train, units)
     likelihood = LIKELIHOODS[name](splits.spec, mean, std)
-    with random_states(torch.device("cpu"), seed):
+    with random_states(torch.device("cpu"), derive(seed, "weights")):
         return _assemble(config, likelihood)
 
 
@@ -73,6 +73,11 @@ def _check(likelihood: str, splits: Splits) -> None:
         return
     if units == "count" and not spec.discrete:
         expected = "integers from 0 to --max-value"
+        if splits.integral and splits.low >= 0:
+            raise InputError(
+                f"--likelihood {likelihood} expects {expected}; {splits.name} holds "
+                f"{splits.describe()}: give --max-value {splits.high:.0f} or more"
+            )
     elif units != "count" and spec.max_value is None:
         expected = "values in [0, 1], or integers from 0 to --max-value"
     else:

@@ -20,9 +20,11 @@ __all__ = [
     "Plane",
     "elbo_curves",
     "image_grid",
+    "in_rows",
     "interpolations",
     "latent_scatter",
     "manifold",
+    "plain",
     "reconstructions",
     "save",
 ]
@@ -61,13 +63,10 @@ def image_grid(values: np.ndarray, title: str = "") -> Figure:
 
 def reconstructions(originals: np.ndarray, decoded: np.ndarray, title: str = "") -> Figure:
     """Originals (N, *shape) in odd rows, each with its reconstruction below it."""
-    count = len(originals)
-    columns = min(count, 12 if originals.ndim == 4 else 6)
-    blocks = []
-    for start in range(0, count - count % columns, columns):
-        blocks += [originals[start : start + columns], decoded[start : start + columns]]
-    values = np.stack(blocks)
-    labels = ["original", "decoded"] * (len(blocks) // 2)
+    columns = min(len(originals), 12 if originals.ndim == 4 else 6)
+    pairs = np.stack([in_rows(originals, columns), in_rows(decoded, columns)], axis=1)
+    values = pairs.reshape(-1, *pairs.shape[2:])
+    labels = ["original", "decoded"] * len(pairs)
     figure = _figure(0.65 * columns + 1.2, 0.65 * len(values) * _aspect(values) + 0.6)
     figure.suptitle(title)
     _draw_tiles(figure, values, labels)
@@ -198,6 +197,19 @@ def latent_scatter(
     return figure
 
 
+def plain(text: str) -> str:
+    """Text of a user's as it stands: no mathematics in it, no underscore that hides a label."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def in_rows(values: np.ndarray, columns: int) -> np.ndarray:
+    """(N, *shape) → (rows, columns, *shape), filled up with NaN, which is drawn as nothing."""
+    rows = -(-len(values) // columns)
+    filled = np.full((rows * columns, *values.shape[1:]), np.nan, dtype=np.float32)
+    filled[: len(values)] = values
+    return filled.reshape(rows, columns, *values.shape[1:])
+
+
 def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -222,6 +234,7 @@ def _mosaic(values: np.ndarray, gap: int) -> np.ndarray:
         for j in range(columns):
             top, left = i * (height + gap), j * (width + gap)
             sheet[top : top + height, left : left + width] = np.moveaxis(values[i, j], 0, -1)
+    sheet = np.nan_to_num(sheet, nan=1.0)
     return sheet[..., 0] if channels == 1 else sheet.clip(0, 1)
 
 
@@ -238,7 +251,7 @@ def _draw_tiles(figure: Figure, values: np.ndarray, row_labels: Sequence[str] = 
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         return
-    low, high = float(values.min()), float(values.max())
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
     for i in range(rows):
         for j in range(columns):
             axes = figure.add_subplot(rows, columns, i * columns + j + 1)

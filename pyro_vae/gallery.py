@@ -46,7 +46,7 @@ def draw_reconstructions(
     figure = figures.reconstructions(
         to_display(vae, x),
         to_display(vae, vae.reconstruct(x)),
-        f"{splits.name}, validation images and their reconstructions after epoch {epoch}",
+        f"{figures.plain(splits.name)}: validation images and reconstructions after epoch {epoch}",
     )
     path = folder / f"{name}.png"
     figures.save(figure, path)
@@ -65,13 +65,13 @@ def draw_run(
     Drawn from the prior with `seed`; torch's global random state is left as it was.
     """
     with random_states(next(vae.parameters()).device, seed):
-        drawn = {"elbo": figures.elbo_curves(history, f"{splits.name}: training")}
+        drawn = {"elbo": figures.elbo_curves(history, f"{figures.plain(splits.name)}: training")}
         drawn["latent"] = _latent(vae, splits, seed)
         drawn["interpolations"] = _interpolations(vae, splits, seed)
         if isinstance(vae, VAE):
             count = 100 if splits.spec.is_image else 24
             mean = to_display(vae, generate_images(vae, count)[0])
-            title = f"{splits.name}: means of p(x|z) at draws of z from the prior"
+            title = f"{figures.plain(splits.name)}: means of p(x|z) at draws of z from the prior"
             drawn["samples"] = figures.image_grid(square(mean), title)
             if vae.prior().event_shape[0] == 2:
                 drawn["manifold"] = _manifold(vae, splits)
@@ -104,10 +104,8 @@ def _first(split: Split, vae: VAE | Autoencoder, count: int, seed: int) -> Tenso
 
 
 def square(values: np.ndarray) -> np.ndarray:
-    """(N, *shape) → (rows, columns, *shape), nearly square."""
-    columns = int(np.ceil(np.sqrt(len(values))))
-    rows = len(values) // columns
-    return values[: rows * columns].reshape(rows, columns, *values.shape[1:])
+    """(N, *shape) → (rows, columns, *shape), nearly square; NaN where nothing is left."""
+    return figures.in_rows(values, int(np.ceil(np.sqrt(len(values)))))
 
 
 @torch.no_grad()
@@ -128,8 +126,8 @@ def _latent(vae: VAE | Autoencoder, splits: Splits, seed: int) -> Figure:
     return figures.latent_scatter(
         _planes(means),
         labels,
-        splits.class_names,
-        f"{splits.name}: {what} of {len(means)} {which} images",
+        [figures.plain(name) for name in splits.class_names],
+        f"{figures.plain(splits.name)}: {what} of {len(means)} {which} images",
     )
 
 
@@ -138,7 +136,8 @@ def _planes(means: np.ndarray) -> list[figures.Plane]:
     if means.shape[1] == 1:
         spread = np.random.default_rng(0).uniform(-0.5, 0.5, size=len(means))
         return [figures.Plane(np.column_stack([means[:, 0], spread]), "$z_1$", "spread at random")]
-    if means.shape[1] == 2 or len(means) < 10:
+    # t-SNE divides by the spread of its starting points: collapsed latents have none.
+    if means.shape[1] == 2 or len(means) < 10 or means.std(0).max() < 1e-3:
         return [figures.Plane(means[:, :2], "$z_1$", "$z_2$")]
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -171,7 +170,7 @@ def _interpolations(vae: VAE | Autoencoder, splits: Splits, seed: int) -> Figure
     decoded = to_display(vae, vae.likelihood(lines).mean)
     ends = to_display(vae, x).reshape(rows, 2, *splits.spec.shape)
     values = np.concatenate([ends[:, :1], decoded, ends[:, 1:]], axis=1)
-    title = f"{splits.name}: test images at both ends, decoded straight lines between their means"
+    title = f"{figures.plain(splits.name)}: test images and the decoded lines between their means"
     return figures.interpolations(values, title)
 
 
@@ -183,5 +182,5 @@ def _manifold(vae: VAE, splits: Splits) -> Figure:
     line = torch.special.ndtri(quantiles).to(next(vae.parameters()).device)
     second, first = torch.meshgrid(line, line, indexing="ij")
     decoded = vae.likelihood(torch.stack([first, second], dim=-1)).mean
-    title = f"{splits.name}: means of p(x|z) over the latent plane"
+    title = f"{figures.plain(splits.name)}: means of p(x|z) over the latent plane"
     return figures.manifold(to_display(vae, decoded), quantiles.numpy(), title)

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 from .command import choose_device, parse, refuse_existing, run_command
-from .config import InputError
+from .config import InputError, check_seed
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class GenerateArguments:
 
     Attributes:
         run: Run folder, or a checkpoint file.
-        out: File to write. A .png holds a grid; a .npy the values x; a .npz x and its latents z.
+        out: File to write. A .png holds a grid; a .npy the values x, on the scale of the training
+            data (0 to 255 for 8-bit images); a .npz x and its latents z.
         num: Number of images.
         draw: Draw x from p(x|z) rather than take its mean.
         seed: Seed of the draws.
@@ -42,9 +43,10 @@ class GenerateArguments:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if self.num < 1:
             raise InputError(f"--num expects at least 1; got {self.num}")
-        if self.num > 2500 and self.out.suffix == ".png":
+        if self.num > 2500 and self.out.suffix.lower() == ".png":
             raise InputError(f"--num expects at most 2500 for a .png grid; got {self.num}")
 
 
@@ -73,12 +75,15 @@ def _main(arguments: GenerateArguments) -> None:
         )
     with random_states(device, arguments.seed):
         x, z = generate_images(vae, arguments.num, arguments.draw)
-    if arguments.out.suffix == ".png":
+    ending = arguments.out.suffix.lower()
+    if ending == ".png":
         save(image_grid(square(to_display(vae, x))), arguments.out)
     else:
+        likelihood = vae.likelihood_module
+        x = likelihood.spec.from_units(x, likelihood.units)
         values: dict[str, Any] = {"x": x.cpu().numpy(), "z": z.cpu().numpy()}
         buffer = io.BytesIO()
-        if arguments.out.suffix == ".npy":
+        if ending == ".npy":
             np.save(buffer, values["x"])
         else:
             np.savez(buffer, **values)

@@ -290,7 +290,14 @@ class DiscretizedLogistic(TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """Σₖ P(X ≥ k), k = 1 … max_value: exact, one value after the other to save memory."""
+        """Σₖ P(X ≥ k), k = 1 … max_value.
+
+        Exact up to 1,024 values, one after the other to save memory; above, the integral for the
+        sum, which is off by less than half a value.
+        """
+        if self.max_value > 1024:
+            below, above = self.loc / self.scale, (self.loc - self.max_value) / self.scale
+            return self.scale * (F.softplus(below) - F.softplus(above))
         total = torch.zeros_like(self.loc)
         for k in range(1, self.max_value + 1):
             total = total + torch.sigmoid((self.loc - (k - 0.5)) / self.scale)

@@ -159,19 +159,18 @@ def _conv_sizes(data_shape: tuple[int, ...], hidden: tuple[int, ...]) -> list[tu
 
 
 def _activation(name: str) -> nn.Module:
-    kinds = {
-        key.lower(): kind
-        for key, kind in vars(nn.modules.activation).items()
-        if isinstance(kind, type)
-        and issubclass(kind, nn.Module)
-        and key in nn.modules.activation.__all__
-    }
+    """The elementwise activation of torch.nn called `name`, in any case."""
+    module = nn.modules.activation
+    kinds = {key.lower(): getattr(module, key) for key in module.__all__}
+    probe = torch.tensor([[-1.0, 0.5]])
     try:
-        module = kinds[name.lower()]()
-        module(torch.zeros(1, 2))
-    except (KeyError, TypeError):
+        activation = kinds[name.lower()]()
+        whole, part = activation.eval()(probe), activation(probe[:, :1])
+        if whole.shape != probe.shape or not torch.allclose(whole[:, :1], part):
+            raise TypeError("not elementwise")
+    except Exception:
         raise InputError(
-            f"--activation expects the name of an activation in torch.nn that needs no argument, "
-            f"such as SiLU, ReLU, Tanh, Softplus, GELU or ELU; got {name!r}"
+            f"--activation expects the name of an elementwise activation in torch.nn that needs no "
+            f"argument, such as SiLU, ReLU, Tanh, Softplus, GELU or ELU; got {name!r}"
         ) from None
-    return module
+    return activation.train()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["RandomStates", "random_states"]
+__all__ = ["RandomStates", "derive", "random_states"]
 
 
 class RandomStates:
@@ -17,6 +18,12 @@ class RandomStates:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.accelerator = None if device.type == "cpu" else torch.get_device_module(device)
+
+    def seed(self, seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+        if self.accelerator is not None:
+            with self.accelerator.device(self.device):
+                self.accelerator.manual_seed(seed)
 
     def get(self) -> dict[str, Tensor]:
         states = {"cpu": torch.get_rng_state()}
@@ -31,6 +38,16 @@ class RandomStates:
             self.accelerator.set_rng_state(states["accelerator"], self.device)
 
 
+def derive(seed: int, purpose: str) -> int:
+    """A seed for one purpose.
+
+    Two generators of the same seed draw the same stream, whatever is made of it: with one seed for
+    all, the noise of z would follow the binarization of x.
+    """
+    entropy = np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1, np.uint64)
+    return int(entropy[0])
+
+
 @contextmanager
 def random_states(device: torch.device, seed: int | None = None) -> Iterator[RandomStates]:
     """Within, draws are the block's own; after it the caller's states are as they were.
@@ -43,7 +60,7 @@ def random_states(device: torch.device, seed: int | None = None) -> Iterator[Ran
     outer = states.get()
     try:
         if seed is not None:
-            torch.manual_seed(seed)
+            states.seed(seed)
         yield states
     finally:
         states.set(outer)

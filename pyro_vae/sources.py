@@ -7,7 +7,9 @@ unpickled: arrays are read with `allow_pickle=False`.
 
 from __future__ import annotations
 
+import csv
 import os
+import pickle
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -22,7 +24,8 @@ from .config import TORCHVISION_CLASSES, DataConfig, InputError
 
 __all__ = ["Source", "read"]
 
-LABEL_NAMES = ("label", "labels", "class", "target", "targets", "y")
+LABEL_COLUMNS = ("label", "labels", "class", "target", "targets")
+LABEL_NAMES = (*LABEL_COLUMNS, "y")  # in a table y may well be a coordinate
 VALUE_NAMES = ("x", "data", "images")
 
 
@@ -61,9 +64,9 @@ def read(config: DataConfig) -> Source:
         source = _torchvision(config.source, TORCHVISION_CLASSES[config.source], config.root)
         return _fixed_size(source, config)
     path = Path(config.source).expanduser()
-    if path.is_dir():
+    if path.is_dir() and config.source:
         return _folder(path, config.image_size)
-    if not path.exists():
+    if not path.exists() or not config.source:
         raise InputError(
             f"--data expects digits, {', '.join(TORCHVISION_CLASSES)}, or the path of a folder of "
             f"images, a .npy, .npz or .csv file; {config.source!r} is none of these names and no "
@@ -119,7 +122,7 @@ def _torchvision(name: str, class_name: str, root: Path) -> Source:
     options = {"split": "balanced"} if name == "emnist" else {}
     try:
         parts = [dataset_class(root, train=train, **options) for train in (True, False)]
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
         if "not found" not in str(error).lower():
             raise InputError(
                 f"{name} under {root} is damaged ({error}); delete {root / class_name} or mend it"
@@ -155,12 +158,14 @@ def _torchvision(name: str, class_name: str, root: Path) -> Source:
 
 def _folder(path: Path, image_size: tuple[int, int] | None) -> Source:
     """A folder of images; the folder that an image lies in, below `path`, is its label."""
-    files = sorted(
-        Path(folder, name)
-        for folder, _, names in os.walk(path)
-        for name in names
-        if not name.startswith(".") and name != "Thumbs.db"
-    )
+    files, seen = [], set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if (place := os.path.realpath(folder)) in seen:  # a link that leads back up
+            folders.clear()
+            continue
+        seen.add(place)
+        files += [Path(folder, n) for n in names if not n.startswith(".") and n != "Thumbs.db"]
+    files.sort()
     if not files:
         raise InputError(f"--data expects a folder with images; {path} holds none")
 
@@ -205,7 +210,13 @@ def _read_image(folder: Path, file: Path, function: Callable[[Any], Any]) -> Any
     try:
         with Image.open(file) as image:
             return function(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        NotImplementedError,
+        Image.DecompressionBombError,
+    ) as error:
         raise InputError(
             f"{file} is not an image or is damaged ({error}); mend it or remove it from {folder}"
         ) from None
@@ -228,6 +239,9 @@ def _pixels(image: Any, mode: str, image_size: tuple[int, int] | None) -> np.nda
     if image.mode.startswith("I"):
         # 16-bit images become intensities in [0, 1]; pillow resizes floats, not 16-bit integers.
         image = Image.fromarray(np.asarray(image).astype(np.float32) / np.float32(65535))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     if image.mode != mode:
         image = image.convert(mode)
     if image_size:
@@ -253,7 +267,7 @@ def _npy(path: Path, config: DataConfig) -> Source:
 def _npz(path: Path, config: DataConfig) -> Source:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
+            arrays = {key.lower(): archive[key] for key in archive.files}
     except TypeError:
         raise InputError(f"{path} is a single array by its content; name it .npy") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
@@ -275,7 +289,7 @@ def _npz(path: Path, config: DataConfig) -> Source:
                 labels = np.concatenate([labels, test_labels])
     else:
         labels = one_of(LABEL_NAMES)
-        rest = [a for key, a in arrays.items() if key.lower() not in LABEL_NAMES]
+        rest = [a for key, a in arrays.items() if key not in LABEL_NAMES]
         found = one_of(VALUE_NAMES)
         if found is None and len(rest) != 1:
             raise InputError(
@@ -304,11 +318,11 @@ def _csv(path: Path, config: DataConfig) -> Source:
     if not first:
         raise InputError(f"{path} expects a table of numbers; its first line is empty")
     delimiter = max(",;\t", key=first.count)
-    cells = [cell.strip().strip('"') for cell in first.split(delimiter)]
-    header = not all(map(_is_number, cells))
+    cells = [cell.strip() for cell in next(csv.reader([first], delimiter=delimiter))]
+    header = not any(map(_is_number, cells)) and any(cells)
     column = None
     if header:
-        column = next((i for i, cell in enumerate(cells) if cell.lower() in LABEL_NAMES), None)
+        column = next((i for i, cell in enumerate(cells) if cell.lower() in LABEL_COLUMNS), None)
     columns = [i for i in range(len(cells)) if i != column]
     options: dict[str, Any] = {
         "delimiter": delimiter,

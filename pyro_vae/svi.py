@@ -29,11 +29,11 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from .autoencoder import Autoencoder
-from .config import FitConfig, resolve_epochs
+from .config import FitConfig, InputError, resolve_epochs
 from .data import Split, Splits
 from .objectives import objective
 from .optimizer import OneOptimizer
-from .randomness import random_states
+from .randomness import derive, random_states
 from .vae import VAE
 
 __all__ = ["Diverged", "Progress", "Record", "elbo_terms", "fit"]
@@ -149,7 +149,7 @@ def elbo_terms(
     The KL of an `Autoencoder` is None.
     """
     reconstruction, kl, count = 0.0, 0.0, 0
-    with random_states(_device(vae), seed):
+    with random_states(_device(vae), derive(seed, "posterior")):
         for x in split.fixed(vae.likelihood_module.units, seed, num_images):
             reconstructions, kls = vae.elbo_terms(x)
             reconstruction += reconstructions.double().sum().item()
@@ -223,6 +223,10 @@ class _Training:
         }
 
     def load(self, state: dict[str, Any]) -> None:
+        if set(state) != set(self.state()):
+            raise InputError(
+                f"a training's state expects {', '.join(self.state())}; got {', '.join(state)}"
+            )
         state = dict(state)
         self.optimizer.optimizer.load_state_dict(state.pop("optimizer"))
         for name, value in state.items():
@@ -258,6 +262,9 @@ class _Training:
             with pyro.validation_enabled(self.step == 0), _Terms() as terms, _no_nan_warning():
                 try:
                     loss = self.svi.step(x)
+                except ValueError as error:  # of the checks of the first step
+                    reason = str(error).splitlines()[0]
+                    raise InputError(f"model and data do not fit together: {reason}") from None
                 except RuntimeError as error:
                     if "non-finite" not in str(error):
                         raise
@@ -321,6 +328,8 @@ class _Training:
         """Validate and report."""
         started = time.perf_counter()
         self.vae.eval()
+        if isinstance(self.vae, VAE):
+            self.vae.kl_weight = 1.0  # what the consumer of the record expects
         reconstruction, kl = elbo_terms(self.vae, self.splits.validation, self.seed)
         elbo = None if kl is None else reconstruction - kl
         score = reconstruction if elbo is None else elbo
@@ -354,9 +363,7 @@ class _Training:
         """Torch's global random state is this training's own within, the caller's without."""
         with random_states(self.device) as states:
             if self.random is None:
-                # Not the seed itself, which has drawn the initial weights.
-                entropy = np.random.SeedSequence([self.seed, 1]).generate_state(1, np.uint64)
-                torch.manual_seed(int(entropy[0]))
+                states.seed(derive(self.seed, "training"))
             else:
                 states.set(self.random)
             yield

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early = argparse.ArgumentParser("pyro_vae.train", add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
     early.add_argument("--resume", type=Path)
     given, _ = early.parse_known_args(argv)
@@ -80,6 +80,8 @@ def _main(argv: Sequence[str] | None) -> int:
     if given.resume:
         from .checkpoint import load_checkpoint
 
+        if given.resume.is_file():
+            raise InputError(f"--resume expects a run folder; {given.resume} is a file")
         checkpoint = load_checkpoint(given.resume, "last")
         default = checkpoint.config
     names = [field.name for field in dataclasses.fields(Config)]
@@ -99,16 +101,20 @@ def train(arguments: TrainArguments, checkpoint: Checkpoint | None = None) -> in
     """Train as the arguments say, from the beginning or from a checkpoint; returns the status."""
     from .data import load_data
     from .factory import build
-    from .svi import Diverged, fit
+    from .svi import Diverged, elbo_terms, fit
 
     device = choose_device(arguments.device)
     asked = config_of(arguments)
     if checkpoint is None:
         asked = dataclasses.replace(asked, data=asked.data.absolute())
+    if arguments.tensorboard:
+        _summary_writer()
     splits = load_data(asked.data, asked.seed).to(device)
     config = resolve(asked, splits.likelihood, len(splits.train))
     if checkpoint is None:
         vae = build(config.model, splits, config.seed).to(device)
+        # What cannot work fails before an old run is touched.
+        elbo_terms(vae, splits.validation, config.seed, num_images=1)
         folder = _new_folder(arguments, splits.name)
     else:
         if splits.fingerprint != checkpoint.fingerprint:
@@ -116,6 +122,7 @@ def train(arguments: TrainArguments, checkpoint: Checkpoint | None = None) -> in
         vae = checkpoint.vae.to(device)
         folder = checkpoint.path.parent.parent
     run = _Run(folder, config, vae, splits, checkpoint, arguments.tensorboard)
+    run.write("config.json", json.dumps(asked.to_dict(), indent=2) + "\n")
     _describe(run)
     try:
         with run:
@@ -155,12 +162,11 @@ class _Run:
         self.unsaved: Record | None = None  # the last epoch, where last.pt does not hold it
         self.stopped: int | None = None  # the signal that asked for it
         self.interrupted = False  # whether the training ended for it
-        self.writer = _tensorboard_writer(folder) if tensorboard else None
+        self.writer = _summary_writer()(str(folder / "tensorboard")) if tensorboard else None
         for name in ("checkpoints", "figures"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        self._write("config.json", json.dumps({**config.to_dict()}, indent=2) + "\n")
         # After a kill there may be lines of epochs that are to be done again.
-        self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
+        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
         if checkpoint is None:
             self._save(None)
         self.metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
@@ -178,6 +184,7 @@ class _Run:
             signal.signal(number, handler)
         self.bar.close()
         self.metrics.close()
+        self._write_best()  # on every way out
         if self.writer is not None:
             self.writer.close()
 
@@ -248,16 +255,21 @@ class _Run:
         """Write what has changed; the best model first, so that it is never behind the last."""
         from .checkpoint import serialize, write_atomically
 
-        if self.best is not None:
-            write_atomically(self.folder / "checkpoints" / "best.pt", self.best)
-            self.best = None
+        self._write_best()
         content = serialize(self.vae, self.config, self.splits, self.history, training)
         write_atomically(self.folder / "checkpoints" / "last.pt", content)
         self.saved_at = time.monotonic()
         self.saved_epoch = len(self.history)
         self.unsaved = None
 
-    def _write(self, name: str, text: str) -> None:
+    def _write_best(self) -> None:
+        from .checkpoint import write_atomically
+
+        if self.best is not None:
+            write_atomically(self.folder / "checkpoints" / "best.pt", self.best)
+            self.best = None
+
+    def write(self, name: str, text: str) -> None:
         from .checkpoint import write_atomically
 
         write_atomically(self.folder / name, text.encode())
@@ -274,14 +286,19 @@ def _new_folder(arguments: TrainArguments, name: str) -> Path:
             number += 1
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out expects a folder; {folder} is a file")
+    source = Path(arguments.data.source).expanduser()
+    if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
+        raise InputError(f"--out {folder} lies in the data folder {source}; give another --out")
     if folder.is_dir() and any(folder.iterdir()):
         if not arguments.overwrite:
             raise InputError(
                 f"--out {folder} exists and is not empty; continue it by --resume {folder}, "
                 f"replace it by --overwrite, or give another --out"
             )
-        if not (folder / "config.json").is_file():
-            raise InputError(f"--overwrite replaces runs only; {folder} holds no config.json")
+        try:
+            read_config(folder / "config.json")
+        except InputError as error:
+            raise InputError(f"--overwrite replaces runs only; {folder} is none: {error}") from None
         for entry in RUN_FILES:
             path = folder / entry
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -304,20 +321,22 @@ def _check_resumable(arguments: TrainArguments, checkpoint: Checkpoint) -> None:
             "--resume continues a run with its own settings; only --epochs, --patience and "
             "--device may be given anew. For others start a new run by --config RUN/config.json"
         )
-    if len(checkpoint.history) >= (arguments.fit.epochs or 0):
-        raise InputError(
-            f"the run is complete with {len(checkpoint.history)} epochs; give more by --epochs"
-        )
+    done = len(checkpoint.history)
+    if done > (arguments.fit.epochs or 0):
+        raise InputError(f"--epochs expects at least the {done} that the run has; got fewer")
+    if done == arguments.fit.epochs:
+        print(f"the run is complete with {done} epochs, more are given by --epochs; drawing again")
 
 
-def _tensorboard_writer(folder: Path) -> Any:
+def _summary_writer() -> Any:
+    """TensorBoard's writer class."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise InputError(
             "--tensorboard needs a package: pip install 'pyro-vae[tensorboard]'"
         ) from None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter
 
 
 def _describe(run: _Run) -> None:
@@ -331,6 +350,7 @@ def _describe(run: _Run) -> None:
         f"data   {splits.name}: {len(splits.train):,} training, {len(splits.validation):,} "
         f"validation, {len(splits.test):,} test rows of {'x'.join(map(str, spec.shape))}, "
         f"{splits.describe()}"
+        f"{f', {len(splits.class_names)} classes' if splits.class_names else ''}"
     )
     print(
         f"model  {model.kind}: {model.architecture} {sizes}, {model.latent_dim} latents, "
@@ -367,7 +387,7 @@ def _summarize(run: _Run) -> None:
         f"done   {history[-1]['seconds']:.0f} s of training; best epoch {line['epoch']} of {last}"
     )
     print(f"       validation: {terms} nats per image")
-    print(f"see    {figures}{'/' if figures else ''}*.png, {run.folder / 'metrics.jsonl'}")
+    print(f"see    {figures}/*.png, {run.folder / 'metrics.jsonl'}")
     print(f"next   python -m pyro_vae.evaluate {run.folder}")
 
 
