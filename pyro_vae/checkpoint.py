@@ -125,8 +125,8 @@ def load_checkpoint(run: str | Path, which: str = "best") -> Checkpoint:
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise InputError(
-            f"{path} was written by pyro_vae {content.get('pyro_vae')} in format {version}; this is "
-            f"{VERSION}, which reads format {FORMAT_VERSION}. Install that version, or train again"
+            f"{path} was written by pyro_vae {content.get('pyro_vae')} in format {version}; this "
+            f"is {VERSION}, which reads format {FORMAT_VERSION}. Install that one, or train again"
         )
     try:
         config = Config.from_dict(content["config"])

@@ -286,8 +286,9 @@ def _new_folder(arguments: TrainArguments, name: str) -> Path:
             number += 1
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out expects a folder; {folder} is a file")
-    source = Path(arguments.data.source).expanduser()
-    if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
+    source = Path(arguments.data.absolute().source)  # the name of a data set stays relative
+    inside = folder.resolve().is_relative_to(source.resolve())
+    if source.is_absolute() and source.is_dir() and inside:
         raise InputError(f"--out {folder} lies in the data folder {source}; give another --out")
     if folder.is_dir() and any(folder.iterdir()):
         if not arguments.overwrite:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 import pyro_vae
 from pyro_vae import encode, evaluate, generate, train
 from pyro_vae.checkpoint import load_checkpoint
+from pyro_vae.randomness import derive
 
 KEYS = {
     "epoch",
@@ -185,9 +187,12 @@ def test_evaluate(run, capsys):
     # the same numbers from the Python interface, image by image
     vae, splits = pyro_vae.load(run), pyro_vae.load_data("digits")
     x = next(splits.test.fixed("count", 0))
-    torch.manual_seed(0)
-    values = pyro_vae.log_evidence(vae, x, num_samples=50)
+    torch.manual_seed(derive(0, "posterior"))
+    evidence = pyro_vae.importance_sample(vae, x, num_samples=50)
+    values = evidence.log_evidence
     assert values.mean().item() == pytest.approx(results["log_evidence"], rel=1e-9)
+    monte_carlo = evidence.standard_error.square().sum().sqrt().item() / len(values)
+    assert monte_carlo == pytest.approx(results["monte_carlo_error"], rel=1e-9)
     error = (values.std() / len(values) ** 0.5).item()
     assert error == pytest.approx(results["standard_error"], rel=1e-9)
     assert evaluate.main([str(run), "--num-samples", "50", "--num-images", "7"]) == 0
@@ -226,6 +231,55 @@ def test_other_data_are_read_on_the_terms_of_the_training(tmp_path):
         np.testing.assert_allclose(codes["mean"], posterior.mean.detach(), rtol=1e-4, atol=1e-5)
 
 
+def test_generated_data_are_on_the_scale_of_the_training_data(tmp_path):
+    """Draws of a Bernoulli on the digits are 0 or 16, and encoding them recovers their latents."""
+    run = tmp_path / "run"
+    arguments = ["--likelihood", "bernoulli", "--latent-dim", "2", "--hidden", "64"]
+    assert train.main([*arguments, "--epochs", "30", "--out", str(run)]) == 0
+    out = str(tmp_path / "draws.npz")
+    assert generate.main([str(run), "--num", "300", "--draw", "--out", out]) == 0
+    with np.load(out) as archive:
+        x, z = archive["x"], archive["z"]
+    assert set(np.unique(x)) == {0, 16}
+    np.save(tmp_path / "draws.npy", x)
+    out = str(tmp_path / "codes.npz")
+    assert encode.main([str(run), "--data", str(tmp_path / "draws.npy"), "--out", out]) == 0
+    with np.load(out) as codes:
+        assert "split" not in codes
+        for i in range(2):
+            assert np.corrcoef(codes["mean"][:, i], z[:, i])[0, 1] > 0.8
+
+
+def test_one_row_can_be_encoded_and_evaluated(run, tmp_path, capsys):
+    np.save(tmp_path / "one.npy", pyro_vae.load_data("digits").train.values[:1].numpy())
+    data = ["--data", str(tmp_path / "one.npy")]
+    assert encode.main([str(run), *data, "--out", str(tmp_path / "codes.npz")]) == 0
+    with np.load(tmp_path / "codes.npz") as codes:
+        assert codes["mean"].shape == (1, 2)
+    capsys.readouterr()
+    assert evaluate.main([str(run), *data, "--num-samples", "5", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["num_images"] == 1
+    assert results["standard_error"] is results["active_units"] is None
+    refused(evaluate.main, [str(run), *data, "--split", "train"], "is empty", capsys)
+    # the run's own data by name keep their splits
+    assert evaluate.main([str(run), "--data", "digits", "--num-samples", "5", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_images"] == 179
+
+
+def test_active_units_are_told_by_the_variance(run):
+    """A latent whose means have the sd 0.05, variance 0.0025, is not active."""
+    vae, splits = pyro_vae.load(run), pyro_vae.load_data("digits")
+    assert evaluate.evaluate(vae, splits.test, 2)["active_units"] == 2
+    x = next(splits.test.fixed("count", 0))
+    head = vae.encoder.layers[-1]
+    with torch.no_grad():
+        factor = 0.05 / vae.posterior(x).mean[:, 0].std()
+        head.weight[0] *= factor
+        head.bias[0] *= factor
+    assert evaluate.evaluate(vae, splits.test, 2)["active_units"] == 1
+
+
 def test_generate(run, tmp_path):
     for name in ("a.png", "a.npy", "a.npz"):
         assert generate.main([str(run), "--num", "10", "--out", str(tmp_path / name)]) == 0
@@ -240,6 +294,11 @@ def test_generate(run, tmp_path):
     draws = np.load(tmp_path / "b.npy")
     assert np.array_equal(draws, np.rint(draws))
     assert draws.shape == (10, 1, 8, 8)
+    for seed, same in [("0", True), ("1", False)]:
+        again = tmp_path / f"seed{seed}.npy"
+        arguments = [str(run), "--num", "10", "--seed", seed, "--out", str(again)]
+        assert generate.main(arguments) == 0
+        assert np.array_equal(np.load(again), means) == same
     assert matplotlib.image.imread(tmp_path / "a.png").std() > 0.02
 
 
@@ -301,8 +360,18 @@ def test_resume_of_a_complete_run_and_beyond(tmp_path, capsys):
     run = tmp_path / "run"
     assert train.main(["--out", str(run), *QUICK]) == 0
     capsys.readouterr()
-    assert train.main(["--resume", str(run)]) == 2
-    assert "complete with 6 epochs; give more by --epochs" in capsys.readouterr().err
+    before = lines(run)
+    for picture in (run / "figures").iterdir():
+        picture.unlink()  # as if the run had been stopped while they were drawn
+    assert train.main(["--resume", str(run)]) == 0
+    assert "complete with 6 epochs" in capsys.readouterr().out
+    assert {p.stem for p in (run / "figures").iterdir()} >= PICTURES - {
+        "reconstructions_first_epoch"
+    }
+    assert lines(run) == before
+    assert train.main(["--resume", str(run), "--epochs", "3"]) == 2
+    assert train.main(["--resume", str(run / "checkpoints" / "last.pt"), "--epochs", "8"]) == 2
+    capsys.readouterr()
     assert train.main(["--resume", str(run), "--latent-dim", "5", "--epochs", "8"]) == 2
     assert "own settings" in capsys.readouterr().err
     assert train.main(["--resume", str(run), "--out", str(run)]) == 2
@@ -353,8 +422,28 @@ def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, capsys):
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("years of work")
     assert train.main(["--out", str(foreign), "--epochs", "1", "--overwrite"]) == 2
-    assert "holds no config.json" in capsys.readouterr().err
+    assert "replaces runs only" in capsys.readouterr().err
     assert [p.name for p in foreign.iterdir()] == ["thesis.txt"]
+    (foreign / "config.json").write_text('{"model_type": "another program"}')
+    assert train.main(["--out", str(foreign), "--epochs", "1", "--overwrite"]) == 2
+    assert (foreign / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [["--activation", "GLU"], ["--activation", "Softmax"], ["--tensorboard"], ["--seed", "-1"]],
+)
+def test_a_mistake_beside_overwrite_leaves_the_old_run(mistake, run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
+    try:
+        status = train.main(["--out", str(copy), "--overwrite", *mistake])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
 
 
 def test_diverged_run_keeps_the_last_good_state(tmp_path, capsys):
@@ -368,6 +457,57 @@ def test_diverged_run_keeps_the_last_good_state(tmp_path, capsys):
     assert "keeps the last good state" in err
     weights = load_checkpoint(run, "last").vae.state_dict()
     assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_a_run_that_diverges_keeps_its_best_model(tmp_path, capsys, monkeypatch):
+    """Though it was not yet due to be written."""
+    run = tmp_path / "run"
+    from pyro_vae import svi
+
+    steps = []
+    original = svi._Training._one_step
+
+    def one_step(self, index):
+        if self.epoch == 5:
+            raise self._diverged("loss")
+        steps.append(1)
+        original(self, index)
+
+    monkeypatch.setattr(svi._Training, "_one_step", one_step)
+    assert train.main(["--out", str(run), *QUICK]) == 1
+    assert load_checkpoint(run).history[-1]["epoch"] == 5
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.tile(np.arange(5.0) / 7, (60, 1)),
+        1.7e9 + 1e4 * np.random.default_rng(0).standard_normal((60, 2)),
+        1e30 * np.random.default_rng(0).standard_normal((60, 2)),
+        np.zeros((60, 3)),
+        np.random.default_rng(0).random((60, 1)),
+    ],
+    ids=["all rows the same", "timestamps", "huge", "zeros", "one column"],
+)
+def test_odd_tables_train(values, tmp_path):
+    np.save(tmp_path / "a.npy", values)
+    arguments = ["--data", str(tmp_path / "a.npy"), "--out", str(tmp_path / "run")]
+    arguments += ["--epochs", "2", "--hidden", "8", "--latent-dim", "4", "--batch-size", "16"]
+    assert train.main(arguments) == 0
+
+
+def test_names_with_mathematics_in_them(tmp_path):
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for label in ("$^$", "_hidden"):
+        folder = tmp_path / "dollar$x_{$" / label
+        folder.mkdir(parents=True)
+        for i in range(20):
+            pixels = random.integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    arguments = ["--data", str(tmp_path / "dollar$x_{$"), "--out", str(tmp_path / "run")]
+    assert train.main([*arguments, "--batch-size", "8", *QUICK]) == 0
 
 
 def test_tensorboard_is_an_extra(tmp_path, capsys, monkeypatch):
@@ -415,6 +555,11 @@ BAD = {
     "no such config": (["--config", "nowhere.json"], "cannot read the config"),
     "unwritable folder": (["--out", "/proc/nowhere/run"], "cannot write to the run folder"),
     "file in the way": (["--out", "file.txt/run"], "cannot write to the run folder"),
+    "out inside the data": (["--data", ".", "--out", "run"], "is not an image"),
+    "too large": (["--hidden", "3000000000"], "not enough memory"),
+    "much too large": (["--latent-dim", "100000000000000000"], "not enough memory"),
+    "seed too large": (["--seed", "99999999999999999999"], "--seed expects"),
+    "no name": (["--data", ""], "--data expects digits"),
     "folder is a file": (["--out", "file.txt"], "is a file"),
 }
 
@@ -460,6 +605,15 @@ def test_impossible_likelihoods(likelihood, values, mend, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_inside_its_data_is_refused(tmp_path, capsys):
+    from PIL import Image
+
+    for i in range(9):
+        Image.fromarray(np.full((8, 8), 20 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    arguments = ["--data", str(tmp_path), "--out", str(tmp_path / "run"), "--batch-size", "2"]
+    refused(train.main, arguments, "lies in the data folder", capsys)
+
+
 def test_bad_data_by_command(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     np.save(tmp_path / "one.npy", np.zeros((1, 4)))
@@ -475,6 +629,7 @@ def test_bad_arguments_of_the_other_commands(run, tmp_path, capsys, monkeypatch)
     Path("there.npz").write_text("mine")
     Path("broken.pt").write_bytes((run / "checkpoints" / "best.pt").read_bytes()[:-500])
     np.save("other.npy", np.zeros((9, 3)))
+    np.save("large.npy", np.full((9, 8, 8), 17))
     path = str(run)
     for main, arguments, message in [
         (evaluate.main, ["nowhere"], "expected a run folder"),
@@ -492,6 +647,9 @@ def test_bad_arguments_of_the_other_commands(run, tmp_path, capsys, monkeypatch)
         (encode.main, [path, "--out", "there.npz"], "exists; give another --out"),
         (encode.main, [path, "--out", "a.npy"], "ending in .npz"),
         (encode.main, [path, "--data", "other.npy", "--out", "a.npz"], "of shape (1, 8, 8)"),
+        (encode.main, [path, "--data", "large.npy", "--out", "a.npz"], "integers from 0 to 16"),
+        (encode.main, [path, "--seed", "-5", "--out", "a.npz"], "--seed expects"),
+        (generate.main, [path, "--seed", "-5", "--out", "a.png"], "--seed expects"),
     ]:
         refused(main, arguments, message, capsys)
     assert Path("there.npz").read_text() == "mine"

@@ -10,7 +10,7 @@ import torch
 from conftest import SIGMAS
 
 from pyro_vae import DataConfig, InputError, load_data
-from pyro_vae.data import CHUNK, moments
+from pyro_vae.data import CHUNK, load_foreign, moments
 
 
 def save(tmp_path, values, name="a.npy") -> str:
@@ -60,6 +60,7 @@ def test_sizes_of_splits(tmp_path):
         (np.array([0, 3, 300], np.int64), None, False, "gaussian"),
         (np.array([-1, 3, 4], np.int64), None, False, "gaussian"),
         (np.array([0.0, 7.3, 2.0]), None, False, "gaussian"),
+        (np.array([0.0, 1e38, 2.5]), None, False, "gaussian"),
     ],
 )
 def test_kind_of_data(values, max_value, discrete, likelihood, tmp_path):
@@ -82,6 +83,11 @@ def test_values_that_are_not_finite_are_counted_and_located(tmp_path):
     values[4500, 0, 0] = np.inf
     with pytest.raises(InputError, match=r"2 values .* first in row 4200 at \(0, 1, 2\)"):
         load_data(save(tmp_path, values))
+
+
+def test_values_beyond_single_precision(tmp_path):
+    with pytest.raises(InputError, match="1 value that are NaN, infinite or beyond 3e38"):
+        load_data(save(tmp_path, np.array([[0.0], [1e300], [2.0], [3.0]])))
 
 
 def test_units(tmp_path):
@@ -142,6 +148,38 @@ def test_moments_are_of_the_training_split_alone(tmp_path):
     assert std[2] == 1, "a constant column has no scale of its own"
 
 
+def test_moments_far_from_zero(tmp_path):
+    """A spread that is small beside the mean is a spread all the same."""
+    random = np.random.default_rng(0)
+    values = np.stack([1e6 + 5 * random.standard_normal(3000), np.full(3000, 1e6)], 1)
+    splits = load_data(save(tmp_path, values))
+    _, std = moments(splits.train, "real")
+    assert std[0].item() == pytest.approx(5, rel=0.1)
+    assert std[1] == 1
+
+
+@pytest.mark.parametrize("units", ["unit", "count", "real"])
+def test_units_and_back(units, digits):
+    values = digits.train.values[:20]
+    x = digits.spec.to_units(values, units)
+    torch.testing.assert_close(digits.spec.from_units(x, units), values.float())
+
+
+def test_rows_for_a_trained_model(tmp_path, digits):
+    values = digits.train.values[:7].numpy()
+    config = DataConfig(save(tmp_path, values))
+    foreign = load_foreign(config, digits.spec, "count")
+    assert [len(s) for s in (foreign.train, foreign.validation, foreign.test)] == [0, 0, 7]
+    assert foreign.spec == digits.spec
+    for broken in (values + 10, values + 0.5, values[:, :, :5], -1.0 * values):
+        config = DataConfig(save(tmp_path, broken))
+        with pytest.raises(InputError, match="the model expects integers from 0 to 16 of shape"):
+            load_foreign(config, digits.spec, "count")
+    assert (
+        len(load_foreign(DataConfig(save(tmp_path, values - 3.5)), digits.spec, "real").test) == 7
+    )
+
+
 def test_moments_of_images_have_one_scale(digits):
     mean, std = moments(digits.train, "count")
     rows = digits.train.values[digits.train.rows].double()
@@ -154,5 +192,5 @@ def test_fingerprint_tells_data_apart(tmp_path, digits):
     assert load_data("digits").fingerprint == digits.fingerprint
     values = np.random.default_rng(0).random((20, 4))
     first = load_data(save(tmp_path, values)).fingerprint
-    values[0, 0] += 1e-3
+    values[13, 2] += 1e-3
     assert load_data(save(tmp_path, values)).fingerprint != first

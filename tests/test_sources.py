@@ -305,10 +305,43 @@ def test_csv_with_and_without_names(tmp_path):
     assert (source.class_names, source.labels.tolist()) == (("x", "y"), [0, 1, 0])
 
 
+def test_names_of_columns(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('"a, m","y",z\n1,2,3\n4,5,6\n')
+    source = read(DataConfig(str(path)))  # y is a coordinate here, not a label
+    assert source.labels is None
+    assert source.values.tolist() == [[1, 2, 3], [4, 5, 6]]
+
+
+def test_keys_of_npz_in_any_case(tmp_path):
+    np.savez(tmp_path / "a.npz", X_train=np.eye(4), Y_train=np.arange(4))
+    source = read(DataConfig(str(tmp_path / "a.npz")))
+    assert source.labels is not None
+    assert source.values.shape == (4, 4)
+
+
+def test_linked_folders_once(tmp_path):
+    save_images(tmp_path / "there", {f"{i}.png": a for i, a in enumerate(grey())})
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cat").symlink_to(tmp_path / "there")
+    (tmp_path / "there" / "loop").symlink_to(tmp_path / "data")
+    assert len(read(DataConfig(str(tmp_path / "data"))).values) == 6
+
+
+def test_transparent_pixels_are_white(tmp_path):
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[:4] = (255, 0, 0, 255)
+    save_images(tmp_path, {f"{i}.png": pixels for i in range(3)})
+    values = read(DataConfig(str(tmp_path))).values
+    assert values[0, :, 0, 0].tolist() == [255, 0, 0]
+    assert values[0, :, 7, 0].tolist() == [255, 255, 255]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "first line is empty"),
+        ("1,,3\n4,5,6\n", "could not convert string ''"),
         ("a,b\n", "empty array"),
         ("1,2\n3,four\n", "could not convert string 'four'.*row 1, column 2"),
         ("1,2\n3\n", "columns"),
