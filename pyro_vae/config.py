@@ -117,6 +117,8 @@ class DataConfig:
         return dataclasses.replace(self, root=root, source=source)
 
     def __post_init__(self) -> None:
+        if not self.source:
+            raise InputError("--data expects the name of a data set or a path; got nothing")
         for flag, value in [
             ("validation-size", self.validation_size),
             ("test-size", self.test_size),

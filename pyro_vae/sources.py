@@ -64,9 +64,9 @@ def read(config: DataConfig) -> Source:
         source = _torchvision(config.source, TORCHVISION_CLASSES[config.source], config.root)
         return _fixed_size(source, config)
     path = Path(config.source).expanduser()
-    if path.is_dir() and config.source:
+    if path.is_dir():
         return _folder(path, config.image_size)
-    if not path.exists() or not config.source:
+    if not path.exists():
         raise InputError(
             f"--data expects digits, {', '.join(TORCHVISION_CLASSES)}, or the path of a folder of "
             f"images, a .npy, .npz or .csv file; {config.source!r} is none of these names and no "

@@ -246,8 +246,9 @@ def test_generated_data_are_on_the_scale_of_the_training_data(tmp_path):
     assert encode.main([str(run), "--data", str(tmp_path / "draws.npy"), "--out", out]) == 0
     with np.load(out) as codes:
         assert "split" not in codes
-        for i in range(2):
-            assert np.corrcoef(codes["mean"][:, i], z[:, i])[0, 1] > 0.8
+        posterior = pyro_vae.load(run).posterior(torch.from_numpy(x) / 16)
+        np.testing.assert_allclose(codes["mean"], posterior.mean.detach(), rtol=1e-4, atol=1e-5)
+        assert np.corrcoef(codes["mean"].T, z.T)[:2, 2:].max() > 0.7
 
 
 def test_one_row_can_be_encoded_and_evaluated(run, tmp_path, capsys):
@@ -483,17 +484,23 @@ def test_a_run_that_diverges_keeps_its_best_model(tmp_path, capsys, monkeypatch)
     [
         np.tile(np.arange(5.0) / 7, (60, 1)),
         1.7e9 + 1e4 * np.random.default_rng(0).standard_normal((60, 2)),
-        1e30 * np.random.default_rng(0).standard_normal((60, 2)),
         np.zeros((60, 3)),
         np.random.default_rng(0).random((60, 1)),
     ],
-    ids=["all rows the same", "timestamps", "huge", "zeros", "one column"],
+    ids=["all rows the same", "timestamps", "zeros", "one column"],
 )
 def test_odd_tables_train(values, tmp_path):
     np.save(tmp_path / "a.npy", values)
     arguments = ["--data", str(tmp_path / "a.npy"), "--out", str(tmp_path / "run")]
     arguments += ["--epochs", "2", "--hidden", "8", "--latent-dim", "4", "--batch-size", "16"]
     assert train.main(arguments) == 0
+
+
+def test_values_whose_squares_are_too_large(tmp_path, capsys):
+    np.save(tmp_path / "a.npy", 1e30 * np.random.default_rng(0).standard_normal((60, 2)))
+    arguments = ["--data", str(tmp_path / "a.npy"), "--out", str(tmp_path / "run")]
+    assert train.main([*arguments, "--batch-size", "8", *QUICK]) == 1
+    assert "or the data hold extreme values" in capsys.readouterr().err
 
 
 def test_names_with_mathematics_in_them(tmp_path):
@@ -559,7 +566,7 @@ BAD = {
     "too large": (["--hidden", "3000000000"], "not enough memory"),
     "much too large": (["--latent-dim", "100000000000000000"], "not enough memory"),
     "seed too large": (["--seed", "99999999999999999999"], "--seed expects"),
-    "no name": (["--data", ""], "--data expects digits"),
+    "no name": (["--data", ""], "--data expects the name"),
     "folder is a file": (["--out", "file.txt"], "is a file"),
 }
 
