@@ -19,6 +19,7 @@ ORDER = [
     "priors",
     "vae",
     "autoencoder",
+    "linear_gaussian",
     "objectives",
     "optimizer",
     "factory",
