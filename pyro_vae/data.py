@@ -69,6 +69,10 @@ class DataSpec:
     def is_binary(self) -> bool:
         return self.discrete and self.max_value == 1
 
+    def binarizes(self, units: Units) -> bool:
+        """Whether x in `units` is drawn from the values rather than computed."""
+        return units == "binary" and not self.is_binary
+
     def to_units(
         self, values: Tensor, units: Units, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -76,7 +80,7 @@ class DataSpec:
         x = values.to(torch.float32)
         if units != "count" and self.max_value not in (None, 1):
             x = x / self.bound
-        if units == "binary" and not self.is_binary:
+        if self.binarizes(units):
             # Comparing uniforms takes half the time of torch.bernoulli, which draws doubles.
             uniform = torch.rand(x.shape, generator=generator, device=x.device)
             x = (uniform < x).to(torch.float32)
@@ -289,23 +293,22 @@ def moments(split: Split, units: Units, num_images: int = 50_000) -> tuple[Tenso
     Args:
         split: the training split.
         units: the units in which x is observed.
-        num_images: at most so many rows, evenly spaced, are read.
+        num_images: of longer splits evenly spaced rows are read, at least so many and fewer than
+            twice as many.
 
     Returns:
         mean (*shape); standard deviation (): one number for images; (D,) for tables, whose columns
         may have units of their own. Where nothing varies it is 1.
     """
     step = max(1, len(split) // num_images)
+    sample = dataclasses.replace(split, rows=split.rows[::step], device=torch.device("cpu"))
     intensity: Units = "unit" if units == "binary" else units
 
     def average(function: Callable[[Tensor], Tensor]) -> Tensor:
-        total, count = torch.zeros((), dtype=torch.float64), 0
-        for rows in split.rows[::step].split(CHUNK):
-            values = split.values[rows.to(split.values.device)].cpu()
-            x = split.spec.to_units(values, intensity).to(torch.float64)
-            total = total + function(x).sum(0)
-            count += len(x)
-        return total / count
+        total = torch.zeros((), dtype=torch.float64)
+        for x in sample.fixed(intensity, seed=0):
+            total = total + function(x.to(torch.float64)).sum(0)
+        return total / len(sample)
 
     mean = average(lambda x: x)
     # Around the mean, in a second pass: the difference of two large sums would lose a small spread.

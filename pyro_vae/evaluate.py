@@ -122,7 +122,7 @@ def evaluate(
 
     likelihood = vae.likelihood_module
     count = min(len(split), num_images or len(split))
-    binarized = likelihood.units == "binary" and not split.spec.is_binary
+    binarized = split.spec.binarizes(likelihood.units)
     results: dict[str, Any] = dict.fromkeys(
         [
             "elbo",

@@ -168,7 +168,7 @@ def _activation(name: str) -> nn.Module:
         whole, part = activation.eval()(probe), activation(probe[:, :1])
         if whole.shape != probe.shape or not torch.allclose(whole[:, :1], part):
             raise TypeError("not elementwise")
-    except Exception:
+    except Exception:  # torch's activations refuse in as many ways as there are of them
         raise InputError(
             f"--activation expects the name of an elementwise activation in torch.nn that needs no "
             f"argument, such as SiLU, ReLU, Tanh, Softplus, GELU or ELU; got {name!r}"

@@ -345,7 +345,7 @@ def _describe(run: _Run) -> None:
     splits, model, spec = run.splits, run.config.model, run.splits.spec
     sizes = " ".join(str(size) for size in model.hidden or ())
     count = sum(p.numel() for p in run.vae.parameters())
-    binarized = model.likelihood == "bernoulli" and not spec.is_binary
+    binarized = spec.binarizes(run.vae.likelihood_module.units)
     binarization = " (binarized afresh at each access)" if binarized else ""
     print(
         f"data   {splits.name}: {len(splits.train):,} training, {len(splits.validation):,} "
@@ -363,21 +363,17 @@ def _describe(run: _Run) -> None:
 
 def _summarize(run: _Run) -> None:
     """Draw the pictures and say where everything is."""
-    from .checkpoint import load
+    from .checkpoint import load_checkpoint
     from .gallery import draw_reconstructions, draw_run
 
     history, figures, seed = run.history, run.folder / "figures", run.config.seed
     device = next(run.vae.parameters()).device
     last = history[-1]["epoch"]
     draw_reconstructions(run.vae, run.splits, figures, "reconstructions_last_epoch", last, seed)
-    best = load(run.folder).to(device)
-    draw_run(best, run.splits, history, figures, seed)
+    best = load_checkpoint(run.folder)
+    draw_run(best.vae.to(device), run.splits, history, figures, seed)
 
-    def score(line: dict[str, Any]) -> float:
-        elbo = line["validation_elbo"]
-        return line["validation_reconstruction"] if elbo is None else elbo
-
-    line = max(history, key=score)
+    line = best.history[-1]
     names = {
         "validation_elbo": "ELBO",
         "validation_reconstruction": "reconstruction",

@@ -465,13 +465,11 @@ def test_a_run_that_diverges_keeps_its_best_model(tmp_path, capsys, monkeypatch)
     run = tmp_path / "run"
     from pyro_vae import svi
 
-    steps = []
     original = svi._Training._one_step
 
     def one_step(self, index):
         if self.epoch == 5:
             raise self._diverged("loss")
-        steps.append(1)
         original(self, index)
 
     monkeypatch.setattr(svi._Training, "_one_step", one_step)
@@ -557,12 +555,12 @@ BAD = {
     "unknown activation": (["--activation", "magic"], "--activation expects"),
     "conv too deep": (["--architecture", "conv", "--hidden", "4", "4", "4", "4"], "at least 16x16"),
     "resize of digits": (["--image-size", "16", "16"], "resizes folders of images only"),
-    "test size of counts": (["--max-value", "3"], "ranges from 0 to 16"),
+    "values above the largest": (["--max-value", "3"], "ranges from 0 to 16"),
     "no such run": (["--resume", "nowhere"], "expected a run folder"),
     "no such config": (["--config", "nowhere.json"], "cannot read the config"),
     "unwritable folder": (["--out", "/proc/nowhere/run"], "cannot write to the run folder"),
     "file in the way": (["--out", "file.txt/run"], "cannot write to the run folder"),
-    "out inside the data": (["--data", ".", "--out", "run"], "is not an image"),
+    "foreign file in the data": (["--data", ".", "--out", "run"], "is not an image"),
     "too large": (["--hidden", "3000000000"], "not enough memory"),
     "much too large": (["--latent-dim", "100000000000000000"], "not enough memory"),
     "seed too large": (["--seed", "99999999999999999999"], "--seed expects"),
