@@ -12,7 +12,10 @@ of them and of nothing else.
 from __future__ import annotations
 
 import itertools
+import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pyro
 import torch
@@ -23,7 +26,7 @@ from torch.distributions import kl_divergence
 
 from .likelihoods import Likelihood
 
-__all__ = ["VAE", "register"]
+__all__ = ["VAE", "held_fixed", "register"]
 
 _names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 _numbers = itertools.count(1)
@@ -112,3 +115,20 @@ def register(name: str, module: nn.Module) -> None:
     if module not in _names:
         _names[module] = f"{name}{next(_numbers)}"
     pyro.module(_names[module], module)
+
+
+@contextmanager
+def held_fixed(vae: VAE) -> Iterator[None]:
+    """Within, the parameters take no gradient; after it, they do and Pyro's store is as it was."""
+    free = [p for p in vae.parameters() if p.requires_grad]
+    store = pyro.get_param_store()
+    try:
+        for parameter in free:
+            parameter.requires_grad_(False)
+        with warnings.catch_warnings(), store.scope(store.get_state()):
+            # Pyro warns of modules in training mode whose parameters take no gradient.
+            warnings.filterwarnings("ignore", message=".* was not registered in the param store")
+            yield
+    finally:
+        for parameter in free:
+            parameter.requires_grad_(True)
