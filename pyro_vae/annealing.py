@@ -29,12 +29,13 @@ import torch
 from torch import Tensor
 
 from .evidence import split_rows
-from .vae import VAE
+from .vae import LatentModel
 
 __all__ = ["Annealed", "anneal"]
 
-# Acceptance rate that the step sizes are tuned to: the optimum of HMC is 0.65, and a lower rate costs
-# more than a higher one ("Optimal tuning of the hybrid Monte Carlo algorithm", arXiv 1001.4460).
+# Acceptance rate that the step sizes are tuned to. The optimum of HMC is 0.65, and a lower rate
+# costs more than a higher one ("Optimal tuning of the hybrid Monte Carlo algorithm", arXiv
+# 1001.4460).
 ACCEPTANCE = 0.8
 LEAPFROG_STEPS = 5
 FIRST_STEP = 0.5
@@ -60,7 +61,7 @@ class Annealed:
 
 
 def anneal(
-    vae: VAE,
+    vae: LatentModel,
     x: Tensor,
     num_steps: int = 500,
     num_chains: int = 8,
@@ -104,7 +105,7 @@ class _Target:
 
     def __init__(
         self,
-        vae: VAE,
+        vae: LatentModel,
         x: Tensor,
         num_steps: int,
         num_chains: int,

@@ -28,8 +28,7 @@ import torch
 from scipy import special, stats
 from torch import Tensor
 
-from .evidence import split_rows
-from .vae import VAE
+from .vae import LatentModel
 
 __all__ = [
     "Coverage",
@@ -44,6 +43,7 @@ __all__ = [
     "gamma_p_value",
     "interval",
     "miscalibration",
+    "share_interval",
     "simulate",
 ]
 
@@ -98,7 +98,7 @@ class Simulations:
 
     @property
     def recovery(self) -> np.ndarray:
-        """(Z,): correlation of the truth with the posterior mean over simulations; 0 if constant."""
+        """(Z,): correlation of truth and posterior mean over simulations; 0 if constant."""
         z, mean = self.z - self.z.mean(0), self.mean - self.mean.mean(0)
         norm = np.sqrt((z**2).sum(0) * (mean**2).sum(0))
         return np.divide((z * mean).sum(0), norm, out=np.zeros_like(norm), where=norm > 0)
@@ -106,7 +106,7 @@ class Simulations:
 
 @torch.no_grad()
 def simulate(
-    vae: VAE,
+    vae: LatentModel,
     num_simulations: int = 1000,
     num_draws: int = 199,
     quantities: Mapping[str, Quantity] | None = None,
@@ -134,7 +134,7 @@ def simulate(
     prior = vae.prior()
     truths = prior.sample((num_simulations,))
     size = vae.likelihood(truths[:1]).event_shape.numel()
-    # As in `split_rows`, whose rule needs an x: all draws of some simulations at a time.
+    # All draws of some simulations go through the decoder at a time.
     batch = max(1, 2**21 // (size * (num_draws + 1)))
     ranks, means, scales, names = [], [], [], []
     for truth in truths.split(batch):
@@ -316,7 +316,7 @@ class Coverage:
         nominal: (M,) probability of each region under q.
         covered: (M, R) share of simulations whose truth lies inside.
         low, high: (M, R) ends of the confidence interval of `covered`: Clopper and Pearson's, but
-            for the mean over latents, where it is the normal one over simulations.
+            for the mean over latents, where it is Student's over simulations.
     """
 
     names: tuple[str, ...]
@@ -351,9 +351,9 @@ def coverage(
         # Ranks left out at either end; the regions are the same for interval and HDR.
         out = min(max(round((1 - level) * num_ranks / 2), 0), (num_ranks - 1) // 2)
         inside = (latents >= out) & (latents < num_ranks - out)
-        columns = [_share(column) for column in inside.T]
+        columns = [share_interval(column) for column in inside.T]
         columns.append(interval(inside.mean(1)))
-        columns.append(_share(density >= 2 * out))
+        columns.append(share_interval(density >= 2 * out))
         rows.append((1 - 2 * out / num_ranks, columns))
     table = np.array([[(c.estimate, c.low, c.high) for c in columns] for _, columns in rows])
     return Coverage(
@@ -381,7 +381,7 @@ class Miscalibration:
 
 
 def miscalibration(simulations: Simulations) -> Miscalibration:
-    """The sizes of the guide's errors, with 95% confidence intervals (normal, over simulations)."""
+    """The sizes of the guide's errors, with Student's 95% intervals over simulations."""
     scores = simulations.z_scores
     bias = [interval(column) for column in scores.T]
     spread = []
@@ -389,21 +389,24 @@ def miscalibration(simulations: Simulations) -> Miscalibration:
         deviations = (column - column.mean()) ** 2
         variance = interval(deviations)
         spread.append(
-            Interval(*(math.sqrt(max(v, 0)) for v in (variance.estimate, variance.low, variance.high)))
+            Interval(
+                *(math.sqrt(max(v, 0)) for v in (variance.estimate, variance.low, variance.high))
+            )
         )
     return Miscalibration(bias, spread)
 
 
-def interval(values: np.ndarray) -> Interval:
-    """Mean of independent values (N,) with its normal 95% confidence interval."""
+def interval(values: np.ndarray, alpha: float = 0.05) -> Interval:
+    """Mean of independent values (N,) with Student's confidence interval of level 1 − α."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return Interval(mean, -math.inf, math.inf)
-    error = 1.96 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    quantile = float(stats.t.isf(alpha / 2, len(values) - 1))
+    error = quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return Interval(mean, mean - error, mean + error)
 
 
-def _share(inside: np.ndarray) -> Interval:
-    """Share of true values (N,) with its exact 95% confidence interval."""
+def share_interval(inside: np.ndarray) -> Interval:
+    """Share of true values (N,) with Clopper and Pearson's 95% confidence interval."""
     result = stats.binomtest(int(inside.sum()), len(inside)).proportion_ci(method="exact")
     return Interval(float(inside.mean()), float(result.low), float(result.high))

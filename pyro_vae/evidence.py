@@ -25,7 +25,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from .vae import VAE
+from .vae import LatentModel
 
 __all__ = [
     "Evidence",
@@ -68,14 +68,14 @@ class Evidence:
     pareto_k: Tensor | None = None
 
 
-def log_evidence(vae: VAE, x: Tensor, num_samples: int = 5000) -> Tensor:
+def log_evidence(vae: LatentModel, x: Tensor, num_samples: int = 5000) -> Tensor:
     """Estimates of log p(x) (B,), nats, for x (B, *data_shape). See `importance_sample`."""
     return importance_sample(vae, x, num_samples).log_evidence
 
 
 @torch.no_grad()
 def importance_sample(
-    vae: VAE,
+    vae: LatentModel,
     x: Tensor,
     num_samples: int = 5000,
     on_chunk: Callable[[int], object] | None = None,
@@ -121,7 +121,7 @@ def importance_sample(
 
 
 @torch.no_grad()
-def upper_bound(vae: VAE, x: Tensor, z: Tensor, num_samples: int = 5000) -> Tensor:
+def upper_bound(vae: LatentModel, x: Tensor, z: Tensor, num_samples: int = 5000) -> Tensor:
     """A stochastic upper bound on log p(x) (B,), nats, for simulated x.
 
         log ⅟K (w(z*) + Σₖ w(zₖ)),  zₖ ~ q(z|x),  k = 2 … K
@@ -181,7 +181,7 @@ def split_rows(x: Tensor) -> Iterator[tuple[Tensor, int]]:
 
 
 def _importance_sample(
-    vae: VAE,
+    vae: LatentModel,
     x: Tensor,
     num_samples: int,
     chunk: int,

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from pyro.infer import MCMC, NUTS
-from scipy.spatial.distance import cdist, pdist
 from torch import Tensor
 
-from .vae import VAE, held_fixed
+from .diagnostics import energy_coefficient
+from .vae import PyroModel, held_fixed
 
-__all__ = ["Comparison", "compare_with_nuts", "energy_coefficient"]
+__all__ = ["Comparison", "compare_with_nuts"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Comparison:
 
 
 def compare_with_nuts(
-    vae: VAE,
+    vae: PyroModel,
     x: Tensor,
     num_chains: int = 4,
     num_samples: int = 300,
@@ -65,7 +65,7 @@ def compare_with_nuts(
     apart. Draws come from torch's global random state.
 
     Args:
-        vae: with a Pyro `model(x)`, a latent site "z", and `posterior(x)`.
+        vae: with a Pyro `model(x)`, a latent site, and `posterior(x)`.
         x: (B, *data_shape), the images; a few.
         num_chains: C, at least 2.
         num_samples: S of each chain, after `num_warmup` steps of adaptation.
@@ -114,21 +114,8 @@ def compare_with_nuts(
     )
 
 
-def energy_coefficient(first: np.ndarray, second: np.ndarray) -> float:
-    """Distance between the distributions of two samples (N, Z) and (M, Z), 0 (equal) to 1.
-
-    (2 E|X − Y| − E|X − X'| − E|Y − Y'|) / 2 E|X − Y|, each over all pairs of different draws; so
-    samples of one distribution have expectation 0 in the numerator, and may come out below.
-
-    Source: "Energy statistics: a class of statistics based on distances", doi
-    10.1016/j.jspi.2013.03.018.
-    """
-    between = cdist(first, second).mean()
-    return float(1 - (pdist(first).mean() + pdist(second).mean()) / (2 * between))
-
-
 def _chain(
-    vae: VAE,
+    vae: PyroModel,
     x: Tensor,
     num_samples: int,
     num_warmup: int,
@@ -141,9 +128,9 @@ def _chain(
             kernel,
             num_samples=num_samples,
             warmup_steps=num_warmup,
-            initial_params={"z": vae.prior().sample((len(x),))},
+            initial_params={vae.latent: vae.prior().sample((len(x),))},
             hook_fn=None if on_sample is None else lambda *_: on_sample(1),
             disable_progbar=True,
         )
         chain.run(x)
-    return chain.get_samples()["z"], len(chain.diagnostics()["divergences"]["chain 0"])
+    return chain.get_samples()[vae.latent], len(chain.diagnostics()["divergences"]["chain 0"])

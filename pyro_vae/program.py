@@ -1,14 +1,14 @@
 """A Pyro model and guide of a user's own, seen through the three distributions.
 
-Everything that judges inference here asks for `prior()`, `posterior(x)` and `likelihood(z)`. A
-model(x) and a guide(x) with one latent site and one observed site in a plate over the rows of x have
-all three; they are read from traces.
+What judges inference here asks for `prior()`, `posterior(x)` and `likelihood(z)`. A model(x) and a
+guide(x) with one latent site and one observed site in a plate over the rows of x have all three;
+they are read from traces.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import torch
@@ -89,7 +89,7 @@ class Program:
 class _Shaped(TorchDistribution):
     """A distribution of batch (B,) seen as one of another batch shape with B elements."""
 
-    arg_constraints = {}  # noqa: RUF012 (torch's convention)
+    arg_constraints: ClassVar[dict[str, Any]] = {}  # noqa: RUF012 (torch's convention)
 
     def __init__(self, base: TorchDistribution, batch_shape: torch.Size) -> None:
         self.base = base

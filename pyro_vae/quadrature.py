@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .vae import VAE
+from .vae import LatentModel
 
 __all__ = ["Quadrature", "quadrature"]
 
@@ -53,7 +53,7 @@ class Quadrature:
 
 
 @torch.no_grad()
-def quadrature(vae: VAE, x: Tensor, num_nodes: int = 401) -> Quadrature:
+def quadrature(vae: LatentModel, x: Tensor, num_nodes: int = 401) -> Quadrature:
     """log p(x) and p(z|x), given that z has one or two dimensions.
 
     Args:

@@ -1,8 +1,8 @@
 """Where log p(x) − ELBO is lost: guides refined for each image by SVI.
 
-    log p(x) − ELBO(encoder) = [log p(x) − ELBO(full)]          beyond any Gaussian
-                             + [ELBO(full) − ELBO(diagonal)]    latents that the guide holds apart
-                             + [ELBO(diagonal) − ELBO(encoder)] amortization: the encoder's own error
+    log p(x) − ELBO(encoder) = [log p(x) − ELBO(full)]           beyond any Gaussian
+                             + [ELBO(full) − ELBO(diagonal)]     latents held independent
+                             + [ELBO(diagonal) − ELBO(encoder)]  amortization: the encoder's error
 
 where ELBO(full) and ELBO(diagonal) are the best that a Gaussian with full and with diagonal
 covariance reaches, fitted to each image by itself, the model held fixed. The first two together are
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .evidence import Evidence, importance_sample, split_rows
 from .objectives import objective
 from .optimizer import OneOptimizer
-from .vae import VAE, held_fixed, register
+from .vae import LatentModel, PyroModel, held_fixed, register
 
 __all__ = ["Gaps", "PerImageGuide", "elbo", "gaps", "refine"]
 
@@ -43,10 +43,12 @@ class PerImageGuide(nn.Module):
     Args:
         loc, scale: (B, Z), where it starts.
         full: whether the covariance is full, rather than diagonal.
+        latent: name of the latent site.
     """
 
-    def __init__(self, loc: Tensor, scale: Tensor, full: bool) -> None:
+    def __init__(self, loc: Tensor, scale: Tensor, full: bool, latent: str = "z") -> None:
         super().__init__()
+        self.latent = latent
         self.full = full
         self.loc = nn.Parameter(loc.clone())
         self.log_scale = nn.Parameter(scale.log())
@@ -66,11 +68,11 @@ class PerImageGuide(nn.Module):
         """q(z) as a Pyro guide."""
         register("per_image", self)
         with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("z", self.posterior(x))
+            pyro.sample(self.latent, self.posterior(x))
 
 
 def refine(
-    vae: VAE,
+    vae: PyroModel,
     x: Tensor,
     full: bool = False,
     num_steps: int = 500,
@@ -80,12 +82,12 @@ def refine(
     """Fit a Gaussian to each image's posterior by SVI, the model held fixed.
 
     Adam at a learning rate that falls to zero, eight particles; the iterates of the last quarter
-    are averaged. The optimum is approached from below, so gaps taken from it are lower bounds on the
-    amortization gap and upper bounds on what remains.
+    are averaged. The optimum is approached from below, so what is taken from it is a lower bound
+    on the amortization gap and an upper bound on the rest.
 
     Args:
-        vae: with a `model(x)` as of `VAE`, a plate "data" and sites "z" and "x", whose prior has
-            latents of any real value.
+        vae: with a `model(x)` whose latents may take any real value, and whose decoder takes
+            z (S, B, Z), or (B, Z) inside a plate of S.
         x: (B, *data_shape).
         full: whether the covariance is full.
         num_steps: of SVI.
@@ -93,11 +95,14 @@ def refine(
         on_step: called with 1 after each step.
     """
     posterior = vae.posterior(x) if start is None else start.posterior(x)
-    guide = PerImageGuide(posterior.mean.detach(), posterior.variance.sqrt().detach(), full)
+    loc, scale = posterior.mean.detach(), posterior.variance.sqrt().detach()
+    guide = PerImageGuide(loc, scale, full, vae.latent)
     parameters = [p for p in guide.parameters() if p.requires_grad]
     # All images in one optimizer: Adam scales each parameter by itself, so none disturbs another.
     optimizer = OneOptimizer(torch.optim.Adam(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99)))
-    model = poutine.block(vae.model, hide_types=["param"])  # whose parameters are not SVI's business
+    model = poutine.block(
+        vae.model, hide_types=["param"]
+    )  # whose parameters are not SVI's business
     svi = SVI(model, guide.guide, optimizer, loss=objective("trace", PARTICLES))
     averages = [torch.zeros_like(p) for p in parameters]
     num_averaged = max(1, round(AVERAGED * num_steps))
@@ -120,7 +125,7 @@ def refine(
 
 
 @torch.no_grad()
-def elbo(vae: VAE, posterior: Distribution, x: Tensor, num_samples: int = 1000) -> Tensor:
+def elbo(vae: LatentModel, posterior: Distribution, x: Tensor, num_samples: int = 1000) -> Tensor:
     """ELBO (B,) of any posterior (batch (B,), event (Z,)), float64, nats, by sampling."""
     prior, total = vae.prior(), torch.zeros(len(x), dtype=torch.float64, device=x.device)
     _, chunk = next(split_rows(x))
@@ -155,7 +160,7 @@ class Gaps:
 
 
 def gaps(
-    vae: VAE,
+    vae: PyroModel,
     x: Tensor,
     num_steps: int = 500,
     num_samples: int = 1000,
@@ -191,7 +196,7 @@ def gaps(
 class _Reproposed:
     """A VAE's model with another proposal."""
 
-    def __init__(self, vae: VAE, posterior: Distribution) -> None:
+    def __init__(self, vae: PyroModel, posterior: Distribution) -> None:
         self.prior, self.likelihood = vae.prior, vae.likelihood
         self.proposal = posterior
 

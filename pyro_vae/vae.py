@@ -14,8 +14,9 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import pyro
 import torch
@@ -26,10 +27,39 @@ from torch.distributions import kl_divergence
 
 from .likelihoods import Likelihood
 
-__all__ = ["VAE", "held_fixed", "register"]
+__all__ = ["VAE", "LatentModel", "PyroModel", "held_fixed", "register"]
 
 _names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 _numbers = itertools.count(1)
+
+
+class LatentModel(Protocol):
+    """What evidence, calibration and diagnostics ask for: three distributions, of any model."""
+
+    def prior(self) -> Distribution:
+        """p(z): batch (), event (Z,)."""
+
+    def posterior(self, x: Tensor) -> Distribution:
+        """q(z|x): x (B, *data_shape) → batch (B,), event (Z,)."""
+
+    def likelihood(self, z: Tensor) -> Distribution:
+        """p(x|z): z (..., Z) → batch (...), event `data_shape`."""
+
+
+class PyroModel(LatentModel, Protocol):
+    """What SVI and NUTS ask for besides.
+
+    Attributes:
+        latent: name of the latent site.
+    """
+
+    latent: str
+
+    def model(self, x: Tensor) -> Any:
+        """p(x, z), with x (B, *data_shape) observed, both sites in one plate "data" of B rows."""
+
+    def parameters(self) -> Iterable[Tensor]:
+        """All that model and guide would train."""
 
 
 class VAE(nn.Module):
@@ -48,6 +78,8 @@ class VAE(nn.Module):
             It scales the site "z" in model and guide alike: scaled in one of them alone, the ELBO's
             value would be wrong.
     """
+
+    latent = "z"
 
     def __init__(
         self, prior: nn.Module, encoder: nn.Module, decoder: nn.Module, likelihood: Likelihood
@@ -118,7 +150,7 @@ def register(name: str, module: nn.Module) -> None:
 
 
 @contextmanager
-def held_fixed(vae: VAE) -> Iterator[None]:
+def held_fixed(vae: PyroModel) -> Iterator[None]:
     """Within, the parameters take no gradient; after it, they do and Pyro's store is as it was."""
     free = [p for p in vae.parameters() if p.requires_grad]
     store = pyro.get_param_store()
