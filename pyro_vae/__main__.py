@@ -4,6 +4,7 @@
   pyro-vae evaluate   ELBO, log-evidence, bits per dimension, active units of a run
   pyro-vae generate   new data from a run
   pyro-vae encode     posterior means and standard deviations of data
+  pyro-vae diagnose   whether the posterior of a run can be believed
 
 `pyro-vae COMMAND --help` explains a command; python -m pyro_vae.COMMAND is the same.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-COMMANDS = ("train", "evaluate", "generate", "encode")
+COMMANDS = ("train", "evaluate", "generate", "encode", "diagnose")
 
 
 def main() -> int:

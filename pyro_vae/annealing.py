@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .evidence import split_rows
+from .evidence import samples_at_once
 from .vae import LatentModel
 
 __all__ = ["Annealed", "anneal"]
@@ -88,7 +88,7 @@ def anneal(
             f"num_steps and num_chains expect at least 1; got {num_steps} and {num_chains}"
         )
     parts, start = [], 0
-    for part in x.split(max(len(p) for p, _ in split_rows(x))):
+    for part in x.split(max(1, samples_at_once(x[:1]) // num_chains)):
         target = _Target(vae, part, num_steps, num_chains, on_step)
         parts.append(target.run(None if z is None else z[start : start + len(part)]))
         start += len(part)

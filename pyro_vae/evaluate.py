@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from .data import Split
     from .vae import VAE
 
-# An image counts a latent as active where the variance over images of its posterior mean exceeds
-# this ("Importance weighted autoencoders", arXiv 1509.00519).
-ACTIVE_VARIANCE = 0.01
-
 
 @dataclass(frozen=True)
 class EvaluateArguments:
@@ -108,14 +104,16 @@ def evaluate(
         Means over images, nats per image: `elbo` = `reconstruction` − `kl` (reconstruction over
         `num_samples` draws of z, KL in closed form) and `log_evidence`. `standard_error` of the
         mean log-evidence over images, as a sample of their population; `monte_carlo_error` of the
-        same mean for these very images, from the importance weights. `bits_per_dim` = −log p(x) /
-        (D log 2) where the data are discrete. None where the model or the likelihood has no such
-        number.
+        same mean for these very images, from the importance weights; `unreliable_weights`, the
+        share of images whose weights have too heavy a tail for that error, and for log p(x), to be
+        relied on (`evidence.reliable_k`). `bits_per_dim` = −log p(x) / (D log 2) where the data are
+        discrete. None where the model or the likelihood has no such number.
     """
     import torch
     from tqdm import tqdm
 
-    from .evidence import importance_sample
+    from .diagnostics import ACTIVE_VARIANCE
+    from .evidence import MIN_TAIL_SAMPLES, importance_sample, reliable_k
     from .randomness import derive, random_states
     from .svi import elbo_terms
     from .vae import VAE
@@ -131,6 +129,7 @@ def evaluate(
             "log_evidence",
             "standard_error",
             "monte_carlo_error",
+            "unreliable_weights",
             "bits_per_dim",
             "active_units",
         ]
@@ -142,14 +141,18 @@ def evaluate(
         results["reconstruction"] = elbo_terms(vae, split, seed, count)[0]
         results["num_samples"] = None
         return results
-    log_evidence, errors, reconstructions, kls, means = [], [], [], [], []
+    log_evidence, errors, reconstructions, kls, means, tails = [], [], [], [], [], []
     bar = tqdm(total=count * num_samples, unit="sample", unit_scale=True, disable=None)
     with bar, random_states(split.device, derive(seed, "posterior")), torch.no_grad():
         for x in split.fixed(likelihood.units, seed, count):
-            evidence = importance_sample(vae, x, num_samples, on_chunk=bar.update)
+            evidence = importance_sample(
+                vae, x, num_samples, bar.update, with_pareto_k=num_samples >= MIN_TAIL_SAMPLES
+            )
             posterior = vae.posterior(x)
             log_evidence.append(evidence.log_evidence)
             errors.append(evidence.standard_error)
+            if evidence.pareto_k is not None:
+                tails.append(evidence.pareto_k)
             reconstructions.append(evidence.reconstruction)
             kls.append(torch.distributions.kl_divergence(posterior, vae.prior()).double())
             means.append(posterior.mean.double())
@@ -168,6 +171,9 @@ def evaluate(
         results["active_units"] = int((variances > ACTIVE_VARIANCE).sum())
     if num_samples > 1:
         results["monte_carlo_error"] = torch.cat(errors).square().sum().sqrt().item() / count
+    if tails:
+        unreliable = torch.cat(tails) > reliable_k(num_samples)
+        results["unreliable_weights"] = unreliable.double().mean().item()
     if likelihood.is_discrete:
         size = math.prod(split.spec.shape)
         results["bits_per_dim"] = -results["log_evidence"] / (size * math.log(2))
@@ -187,8 +193,13 @@ def _table(results: dict[str, Any], name: str, path: str) -> str:
         ("log p(x)", "log_evidence", f"{results['num_samples']} importance samples an image"),
         ("  standard error", "standard_error", "over images"),
         ("  Monte Carlo error", "monte_carlo_error", "from the importance weights"),
+        (
+            "  unreliable weights",
+            "unreliable_weights",
+            "share of images with a heavy tail of weights",
+        ),
         ("bits per dimension", "bits_per_dim", "from log p(x)"),
-        ("active units", "active_units", f"variance of posterior means > {ACTIVE_VARIANCE}"),
+        ("active units", "active_units", "latents whose posterior mean moves with x"),
     ]
     for label, key, remark in rows:
         value = results[key]

@@ -23,16 +23,19 @@ from dataclasses import dataclass
 import numpy as np
 import pyro
 import torch
+from pyro.distributions import Distribution
 from torch import Tensor
 
 from .vae import LatentModel
 
 __all__ = [
+    "MIN_TAIL_SAMPLES",
     "Evidence",
     "importance_sample",
     "log_evidence",
     "pareto_k",
     "reliable_k",
+    "samples_at_once",
     "split_rows",
     "upper_bound",
 ]
@@ -45,6 +48,9 @@ ACCELERATOR_CHUNK_VALUES = 2**25
 # Samples of one image that are decoded at once, at least: prior and guide are then little work
 # beside the decoder.
 CHUNK_SAMPLES = 64
+
+# Fewer weights have no tail whose shape could be told.
+MIN_TAIL_SAMPLES = 25
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ def importance_sample(
     num_samples: int = 5000,
     on_chunk: Callable[[int], object] | None = None,
     with_pareto_k: bool = False,
+    proposal: Distribution | None = None,
 ) -> Evidence:
     """Importance-sampled log p(x) with its standard error, for each image.
 
@@ -93,6 +100,8 @@ def importance_sample(
         num_samples: K, the number of draws for each image; exactly so many enter the mean.
         on_chunk: called with the number of (image, sample) pairs just done.
         with_pareto_k: whether to keep the weights of some images at a time for `pareto_k`.
+        proposal: draws z from this, batch (B,), event (Z,), in place of q(z|x). The images then go
+            through the decoder together, a few samples at a time.
 
     Raises:
         ValueError: `num_samples` is not positive, or x lies outside the likelihood's support.
@@ -100,8 +109,8 @@ def importance_sample(
     if num_samples < 1:
         raise ValueError(f"num_samples expects an integer of at least 1; got {num_samples}")
     parts = [
-        _importance_sample(vae, part, num_samples, chunk, on_chunk, with_pareto_k)
-        for part, chunk in split_rows(x)
+        _importance_sample(vae, part, num_samples, chunk, on_chunk, with_pareto_k, proposal)
+        for part, chunk in (split_rows(x) if proposal is None else [(x, samples_at_once(x))])
     ]
     log_sum, log_sum_squares, reconstruction, tails = (
         torch.cat(terms) for terms in zip(*parts, strict=True)
@@ -154,7 +163,15 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     Below `reliable_k(K)` sums of the weights can be relied on; above it the error decreases slower
     with K than it claims, and above 1 the weights have no mean that K draws could show. Equal
     weights, which have no tail, give −∞.
+
+    Raises:
+        ValueError: K is below `MIN_TAIL_SAMPLES`.
     """
+    if len(log_weights) < MIN_TAIL_SAMPLES:
+        raise ValueError(
+            f"the tail of the weights expects at least {MIN_TAIL_SAMPLES} samples; got "
+            f"{len(log_weights)}"
+        )
     from arviz_stats.base import array_stats
 
     tails = []
@@ -174,10 +191,14 @@ def reliable_k(num_samples: int) -> float:
 
 def split_rows(x: Tensor) -> Iterator[tuple[Tensor, int]]:
     """x (B, *data_shape) in parts, and how many samples of z to decode at once for each."""
+    for part in x.split(max(1, samples_at_once(x[:1]) // CHUNK_SAMPLES)):
+        yield part, samples_at_once(part)
+
+
+def samples_at_once(x: Tensor) -> int:
+    """How many samples of z to decode at once for each of x (B, *data_shape)."""
     values = CHUNK_VALUES if x.device.type == "cpu" else ACCELERATOR_CHUNK_VALUES
-    size = max(1, x[0].numel())
-    for part in x.split(max(1, values // (size * CHUNK_SAMPLES))):
-        yield part, max(1, values // (size * len(part)))
+    return max(1, values // max(1, x.numel()))
 
 
 def _importance_sample(
@@ -187,9 +208,11 @@ def _importance_sample(
     chunk: int,
     on_chunk: Callable[[int], object] | None,
     with_pareto_k: bool,
+    proposal: Distribution | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log Σ w, log Σ w², mean log p(x|z) and perhaps k̂, each (B,), float64."""
-    prior, posterior = vae.prior(), vae.posterior(x)
+    prior = vae.prior()
+    posterior = vae.posterior(x) if proposal is None else proposal
     log_sum = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
     log_sum_squares = log_sum.clone()
     reconstruction = torch.zeros_like(log_sum)

@@ -1,7 +1,7 @@
 """Checks of the posterior → matplotlib figures, as `figures` draws the rest: arrays in, Figure out.
 
-Z latents, N simulations, B images. Of many quantities the first `MOST_PANELS` get a panel, and the
-title says so.
+Z latents, N simulations, B images, L = `num_draws`; `names` are those of the arrays' columns. Of
+many quantities the first `MOST_PANELS` get a panel, and the title says so.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ __all__ = [
 
 MOST_PANELS, MOST_BARS, MOST_IMAGES = 24, 64, 6
 GUIDE: Any = {"color": "0.35", "linewidth": 0.7}
-GREY, THIRD = "0.72", "#e9a03b"
+DOTS: Any = {"alpha": 0.5, "linewidths": 0}
+BOLD: Any = {"markersize": 4, "linewidth": 1.8, "capsize": 2.5}
+THIN: Any = {"markersize": 2, "linewidth": 0.5, "alpha": 0.7}
+INTERVAL: Any = {"markersize": 2.5, "linewidth": 1.3}
+GREY, THIRD = "0.72", "#cf7f17"
 GOOD, DOUBTFUL, MEANINGLESS = "#d9ecd9", "#fcefc9", "#f6d3d3"
 
 P = ParamSpec("P")
@@ -65,8 +69,6 @@ def rank_histograms(
 
     Args:
         ranks: (N, Q) integers 0 … L.
-        num_draws: L.
-        names: of the Q quantities.
     """
     num_ranks = num_draws + 1
     # About 20 bins of equally many ranks; where L + 1 has no such divisor, their sizes differ by 1.
@@ -81,7 +83,6 @@ def rank_histograms(
         axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=TRAIN, alpha=0.75)
         axes.stairs(high, edges, baseline=low, fill=True, color="0.5", alpha=0.4, zorder=3)
         axes.set_xticks([0, num_draws])
-        axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     return figure
 
 
@@ -98,12 +99,10 @@ def ecdf_differences(
 
     Args:
         ranks: (N, Q) integers 0 … L.
-        num_draws: L.
-        names: of the Q quantities.
         lower, upper: (L,) simultaneous band of the share of ranks below i = 1 … L.
     """
     uniform = np.arange(1, num_draws + 1) / (num_draws + 1)
-    labels = ("$i\\,/\\,(L+1)$", "share of ranks below $i$,  less $i\\,/\\,(L+1)$")
+    labels = ("$i\\,/\\,(L+1)$", "share below $i$, less uniform")
     figure, panels = _panels(names, title, *labels, sharex=True, sharey=True)
     for j, axes in enumerate(panels):
         below = np.bincount(ranks[:, j], minlength=num_draws + 1).cumsum()[:-1] / len(ranks)
@@ -112,7 +111,6 @@ def ecdf_differences(
         axes.axhline(0, **GUIDE)
         axes.plot(uniform, below - uniform, color=VALIDATION if outside else TRAIN, linewidth=1.2)
         axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
-        axes.yaxis.set_major_locator(MaxNLocator(4))
     return figure
 
 
@@ -132,11 +130,10 @@ def coverage_curve(
         covered: (M, R) shares of simulations; the last two of the R regions are drawn bold, the
             others, one for each latent, thin.
         low, high: (M, R) ends of the confidence intervals.
-        names: of the R regions.
     """
     figure = _figure(4.2, 4.4, title)
     axes = figure.add_subplot()
-    note: dict[str, Any] = {"color": "0.6", "fontsize": 11, "style": "italic", "zorder": 0}
+    note: Any = {"color": "0.6", "fontsize": 11, "style": "italic", "zorder": 0}
     axes.text(0.04, 0.94, "too wide", **note)
     axes.text(0.96, 0.03, "too narrow", ha="right", **note)
     axes.axline((0, 0), slope=1, linestyle="--", **GUIDE)
@@ -146,13 +143,8 @@ def coverage_curve(
     for j, colour, marker in ((-2, TRAIN, "o"), (-1, VALIDATION, "s")):
         middle = covered[:, j]
         errors = np.abs([middle - low[:, j].clip(0, 1), high[:, j].clip(0, 1) - middle])
-        style: dict[str, Any] = {
-            "marker": marker,
-            "markersize": 4,
-            "linewidth": 1.8,
-            "capsize": 2.5,
-        }
-        axes.errorbar(nominal, middle, errors, color=colour, label=plain(names[j]), **style)
+        look: Any = {"color": colour, "marker": marker, **BOLD}
+        axes.errorbar(nominal, middle, errors, label=plain(names[j]), **look)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axes.set(xlabel="nominal coverage", ylabel="share of simulations covered")
     figure.legend(loc="outside lower center", ncols=3)
@@ -169,7 +161,6 @@ def recovery(z: np.ndarray, mean: np.ndarray, names: Sequence[str], title: str =
     Args:
         z: (N, Z) truths.
         mean: (N, Z) means of q(z|x).
-        names: of the Z latents.
     """
     varied = (np.ptp(z, axis=0) > 0) & (np.ptp(mean, axis=0) > 0)
     r = [np.corrcoef(z[:, j], mean[:, j])[0, 1] if varied[j] else 0.0 for j in range(len(names))]
@@ -178,11 +169,9 @@ def recovery(z: np.ndarray, mean: np.ndarray, names: Sequence[str], title: str =
     figure, panels = _panels(names, title, *labels, notes=notes, sharex=True, sharey=True)
     reach = 1.05 * max(np.abs(z).max(), np.abs(mean).max())
     for j, axes in enumerate(panels):
-        axes.scatter(mean[:, j], z[:, j], s=_size(len(z)), color=TRAIN, alpha=0.5, linewidths=0)
+        axes.scatter(mean[:, j], z[:, j], s=_size(len(z)), color=TRAIN, **DOTS)
         axes.axline((0, 0), slope=1, linestyle="--", **GUIDE)
         axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(4, integer=True))
     return figure
 
 
@@ -197,21 +186,19 @@ def contraction_and_z(
     Args:
         contraction: (N, Z) 1 − posterior variance / prior variance.
         z_scores: (N, Z) (truth − mean) / standard deviation of q(z|x).
-        names: of the Z latents.
     """
     many = len(names) > 10
     labels = ("posterior contraction", "z-score of the truth")
-    shape: dict[str, Any] = {"width": 2.2 if many else 5.0, "sharex": True, "sharey": True}
+    shape: Any = {"width": 2.2 if many else 5.0, "sharex": True, "sharey": True}
     figure, panels = _panels(names if many else [""], title, *labels, **shape)
     for axes in panels:
         for height, line in ((0, "-"), (-2, ":"), (2, ":")):
             axes.axhline(height, linestyle=line, **GUIDE)
-        axes.xaxis.set_major_locator(MaxNLocator(2 if many else 5))
-    style: dict[str, Any] = {"s": _size(len(z_scores)), "alpha": 0.5, "linewidths": 0}
     for j in range(len(panels) if many else len(names)):
         colour = TRAIN if many else matplotlib.colormaps["tab10"](j)
-        axes, label = panels[j if many else 0], plain(names[j])
-        axes.scatter(contraction[:, j], z_scores[:, j], color=colour, label=label, **style)
+        look: Any = {"color": colour, "s": _size(len(z_scores)), **DOTS}
+        axes = panels[j if many else 0]
+        axes.scatter(contraction[:, j], z_scores[:, j], label=_short(names[j], 20), **look)
     if not many:
         figure.legend(loc="outside right center", markerscale=2)
     return figure
@@ -251,9 +238,9 @@ def weight_tails(
     for start, stop, colour, name, inside in regions:
         left.axhspan(start, stop, color=colour, linewidth=0, label=f"{name}: {inside.sum()}")
         right.axhspan(start, stop, color=colour, linewidth=0)
-    style: dict[str, Any] = {"s": _size(len(drawn)) + 4, "color": TRAIN, "linewidths": 0}
-    left.scatter(np.arange(1, len(drawn) + 1), np.sort(drawn), **style)
-    right.scatter(effective_sample_size / num_samples, drawn, alpha=0.6, **style)
+    look: Any = {"s": _size(len(drawn)) + 4, "color": TRAIN, **DOTS}
+    left.scatter(np.arange(1, len(drawn) + 1), np.sort(drawn), **look)
+    right.scatter(effective_sample_size / num_samples, drawn, **look)
     ticks = [t for t in MaxNLocator(6).tick_values(low, high) if low <= t <= high]
     endings = ["$-\\infty$"] * len(at_infinity)
     left.set_yticks([*at_infinity, *ticks], [*endings, *(f"${t:.4g}$" for t in ticks)])
@@ -279,12 +266,11 @@ def latent_use(
         kl: (Z,) nats, mean over images.
         mean_variance: (Z,) variance over images of the posterior means.
         active: (Z,) booleans.
-        names: of the Z latents.
     """
     order = np.argsort(-kl, kind="stable")[:MOST_BARS]
     places, many = np.arange(len(order)), len(order) > 12
     width = min(7.2, max(4.2, 0.16 * len(order) + 1.5))
-    figure = _figure(width, 4.0, _of(title, len(order), len(kl)))
+    figure = _figure(width, 4.0, title, len(order), len(kl))
     first, second = figure.subplots(2, 1, sharex=True)
     colours = np.where(active[order], TRAIN, GREY)
     first.bar(places, kl[order], color=colours)
@@ -292,10 +278,11 @@ def latent_use(
     first.set_ylabel("KL, nats")
     second.set_ylabel("variance of\nposterior means")
     second.set_xticks(places, [_short(names[j], 16) for j in order])
-    second.tick_params("x", rotation=90 if many else 0, labelsize=7 if many else 8)
+    second.tick_params("x", rotation=90 if many else 0, labelsize=6 if many else 8)
     second.set_xlim(-0.8, len(order) - 0.2)
     counts = {f"active: {active.sum()}": TRAIN, f"inactive: {(~active).sum()}": GREY}
-    first.legend(handles=[Patch(color=colour, label=text) for text, colour in counts.items()])
+    handles = [Patch(color=colour, label=text) for text, colour in counts.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return figure
 
 
@@ -315,21 +302,20 @@ def inference_gaps(
     above, below = figure.subplots(2, 1, height_ratios=(1, 3))
     # Spread evenly across the row, without a pattern and without chance.
     spread = 0.5 * (np.arange(values.shape[1]) * 0.618034 % 1 - 0.5)
-    style: dict[str, Any] = {"s": _size(len(spread)) + 2, "alpha": 0.4, "linewidths": 0}
     for i, colour in enumerate((TRAIN, THIRD, VALIDATION)):
         # What is negative is stacked to the left of 0.
         start = sum(m for m in means[:i] if (m > 0) == (means[i] > 0))
         bar = above.barh(0, means[i], left=start, color=colour, height=0.6)
-        if abs(means[i]) > 0.08 * np.abs(means).sum():
-            above.bar_label(bar, [f"{means[i]:.2f}"], label_type="center", color="white")
-        below.scatter(values[i], i + spread, color=colour, **style)
-        below.hlines(i, quartiles[0, i], quartiles[2, i], color=colour, linewidth=5)
-        below.plot(quartiles[1, i], i, "o", color="white", markeredgecolor="0.2", markersize=6)
-    above.set_title(f"mean of $\\log p(x)$ less ELBO: {means.sum():.2f} nats", fontsize=9)
+        if abs(means[i]) > 0.1 * np.abs(means).sum():
+            above.bar_label(bar, [f"${means[i]:.2f}$"], label_type="center", color="white")
+        below.scatter(values[i], i + spread, s=_size(len(spread)) + 2, color=colour, **DOTS)
+        below.hlines(i, quartiles[0, i], quartiles[2, i], color="0.15", linewidth=2.5)
+        below.plot(quartiles[1, i], i, "o", color="white", markeredgecolor="0.15", markersize=6)
+    above.set_title(f"mean of $\\log p(x)$ less ELBO: ${means.sum():.2f}$ nats", fontsize=9)
     above.set(yticks=[], ylim=(-0.45, 0.45))
     above.spines["left"].set_visible(False)
     below.axvline(0, zorder=0, **GUIDE)
-    ticks = [f"{name}\nmean {mean:.2f} nats" for name, mean in zip(names, means, strict=True)]
+    ticks = [f"{name}\nmean ${mean:.2f}$ nats" for name, mean in zip(names, means, strict=True)]
     below.set_yticks(range(3), ticks)
     below.set(ylim=(2.5, -0.5), xlabel="nats, each image (○ median, bar: middle half)")
     return figure
@@ -348,8 +334,8 @@ def sandwich(estimators: Sequence[tuple[str, float, float, str]], title: str = "
     for i, (_, mean, error, kind) in enumerate(estimators):
         label = None if kind in labelled else f"{kind} bounds"
         labelled.add(kind)
-        style: dict[str, Any] = {"fmt": ">" if kind == "lower" else "<", "capsize": 3}
-        axes.errorbar(mean, i, xerr=2 * error, color=colours[kind], label=label, **style)
+        look: Any = {"fmt": ">" if kind == "lower" else "<", "color": colours[kind], "capsize": 3}
+        axes.errorbar(mean, i, xerr=2 * error, label=label, **look)
         text = f"${mean:.2f} \\pm {2 * error:.2f}$"
         axes.text(1.02, i, text, va="center", transform=axes.get_yaxis_transform())
     axes.set_yticks(range(len(estimators)), [_short(name, 40) for name, *_ in estimators])
@@ -376,22 +362,22 @@ def chains_against_guide(
     """
     count, latent_dim = guide_mean.shape
     columns = 3 if latent_dim <= 8 else 2 if latent_dim <= 20 else 1
-    shape: dict[str, Any] = {"most": MOST_IMAGES, "columns": columns, "width": 0.3 * latent_dim + 1}
-    names = [f"image {i + 1}" for i in range(count)]
-    labels = ("latent", "mean ± 2 sd")
+    width = max(2.2, 0.3 * latent_dim)
+    shape: Any = {"most": MOST_IMAGES, "columns": columns, "width": width}
+    names, labels = [f"image {i + 1}" for i in range(count)], ("latent", "mean ± 2 sd")
     figure, panels = _panels(names, title, *labels, sharex=True, sharey=True, **shape)
+    places = np.arange(1, latent_dim + 1)
     for i, axes in enumerate(panels):
         axes.axhline(0, zorder=0, **GUIDE)
         for label, shift, mean, scale, colour, marker in (
             ("guide", -0.17, guide_mean, guide_scale, TRAIN, "o"),
             ("NUTS", 0.17, chain_mean, chain_scale, VALIDATION, "s"),
         ):
-            style: dict[str, Any] = {"fmt": marker, "markersize": 2.5, "linewidth": 1.3}
-            places = np.arange(1, latent_dim + 1) + shift
-            axes.errorbar(places, mean[i], 2 * scale[i], color=colour, label=label, **style)
+            look: Any = {"fmt": marker, "color": colour, **INTERVAL}
+            axes.errorbar(places + shift, mean[i], 2 * scale[i], label=label, **look)
         axes.set_xlim(0.4, latent_dim + 0.6)
-        axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+        axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
@@ -407,20 +393,17 @@ def predictive_checks(
 
     Args:
         observed, replicated_mean, replicated_scale: (B, T).
-        names: of the T statistics.
     """
     inside = np.abs(observed - replicated_mean) <= 2 * replicated_scale
     notes = [f"{100 * share:.0f}% within 2 sd" for share in inside.mean(0)]
     figure, panels = _panels(names, title, "replicated", "observed", notes=notes, columns=4)
-    style: dict[str, Any] = {"fmt": "o", "markersize": 2, "linewidth": 0.5, "alpha": 0.7}
     for j, axes in enumerate(panels):
         for k, colour in ((inside[:, j], TRAIN), (~inside[:, j], VALIDATION)):
-            bars = 2 * replicated_scale[k, j]
-            axes.errorbar(replicated_mean[k, j], observed[k, j], xerr=bars, color=colour, **style)
+            look: Any = {"fmt": "o", "color": colour, "xerr": 2 * replicated_scale[k, j], **THIN}
+            axes.errorbar(replicated_mean[k, j], observed[k, j], **look)
         axes.axline((observed[0, j], observed[0, j]), slope=1, linestyle="--", **GUIDE)
         axes.ticklabel_format(scilimits=(-3, 4))
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(4))
             axis.get_offset_text().set_fontsize(7)
     return figure
 
@@ -457,8 +440,7 @@ def aggregate_posterior(
             names = [f"principal axis {j + 1} of the aggregate ({shares[j]:.0f}%)" for j in (0, 1)]
         for label, draws, colour in sets:
             points = (draws - centre) @ directions[:2].T
-            style: dict[str, Any] = {"s": _size(len(points)) + 1, "alpha": 0.5, "linewidths": 0}
-            axes.scatter(*points.T, color=colour, label=label, **style)
+            axes.scatter(*points.T, s=_size(len(points)) + 1, color=colour, label=label, **DOTS)
         axes.set(xlabel=names[0], ylabel=names[1])
         axes.set_aspect("equal", adjustable="datalim")
     for bars in others:
@@ -471,8 +453,11 @@ def aggregate_posterior(
     return figure
 
 
-def _figure(width: float, height: float, title: str) -> Figure:
+def _figure(width: float, height: float, title: str, shown: int = 0, count: int = 0) -> Figure:
+    """A figure whose title says how many of how many are shown, if not all."""
     figure = Figure(figsize=(width, height), layout="constrained")
+    if shown < count:
+        title = f"{title} ({shown} of {count} shown)".strip()
     lines = textwrap.wrap(title, int(12 * width), break_long_words=False, break_on_hyphens=False)
     figure.suptitle("\n".join(lines))
     return figure
@@ -496,7 +481,7 @@ def _panels(
     columns = math.ceil(shown / rows)
     whole = min(7.2, max(3.6, width * columns))
     height = min(0.85 * whole / columns, 3.1 if rows < 3 else 1.5) + (0.35 if notes else 0.2)
-    figure = _figure(whole, rows * height + 0.5, _of(title, shown, len(names)))
+    figure = _figure(whole, rows * height + 0.5, title, shown, len(names))
     grid = figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
     for i, axes in enumerate(grid.flat):
         if i >= shown:
@@ -504,16 +489,12 @@ def _panels(
             continue
         lines = [_short(names[i], int(14 * whole / columns)), *notes[i : i + 1]]
         axes.set_title("\n".join(lines), fontsize=8)
+        axes.locator_params(nbins=3 if columns > 3 else 5)
         # Where nothing stands below, the panel has to have the shared labels.
         axes.tick_params(labelsize=7, labelbottom=not sharex or i + columns >= shown)
     figure.supxlabel(xlabel)
     figure.supylabel(ylabel)
     return figure, list(grid.flat)[:shown]
-
-
-def _of(title: str, shown: int, count: int) -> str:
-    """The title, with how many of how many are shown, if not all."""
-    return title if shown == count else f"{title} ({shown} of {count} shown)".strip()
 
 
 def _short(name: str, most: int) -> str:

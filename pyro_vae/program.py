@@ -89,7 +89,7 @@ class Program:
 class _Shaped(TorchDistribution):
     """A distribution of batch (B,) seen as one of another batch shape with B elements."""
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}  # noqa: RUF012 (torch's convention)
+    arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, base: TorchDistribution, batch_shape: torch.Size) -> None:
         self.base = base

@@ -24,7 +24,7 @@ from pyro.distributions import Distribution, MultivariateNormal, Normal
 from pyro.infer import SVI
 from torch import Tensor, nn
 
-from .evidence import Evidence, importance_sample, split_rows
+from .evidence import Evidence, importance_sample, samples_at_once
 from .objectives import objective
 from .optimizer import OneOptimizer
 from .vae import LatentModel, PyroModel, held_fixed, register
@@ -128,7 +128,7 @@ def refine(
 def elbo(vae: LatentModel, posterior: Distribution, x: Tensor, num_samples: int = 1000) -> Tensor:
     """ELBO (B,) of any posterior (batch (B,), event (Z,)), float64, nats, by sampling."""
     prior, total = vae.prior(), torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    _, chunk = next(split_rows(x))
+    chunk = samples_at_once(x)
     for done in range(0, num_samples, chunk):
         z = posterior.sample((min(chunk, num_samples - done),))
         log_weights = vae.likelihood(z).log_prob(x) + prior.log_prob(z) - posterior.log_prob(z)
@@ -182,23 +182,10 @@ def gaps(
     with torch.no_grad():
         posteriors = [vae.posterior(x), diagonal.posterior(x), full.posterior(x)]
     encoder_elbo, diagonal_elbo, full_elbo = (elbo(vae, q, x, num_samples) for q in posteriors)
-    evidence = importance_sample(
-        _Reproposed(vae, posteriors[2]), x, num_samples, with_pareto_k=True
-    )
+    evidence = importance_sample(vae, x, num_samples, with_pareto_k=True, proposal=posteriors[2])
     return Gaps(
         amortization=diagonal_elbo - encoder_elbo,
         correlation=full_elbo - diagonal_elbo,
         remainder=evidence.log_evidence - full_elbo,
         evidence=evidence,
     )
-
-
-class _Reproposed:
-    """A VAE's model with another proposal."""
-
-    def __init__(self, vae: PyroModel, posterior: Distribution) -> None:
-        self.prior, self.likelihood = vae.prior, vae.likelihood
-        self.proposal = posterior
-
-    def posterior(self, x: Tensor) -> Distribution:
-        return self.proposal

@@ -14,12 +14,12 @@ import torch
 from conftest import SIGMAS, all_likelihoods, example_spec
 from pyro.distributions import Normal
 from test_evidence import Encoder
-from test_linear_gaussian import oracle
 from torch import nn
 
 from pyro_vae import annealing, evidence
 from pyro_vae.annealing import anneal
 from pyro_vae.likelihoods import LIKELIHOODS
+from pyro_vae.linear_gaussian import LinearGaussian
 from pyro_vae.priors import StandardNormal
 from pyro_vae.quadrature import quadrature
 from pyro_vae.vae import VAE
@@ -30,9 +30,13 @@ def widest(count: int) -> float:
     return NormalDist().inv_cdf(1 - NormalDist().cdf(-SIGMAS) / count)
 
 
-def simulated(case, count: int, **settings):
+def simulated(case, count: int, guide="exact"):
     """An oracle, z and x drawn from it, and log p(x)."""
-    vae, _ = oracle(*case, **settings)
+    data_dim, latent_dim, noise_scale, seed = case
+    torch.manual_seed(seed)
+    weight = torch.randn(data_dim, latent_dim, dtype=torch.float64)
+    loc = torch.randn(data_dim, dtype=torch.float64)
+    vae = LinearGaussian(weight, loc, noise_scale, guide)
     z = vae.prior().sample((count,))
     x = vae.likelihood(z).sample().detach()
     return vae, z, x, vae.exact_log_evidence(x).detach()
@@ -45,32 +49,39 @@ def agree(result, exact) -> bool:
     return bool(largest and off.sum().abs() < SIGMAS * error.square().sum().sqrt())
 
 
-CASES = [(2, 1, 0), (4, 2, 1), (3, 6, 3), (5, 3, 1)]  # D, Z (Z > D too), seed
+# D, Z (Z > D too), σ, seed. At these σ some 60 steps leave the logarithms of the weights a deviation
+# of about 0.5, or the tests' errors would not be those of Gaussians.
+CASES = [(2, 1, 1.0, 0), (5, 3, 1.0, 1), (3, 6, 1.5, 3), (12, 7, 2.0, 2)]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*((case, torch.float64) for case in CASES), (CASES[1], torch.float32)]
+)
 def test_forward_estimates_are_within_their_errors(case, dtype):
     vae, _, x, exact = simulated(case, 20)
     torch.manual_seed(1)
     result = anneal(vae.to(dtype), x.to(dtype), num_steps=60, num_chains=200)
     assert result.lower.dtype == result.standard_error.dtype == torch.float64
     assert result.upper is None
-    assert result.standard_error.max() < 0.09, "errors small enough to matter"
-    assert result.standard_error.mean() < 0.04
+    assert result.standard_error.max() < 0.12, "errors small enough to matter"
+    assert result.standard_error.mean() < 0.07
     assert agree(result, exact)
-    assert ((result.acceptance > 0.6) & (result.acceptance < 1)).all()
+    assert ((result.acceptance > 0.7) & (result.acceptance < 1)).all()
 
 
 def test_claimed_errors_are_the_spread_over_repetitions():
-    vae, _, x, _ = simulated((4, 2, 1), 200)
+    vae, _, x, _ = simulated((2, 1, 1.0, 0), 400)
     torch.manual_seed(2)
-    # 200 images with one posterior covariance: their errors are about alike
     once, again = anneal(vae, x, 20, 40), anneal(vae, x, 20, 40)
-    ratio = (once.lower - again.lower).square().mean() / (2 * once.standard_error.square().mean())
-    # A mean of 200 squares: 1/√100 of itself, and as much again for the claimed ones.
-    assert abs(ratio.log()) < SIGMAS * math.sqrt(2 / 100)
+    claimed = once.standard_error.square() + again.standard_error.square()
+    ratio = ((once.lower - again.lower).square() / claimed).mean()
+    # χ² of one degree has variance 2; the claimed ones are off by some themselves, from 40 chains
+    assert abs(ratio - 1) < SIGMAS * math.sqrt(2 / 400) + 0.05
     assert anneal(vae, x[:3], 5, 1).standard_error.isnan().all()
+
+
+# Cases and T of which single weights w / p(x) have standard errors near 1% over 2,000 images.
+SINGLE = [(2, 1, 1.0, 0), (5, 3, 2.0, 1)]
 
 
 def weights_are_unbiased(vae, z, x, exact) -> tuple[bool, bool]:
@@ -79,68 +90,97 @@ def weights_are_unbiased(vae, z, x, exact) -> tuple[bool, bool]:
     seen = []
     for ratio in ((result.lower - exact).exp(), (exact - result.upper).exp()):
         error = ratio.std() / math.sqrt(len(ratio))
-        assert error < 0.05, "errors small enough to matter"
         seen.append(bool((ratio.mean() - 1).abs() < SIGMAS * error))
+        assert error < 0.015 or not seen[-1], "errors small enough to matter"
     return seen[0], seen[1]
 
 
-# Noise that leaves the posterior wide, or single weights would have no mean to speak of.
-WIDE = (2, 1, 5)
+@pytest.mark.parametrize("case", SINGLE)
+def test_forward_and_reverse_weights_are_unbiased(case):
+    """Both at 4 standard errors, of about 1%; the bounds on log p(x) follow, by Jensen."""
+    vae, z, x, exact = simulated(case, 2000)
+    torch.manual_seed(3)
+    assert weights_are_unbiased(vae, z, x, exact) == (True, True)
 
 
-def test_forward_and_reverse_weights_are_unbiased():
-    """Both at 4 standard errors, below 5%; the bounds on log p(x) follow, by Jensen."""
-    for case in [WIDE, (4, 2, 0)]:
-        vae, z, x, exact = simulated(case, 2000)
-        torch.manual_seed(3)
-        assert weights_are_unbiased(vae, z, x, exact) == (True, True)
+class WidePrior:
+    """The model of a VAE but for its prior, which is 10% too wide."""
 
-
-class Wrapped:
-    """A VAE, with some of its distributions replaced."""
-
-    def __init__(self, vae, prior_scale: float = 1.0):
-        self.vae, self.scale = vae, prior_scale
-        self.likelihood, self.posterior = vae.likelihood, vae.posterior
+    def __init__(self, vae):
+        self.vae, self.likelihood, self.posterior = vae, vae.likelihood, vae.posterior
 
     def prior(self):
-        (latent_dim,) = self.vae.prior().event_shape
-        return Normal(torch.zeros(latent_dim).double(), self.scale).to_event(1)
+        return Normal(torch.zeros_like(self.vae.weight[0]), 1.1).to_event(1)
 
 
-class Slowed(annealing._Target):
-    """The last of the weights belongs to β = 0.97, not 1."""
+class EndsEarly(annealing._Target):
+    """The last β is 0.97, not 1."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.betas[-1] = 0.97
 
 
-def forgets_momentum(target, start, k):
-    """A chain that accepts by position alone."""
-    torch.manual_seed(k)
-    move = annealing._Target._move_as_it_is
-    end, _ = move(target, start, k)
-    return end, torch.ones(start.z.shape[:2], dtype=torch.float64)
-
-
-@pytest.mark.parametrize("fault", ["prior", "accept", "schedule", "late", "slope"])
+@pytest.mark.parametrize("fault", ["prior", "accept", "schedule", "late", "density"])
 def test_planted_faults_are_seen_by_the_same_checks(fault, monkeypatch):
-    vae, z, x, exact = simulated((5, 3, 1), 20)
-    single = simulated((4, 2, 0), 2000)
-    if fault == "prior":  # the model's prior is 10% too wide
-        vae, single = Wrapped(vae, 1.1), (Wrapped(single[0], 1.1), *single[1:])
+    vae, _, x, exact = simulated(CASES[1], 20)
+    single = simulated(SINGLE[1], 2000)
+    move, density = annealing._Target._move, annealing._Point.log_density
+    if fault == "prior":
+        vae = WidePrior(vae)
     elif fault == "accept":  # every proposal is taken
         monkeypatch.setattr(annealing._Point, "where", lambda self, chosen, other: self)
     elif fault == "schedule":
-        monkeypatch.setattr(annealing, "_Target", Slowed)
-    elif fault == "late":  # the kernel of β_k+1 where that of β_k belongs
-        move = annealing._Target._move
-        monkeypatch.setattr(annealing._Target, "_move", lambda s, p, k: move(s, p, k + 1))
-    else:  # half the slope of the likelihood in the acceptance's density
-        density = annealing._Point.log_density
+        monkeypatch.setattr(annealing, "_Target", EndsEarly)
+    elif fault == "late":  # the kernel of β_k+1 in place of that of β_k
+        last = 60 - 1
+        monkeypatch.setattr(
+            annealing._Target, "_move", lambda s, p, k: move(s, p, min(k + 1, last))
+        )
+    else:  # proposals are accepted by another density than that of their slopes
         monkeypatch.setattr(annealing._Point, "log_density", lambda p, beta: density(p, beta / 2))
     torch.manual_seed(1)
-    forward = agree(anneal(vae, x, 60, 200), exact)
-    torch.manual_seed(3)
-    print(fault, forward, weights_are_unbiased(*single))
+    assert not agree(anneal(vae, x, 60, 200), exact)
+    # x ~ p(x), whose mean of p'(x) / p(x) is 1 for any other model p': no news of the prior there
+    if fault != "prior":
+        last = 30 - 1
+        torch.manual_seed(3)
+        assert weights_are_unbiased(*single) == (False, False)
+
+
+def slope(steps, gaps) -> float:
+    """Of log gaps over log T, by least squares."""
+    across = torch.tensor(steps).double().log()
+    across = across - across.mean()
+    return ((across * torch.stack(gaps).log()).sum() / across.square().sum()).item()
+
+
+STEPS = [10, 30, 90, 270]
+
+
+def bracket(case, count):
+    """Mean lower and upper offsets from log p(x), with their errors, one chain an image: (T, 4)."""
+    vae, z, x, exact = simulated(case, count)
+    rows = []
+    for num_steps in STEPS:
+        torch.manual_seed(4)
+        result = anneal(vae, x, num_steps, num_chains=1, z=z)
+        sides = torch.stack([exact - result.lower, result.upper - exact])
+        error = torch.cat([sides.std(1), sides.sum(0).std()[None]]) / math.sqrt(count)
+        rows.append(torch.cat([sides.mean(1), error]))
+    return torch.stack(rows)
+
+
+def test_both_sides_close_in_on_the_truth_as_one_over_steps(monkeypatch):
+    """Single chains of 500 images, where the gap is largest: 48 nats at T = 10, 1.5 at T = 270."""
+    case = (12, 7, 0.6, 2)
+    below, above, *errors, error = bracket(case, 500).T
+    for side, side_error in zip((below, above), errors, strict=True):
+        assert (side > -SIGMAS * side_error).all(), "a bound on its side"
+        assert (side > SIGMAS * side_error).all(), "power: and not an estimate without a side"
+    gap = below + above
+    assert (error / gap).max() < 0.08, "errors small enough to matter"
+    # By propagation of these errors the slope's is 0.03.
+    found = slope(STEPS, list(gap))
+    print(f"slope {found:.3f}, gaps {gap.tolist()}, errors {error.tolist()}")
+    assert abs(found + 1) < SIGMAS * 0.03

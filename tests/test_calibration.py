@@ -248,13 +248,13 @@ def test_closed_forms_of_the_oracle():
         np.testing.assert_allclose(s.contraction, expected, rtol=1e-9)
         correlation = np.sqrt(explained)  # a shift does not change it
         error = (1 - explained) / math.sqrt(count)
-        assert (np.abs(s.recovery - correlation) < sigmas(6) * error).all()
-        error = 1 / factor / math.sqrt(count)
-        assert (np.abs(s.z_scores.mean(0) + shift / factor) < sigmas(6) * error).all()
+        assert (np.abs(s.recovery - correlation) < sigmas(12) * error).all()
+        # power: the share of variance explained is not the correlation
+        assert (np.abs(s.recovery - explained) > sigmas(12) * error).all()
+        bias = np.abs(s.z_scores.mean(0) + shift / factor)
+        assert (bias < sigmas(12) / factor / math.sqrt(count)).all()
         for scores in s.z_scores.T:
             assert (stats.kstest(scores, "norm").pvalue > FALSE_ALARM / 6) == (factor == 1)
-    # power: latents that are swapped
-    assert (np.abs(s.recovery - correlation[[1, 2, 0]]) > sigmas(6) * error).all()
 
 
 def test_a_guide_that_ignores_x_recovers_nothing():
@@ -493,27 +493,25 @@ def test_a_guide_that_ignores_x_passes_in_all_but_the_likelihood():
 @pytest.mark.parametrize("latent_dim", [1, 3])
 def test_coverage_of_exact_guides(latent_dim):
     """Every share is binomial about its nominal level; a narrow guide's shares are not."""
-    levels = (0.5, 0.8, 0.9, 0.95)
-    found = {}
-    for factor in (1.0, 0.9):
-        torch.manual_seed(9)
-        vae = oracle(5, latent_dim, scale_factor=factor)
-        found[factor] = coverage(simulate(vae, 2000, 199), levels)
-    exact, narrow = found[1.0], found[0.9]
-    assert exact.names == (*(f"z{j + 1}" for j in range(latent_dim)), MEAN, HDR)
-    np.testing.assert_allclose(exact.nominal, levels, atol=1e-12)
+    levels, count = (0.5, 0.8, 0.9, 0.95), 3000
     cells = len(levels) * (latent_dim + 2)
-    for c, seen in ((exact, False), (narrow, True)):
-        for row, nominal in enumerate(levels):
-            for column, name in enumerate(c.names):
-                if name == MEAN:
-                    error = (c.high - c.low)[row, column] / 2 / 1.96
-                    off = abs(c.covered[row, column] - nominal) > sigmas(cells) * error
-                else:
-                    hits = round(2000 * c.covered[row, column])
-                    off = stats.binomtest(hits, 2000, nominal).pvalue < FALSE_ALARM / cells
-                # 0.95 is 2Φ(0.9 · 1.96) − 1 = 0.92 for the narrow guide: six standard errors
-                assert not off if not seen else off or nominal < 0.95
+    for factor in (1.0, 0.85):
+        torch.manual_seed(9)
+        c = coverage(simulate(oracle(5, latent_dim, scale_factor=factor), count, 199), levels)
+        assert c.names == (*(f"z{j + 1}" for j in range(latent_dim)), MEAN, HDR)
+        np.testing.assert_allclose(c.nominal, levels, atol=1e-12)
+        mean = c.names.index(MEAN)
+        error = (c.high - c.low)[:, mean] / 2 / stats.t.isf(0.025, count - 1)
+        seen = np.abs(c.covered[:, mean] - levels) > sigmas(cells) * error
+        for column in {*range(len(c.names))} - {mean}:
+            hits = np.rint(count * c.covered[:, column]).astype(int)
+            p_values = [
+                stats.binomtest(k, count, p).pvalue for k, p in zip(hits, levels, strict=True)
+            ]
+            seen = np.c_[seen, np.array(p_values) < FALSE_ALARM / cells]
+        # 0.8 is 2Φ(0.85 · 1.28) − 1 = 0.72 for the narrow guide, 10 standard errors off, and so on;
+        # 0.5 is 0.43, 7 standard errors off, of which 4.5 are allowed
+        assert not seen.any() if factor == 1 else seen[1:].all()
 
 
 @pytest.mark.parametrize("factor", [0.8, 1.25])
@@ -537,10 +535,10 @@ def test_coverage_of_a_wrong_scale_is_the_closed_form(latent_dim, factor):
     # latents are dependent: the error of their mean is at most that of one
     assert (np.abs(c.covered[:, :-1] - central[:, None]) < limit * error[:, None]).all()
     assert (np.abs(c.covered[:, -1] - region) < limit * error).all()
-    # power: neither the nominal levels nor, for three latents, each other's formula
+    # power: neither the nominal levels nor, for three latents, the formula for one
     assert (np.abs(c.covered - np.array(levels)[:, None]) > limit * error[:, None]).all()
     if latent_dim == 3:
-        assert (np.abs(region - central) > 2 * limit * error).any()
+        assert (np.abs(c.covered[:, -1] - central) > limit * error).any()
 
 
 def test_levels_are_moved_to_what_the_draws_can_show():
@@ -562,7 +560,7 @@ def test_levels_are_moved_to_what_the_draws_can_show():
 def test_intervals_of_coverage():
     """Clopper and Pearson's by their formula, which cover; the mean's over simulations."""
     random = np.random.default_rng(12)
-    count, columns = 100, 1000
+    count, columns = 100, 500
     c = coverage(with_ranks(random.integers(0, 40, (count, columns + 1)), 39), (0.95,))
     hits = np.delete(np.rint(count * c.covered[0]), columns)
     low, high = np.delete(c.low[0], columns), np.delete(c.high[0], columns)
@@ -600,7 +598,7 @@ def test_miscalibration_recovers_planted_faults(factor, shift):
     for intervals, truth in ((m.bias, -shift / factor), (m.spread, 1 / factor)):
         assert len(intervals) == 3
         for i in intervals:
-            error = (i.high - i.low) / 2 / 1.96
+            error = (i.high - i.low) / 2 / stats.t.isf(0.025, 3999)
             assert error < 0.03
             assert abs(i.estimate - truth) < sigmas(6) * error
             if factor != 1:  # power: neither sign nor reciprocal is mistaken

@@ -25,14 +25,25 @@ ORDER = [
     "factory",
     "svi",
     "checkpoint",
+    "quadrature",
     "evidence",
+    "annealing",
+    "program",
+    "calibration",
+    "diagnostics",
+    "refinement",
+    "nuts",
+    "verdicts",
     "figures",
+    "posterior_figures",
     "gallery",
+    "studies",
     "command",
     "train",
     "evaluate",
     "generate",
     "encode",
+    "diagnose",
 ]
 
 
@@ -66,7 +77,7 @@ def test_figures_know_no_model():
 
 
 def test_help_does_not_wait_for_torch():
-    for command in ("train", "evaluate", "generate", "encode"):
+    for command in ("train", "evaluate", "generate", "encode", "diagnose"):
         code = (
             f"import sys; from pyro_vae.{command} import main\n"
             "try: main(['--help'])\nexcept SystemExit: pass\n"
