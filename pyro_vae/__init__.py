@@ -5,6 +5,7 @@
     for record in pyro_vae.fit(vae, splits, pyro_vae.FitConfig(epochs=50)):
         print(record.epoch, record.validation_elbo)
     pyro_vae.log_evidence(vae, x, num_samples=5000)
+    pyro_vae.miscalibration(pyro_vae.simulate(vae))
 
 Names are imported on first use, so that `import pyro_vae` and `--help` do not wait for torch.
 """
@@ -18,12 +19,19 @@ from .config import VERSION as __version__
 from .config import Config, DataConfig, FitConfig, InputError, ModelConfig
 
 if TYPE_CHECKING:
+    from .annealing import anneal
     from .autoencoder import Autoencoder
+    from .calibration import check_ranks, miscalibration, simulate
     from .checkpoint import load
     from .data import DataSpec, Split, Splits, load_data
-    from .evidence import importance_sample, log_evidence
+    from .diagnostics import latent_use, predictive_check
+    from .evidence import importance_sample, log_evidence, upper_bound
     from .factory import build
+    from .linear_gaussian import LinearGaussian
+    from .nuts import compare_with_nuts
     from .objectives import objective
+    from .program import Program
+    from .refinement import gaps, refine
     from .svi import Record, fit
     from .vae import VAE
 
@@ -35,34 +43,58 @@ __all__ = [
     "DataSpec",
     "FitConfig",
     "InputError",
+    "LinearGaussian",
     "ModelConfig",
+    "Program",
     "Record",
     "Split",
     "Splits",
     "__version__",
+    "anneal",
     "build",
+    "check_ranks",
+    "compare_with_nuts",
     "fit",
+    "gaps",
     "importance_sample",
+    "latent_use",
     "load",
     "load_data",
     "log_evidence",
+    "miscalibration",
     "objective",
+    "predictive_check",
+    "refine",
+    "simulate",
+    "upper_bound",
 ]
 
 _HOMES = {
     "VAE": "vae",
     "Autoencoder": "autoencoder",
     "DataSpec": "data",
+    "LinearGaussian": "linear_gaussian",
+    "Program": "program",
     "Record": "svi",
     "Split": "data",
     "Splits": "data",
+    "anneal": "annealing",
     "build": "factory",
+    "check_ranks": "calibration",
+    "compare_with_nuts": "nuts",
     "fit": "svi",
+    "gaps": "refinement",
     "importance_sample": "evidence",
+    "latent_use": "diagnostics",
     "load": "checkpoint",
     "load_data": "data",
     "log_evidence": "evidence",
+    "miscalibration": "calibration",
     "objective": "objectives",
+    "predictive_check": "diagnostics",
+    "refine": "refinement",
+    "simulate": "calibration",
+    "upper_bound": "evidence",
 }
 
 

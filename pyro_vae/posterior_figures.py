@@ -268,7 +268,7 @@ def latent_use(
         active: (Z,) booleans.
     """
     order = np.argsort(-kl, kind="stable")[:MOST_BARS]
-    places, many = np.arange(len(order)), len(order) > 12
+    places, turned = np.arange(len(order)), len(order) > 12 or max(map(len, names)) > 6
     width = min(7.2, max(4.2, 0.16 * len(order) + 1.5))
     figure = _figure(width, 4.0, title, len(order), len(kl))
     first, second = figure.subplots(2, 1, sharex=True)
@@ -278,7 +278,8 @@ def latent_use(
     first.set_ylabel("KL, nats")
     second.set_ylabel("variance of\nposterior means")
     second.set_xticks(places, [_short(names[j], 16) for j in order])
-    second.tick_params("x", rotation=90 if many else 0, labelsize=6 if many else 8)
+    second.tick_params("x", rotation=90 if turned else 0, labelsize=6 if turned else 8)
+    second.set_ylim(bottom=0)
     second.set_xlim(-0.8, len(order) - 0.2)
     counts = {f"active: {active.sum()}": TRAIN, f"inactive: {(~active).sum()}": GREY}
     handles = [Patch(color=colour, label=text) for text, colour in counts.items()]
@@ -340,8 +341,9 @@ def sandwich(estimators: Sequence[tuple[str, float, float, str]], title: str = "
         axes.text(1.02, i, text, va="center", transform=axes.get_yaxis_transform())
     axes.set_yticks(range(len(estimators)), [_short(name, 40) for name, *_ in estimators])
     axes.set_ylim(len(estimators) - 0.5, -0.5)
-    axes.set_xlabel("mean $\\log p(x)$, nats, ± 2 standard errors")
+    axes.set_xlabel("mean, nats, ± 2 standard errors")
     axes.ticklabel_format(axis="x", useOffset=False)
+    axes.locator_params(axis="x", nbins=5)
     axes.grid(axis="x", alpha=0.25)
     figure.legend(loc="outside lower center", ncols=2)
     return figure

@@ -263,13 +263,16 @@ def _calibration_figures(simulations: Simulations, names: tuple[str, ...]) -> di
     levels = tuple(np.linspace(0.1, 0.95, 18))
     curve = coverage(simulations, levels)
     band = gamma_band(len(simulations.ranks), simulations.num_draws)
-    ranks, num_draws = simulations.ranks, simulations.num_draws
+    # The two quantities of all latents first: of many latents only some are shown.
+    order = [*range(len(names), len(simulations.names)), *range(len(names))]
+    quantities = [simulations.names[i] for i in order]
+    ranks, num_draws = simulations.ranks[:, order], simulations.num_draws
     return {
         "ranks": draw.rank_histograms(
-            ranks, num_draws, simulations.names, "Ranks of the truth among draws from q(z|x)"
+            ranks, num_draws, quantities, "Ranks of the truth among draws from q(z|x)"
         ),
         "ecdf": draw.ecdf_differences(
-            ranks, num_draws, simulations.names, *band, "Ranks: distribution less the uniform one"
+            ranks, num_draws, quantities, *band, "Ranks: distribution less the uniform one"
         ),
         "coverage": draw.coverage_curve(
             curve.nominal, curve.covered, curve.low, curve.high, curve.names, "Expected coverage"

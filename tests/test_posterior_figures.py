@@ -196,6 +196,13 @@ def test_latents_are_in_order_of_their_kl():
     assert legend(figure.legends[0]) == ["active: 2", "inactive: 2"]
 
 
+def test_a_collapsed_posterior_has_no_variance_below_zero():
+    none = np.zeros(2)
+    figure = posterior_figures.latent_use(none, none, none > 0, names(2))
+    assert heights(figure.axes[1]) == [0, 0]
+    assert figure.axes[1].get_ylim()[0] == 0
+
+
 def test_of_very_many_latents_those_of_largest_kl_are_drawn():
     kl = np.arange(70.0)
     figure = posterior_figures.latent_use(kl, kl, kl > 65, names(70), "use")
