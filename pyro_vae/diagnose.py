@@ -27,6 +27,9 @@ from .command import choose_device, load_run_data, parse, print_json, run_comman
 from .config import InputError, auto, check_seed
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .data import Split, Units
     from .verdicts import Finding
 
 
@@ -64,7 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: DiagnoseArguments) -> int:
-    import torch
     from tqdm import tqdm
 
     from .checkpoint import load_checkpoint
@@ -87,10 +89,10 @@ def _main(arguments: DiagnoseArguments) -> int:
     units = vae.likelihood_module.units
     if len(splits.test) < 4:
         raise InputError(f"expected at least 4 held-out rows; {splits.name} has {len(splits.test)}")
-    held_out = torch.cat(list(splits.test.fixed(units, seed, effort.held_out)))
+    held_out = _some_rows(splits.test, units, effort.held_out, seed)
     # Other data have no training rows: the aggregate posterior is then that of what there is.
     known = splits.train if len(splits.train) else splits.test
-    training = torch.cat(list(known.fixed(units, seed, effort.aggregate)))
+    training = _some_rows(known, units, effort.aggregate, seed)
     report: dict[str, Any] = {
         "checkpoint": str(checkpoint.path),
         "data": splits.name,
@@ -129,6 +131,18 @@ def _main(arguments: DiagnoseArguments) -> int:
     if arguments.json:
         print_json(report)
     return int(arguments.strict and any(f["verdict"] == "wrong" for f in report["findings"]))
+
+
+def _some_rows(split: Split, units: Units, count: int, seed: int) -> Tensor:
+    """At most `count` rows of a split, as x, chosen at random: files are often sorted by class."""
+    import torch
+
+    from .randomness import derive
+
+    generator = torch.Generator().manual_seed(derive(seed, "rows"))
+    chosen = split.rows[torch.randperm(len(split), generator=generator)[:count]]
+    part = dataclasses.replace(split, rows=chosen, labels=None)
+    return torch.cat(list(part.fixed(units, seed)))
 
 
 def _as_dict(finding: Finding) -> dict[str, Any]:
