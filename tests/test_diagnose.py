@@ -183,3 +183,15 @@ def test_rows_are_taken_from_everywhere(digits):
     taken = [tuple(row) in first for row in parts[0].flatten(1).tolist()]
     assert sum(taken[:30]) < 20
     assert len(diagnose._some_rows(digits.test, "count", 10_000, 0)) == len(digits.test)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_cuda(copy, capsys):
+    """Every study on the device; the same sizes up to other random draws."""
+    assert diagnose.main([str(copy), "--quick", "--json", "--device", "cuda"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [finding["check"] for finding in report["findings"]] == NAMES
+    assert diagnose.main([str(copy), "--quick", "--json", "--device", "cpu"]) == 0
+    other = json.loads(capsys.readouterr().out)
+    assert report["details"]["elbo"] == pytest.approx(other["details"]["elbo"], abs=2.0)
+    assert report["details"]["latent_kl"] == pytest.approx(other["details"]["latent_kl"], rel=1e-3)
