@@ -315,7 +315,7 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match=r"'mine' expects .* shape \(10, 4\); got \(10, 4, 3\)$"):
         simulate(vae, 4, 9, {"mine": lambda z, x: z})
     for bad in (lambda z, x: z[..., 0] * math.nan, lambda z, x: z[..., 0].sqrt()):
-        with pytest.raises(ValueError, match="'mine' .* NaN among them"):
+        with pytest.raises(ValueError, match=r"'mine' .* NaN among them"):
             simulate(vae, 4, 9, {"mine": bad})
     with pytest.raises(ValueError, match="at least 40 simulations; got 39"):
         check_ranks(simulate(vae, 39, 9))
@@ -383,7 +383,7 @@ def test_exact_guides_are_accepted(case):
 
 
 def rank_chances(factor: float, shift: float = 0.0, num_draws: int = DRAWS) -> np.ndarray:
-    """(L + 1,): P(rank of z) where q's deviation is factor and its mean shift times the exact one's.
+    """(L + 1,): P(rank of z) where q's deviation is `factor` exact ones and its mean `shift` off.
 
     Given x and z*, the ranks are binomial with chance Φ((ε − shift) / factor), ε standard normal;
     the trapezoidal rule is exact here to rounding.

@@ -10,12 +10,20 @@ import torch
 from conftest import SIGMAS, example_spec
 from pyro.distributions import Normal
 from torch import nn
+from torch.distributions import MultivariateNormal, kl_divergence
 
 import pyro_vae
 from pyro_vae import evidence
 from pyro_vae.data import DataSpec
-from pyro_vae.evidence import importance_sample, log_evidence
+from pyro_vae.evidence import (
+    importance_sample,
+    log_evidence,
+    pareto_k,
+    reliable_k,
+    upper_bound,
+)
 from pyro_vae.likelihoods import LIKELIHOODS
+from pyro_vae.linear_gaussian import LinearGaussian
 from pyro_vae.priors import StandardNormal
 from pyro_vae.vae import VAE
 
@@ -179,3 +187,237 @@ def test_on_cuda():
     vae, x, exact = linear_gaussian()
     estimate = log_evidence(vae.to("cuda"), x.to("cuda"), 100)
     torch.testing.assert_close(estimate.cpu(), exact, rtol=1e-6, atol=1e-6)
+
+
+# In one latent, with p(z|x) = N(μ, τ²) and q = N(m, s²), all of the weights w ∝ p / q is known:
+#
+#     E[(w / E w)²] = s² / (τ √(2s² − τ²)) · exp((μ − m)² / (2s² − τ²))        for 2s² > τ²
+#
+# whose inverse is ESS / K in the limit, and the tail's shape is k = 1 − s²/τ² for s < τ. The oracle
+# plants s / τ and (m − μ) / τ.
+
+
+def one_latent(factor: float, shift: float, count: int):
+    """An oracle, x from it, log p(x), and E[(w / E w)²]."""
+    torch.manual_seed(6)
+    weight, loc = torch.full((1, 1), 1.3).double(), torch.full((1,), 0.2).double()
+    vae = LinearGaussian(weight, loc, 0.8, "exact", factor, shift)
+    x = vae.likelihood(vae.prior().sample((count,))).sample().detach()
+    room = 2 * factor**2 - 1
+    second = factor**2 / math.sqrt(room) * math.exp(shift**2 / room) if room > 0 else math.inf
+    return vae, x, vae.exact_log_evidence(x).detach(), second
+
+
+@pytest.mark.parametrize(("factor", "shift"), [(0.9, 0.3), (1.2, 0.0), (1.5, -0.8)])
+def test_effective_sample_size_and_standard_error_are_the_closed_forms(factor, shift):
+    """Means over 100 images of 20,000 samples."""
+    vae, x, _, second = one_latent(factor, shift, 100)
+    torch.manual_seed(7)
+    result = importance_sample(vae, x, 20_000)
+    for measured, exact, other in [
+        (result.effective_sample_size / 20_000, 1 / second, 1 / (1.03 * second)),
+        (20_000 * result.standard_error.square(), second - 1, 1.03 * second - 1),
+    ]:
+        error = measured.std() / 10
+        assert error < 0.008 * exact, "errors small enough to matter"
+        assert abs(measured.mean() - exact) < SIGMAS * error
+        assert abs(measured.mean() - other) > SIGMAS * error, "power: of 3% in the second moment"
+
+
+def unshrunk(tails):
+    """k̂ before the fit's prior: ten observations' worth of ½ beside 3 √K = 424 of the tail."""
+    return (tails * (424 + 10) - 0.5 * 10) / 424
+
+
+def test_pareto_k_of_pareto_weights():
+    """w = u^−k has the shape k, exactly, and so has every tail of it."""
+    torch.manual_seed(8)
+    found = {}
+    for k in (0.2, 0.5, 0.7, 1.0):
+        tails = unshrunk(pareto_k(-k * torch.rand(20_000, 60).double().log()))
+        error = tails.std() / math.sqrt(60)
+        assert error < 0.02, "errors small enough to matter"
+        # The estimator has a bias of the order of 1 / 424 itself, a third of the error.
+        assert abs(tails.mean() - k) < SIGMAS * error
+        found[k] = tails
+    # power: the other tail, whose values are bounded; the inverse weights
+    assert unshrunk(pareto_k(0.5 * torch.rand(20_000, 9).double().log())).max() < 0
+    # whatever the scale of the weights, and one by one
+    torch.manual_seed(9)
+    log_weights = -0.7 * torch.rand(500, 3).double().log()
+    torch.testing.assert_close(pareto_k(log_weights - 3000), pareto_k(log_weights))
+    torch.testing.assert_close(pareto_k(log_weights)[1:2], pareto_k(log_weights[:, 1:2]))
+
+
+@pytest.mark.parametrize("factor", [0.9, 0.7, 0.6])
+def test_pareto_k_of_a_guide_that_is_too_narrow(factor):
+    """At r deviations a Gaussian's tail has the shape k r² / (1 + r²), below k = 1 − s²/τ²."""
+    vae, x, _, _ = one_latent(factor, 0.2, 60)
+    torch.manual_seed(10)
+    result = importance_sample(vae, x, 20_000, with_pareto_k=True)
+    tails, k = unshrunk(result.pareto_k), 1 - factor**2
+    error = tails.std() / math.sqrt(60)
+    assert error < 0.015, "errors small enough to matter"
+    reach = 2.3  # deviations, of which 424 of 20,000 lie beyond
+    assert k * reach**2 / (1 + reach**2) - SIGMAS * error < tails.mean() < k + SIGMAS * error
+    # power: the shape of another guide, and that of the weights' square roots
+    assert not k / 2 * reach**2 / (1 + reach**2) - SIGMAS * error < tails.mean() < k / 2
+    assert (result.pareto_k > reliable_k(20_000)).sum() == 0 or factor < 0.7
+
+
+def test_pareto_k_where_there_is_no_tail():
+    equal = torch.full((100, 2), -1234.5)
+    assert (pareto_k(equal) == -math.inf).all()
+    # equal but for rounding: an exact guide in single precision
+    vae, x, _, _ = one_latent(1.0, 0.0, 5)
+    vae, x = vae.float(), x.float()
+    assert (importance_sample(vae, x, 1000, with_pareto_k=True).pareto_k == -math.inf).all()
+    with pytest.raises(ValueError, match="at least 25 samples; got 24"):
+        pareto_k(torch.randn(24, 3))
+    assert pareto_k(torch.randn(25, 3)).isfinite().all()
+
+
+@pytest.mark.parametrize("spread", [100.0, 300.0, 1000.0, 1e5])
+def test_pareto_k_where_one_weight_is_all(spread):
+    """Weights that differ by hundreds of nats, as those of a collapsed guide on images do."""
+    torch.manual_seed(11)
+    assert (pareto_k(spread * torch.randn(1000, 8).double()) > 10).all()
+    assert (pareto_k(spread * torch.randn(1000, 8)) > 10).all()
+
+
+def test_pareto_k_is_none_unless_asked():
+    vae, x, _, _ = one_latent(0.8, 0.0, 7)
+    assert importance_sample(vae, x, 30).pareto_k is None
+    tails = importance_sample(vae, x, 30, with_pareto_k=True).pareto_k
+    assert tails.shape == (7,)
+    assert tails.dtype == torch.float64
+
+
+def test_pareto_k_takes_all_chunks_of_samples(monkeypatch):
+    """One weight above all others, in whichever chunk it was drawn."""
+    monkeypatch.setattr(evidence, "CHUNK_VALUES", 40)
+
+    class Fixed:
+        """Draws z = 0, 1, 2, …; log w = z for the first image and z / 100 for the second."""
+
+        drawn = 0
+
+        def prior(self):
+            return Normal(torch.zeros(1), 1.0).to_event(1)
+
+        posterior = None
+
+        def likelihood(self, z):
+            return Weights(z[..., 0])
+
+    class Weights:
+        def __init__(self, z):
+            self.z = z
+
+        def log_prob(self, x):
+            return self.z * torch.tensor([1.0, 0.01]).double()
+
+    class Counting:
+        """A proposal that cancels the prior."""
+
+        def sample(self, shape):
+            start, Fixed.drawn = Fixed.drawn, Fixed.drawn + shape[0]
+            return torch.arange(start, start + shape[0]).double()[:, None, None].expand(-1, 2, 1)
+
+        def log_prob(self, z):
+            return Fixed().prior().log_prob(z)
+
+    result = importance_sample(
+        Fixed(), torch.zeros(2, 1), 90, with_pareto_k=True, proposal=Counting()
+    )
+    steps = torch.arange(90).double()[:, None] * torch.tensor([1.0, 0.01]).double()
+    torch.testing.assert_close(result.pareto_k, pareto_k(steps))
+    torch.testing.assert_close(result.log_evidence, steps.logsumexp(0) - math.log(90))
+
+
+def test_reliable_k():
+    expected = {
+        1: -2.32,
+        2: -2.32,
+        10: 0.0,
+        100: 0.5,
+        1000: 2 / 3,
+        2154: 0.7,
+        5000: 0.7,
+        10**6: 0.7,
+    }
+    for num_samples, k in expected.items():
+        assert reliable_k(num_samples) == pytest.approx(k, abs=2e-3)
+
+
+def test_a_proposal_in_place_of_the_guide():
+    """With the exact posterior every weight is the evidence, whatever the guide is."""
+    vae, x, exact = linear_gaussian(factor=3.0)
+    right, _, _ = linear_gaussian()
+    done = []
+    result = importance_sample(vae, x, 9, done.append, proposal=right.posterior(x))
+    torch.testing.assert_close(result.log_evidence, exact, rtol=1e-6, atol=1e-6)
+    assert sum(done) == 9 * len(x)
+
+
+def simulated(guide: str, count: int):
+    """A simulated oracle: z*, x, log p(x)."""
+    torch.manual_seed(12)
+    weight = torch.randn(5, 3, dtype=torch.float64)
+    vae = LinearGaussian(weight, torch.randn(5, dtype=torch.float64), 1.0, guide)
+    z = vae.prior().sample((count,))
+    x = vae.likelihood(z).sample().detach()
+    return vae, z, x, vae.exact_log_evidence(x).detach()
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 100])
+def test_upper_bound_with_the_exact_guide_is_the_evidence(num_samples):
+    vae, z, x, exact = simulated("exact", 20)
+    bound = upper_bound(vae, x, z, num_samples)
+    assert bound.dtype == torch.float64
+    torch.testing.assert_close(bound, exact, rtol=1e-10, atol=1e-10)
+    # power: a diagonal guide is off by tenths
+    vae, z, x, exact = simulated("diagonal", 20)
+    assert (upper_bound(vae, x, z, num_samples) - exact).abs().max() > 1e-2
+
+
+def test_upper_bound_of_one_sample_is_the_weight_of_z():
+    vae, z, x, _ = simulated("diagonal", 20)
+    weight = vae.likelihood(z).log_prob(x) + vae.prior().log_prob(z) - vae.posterior(x).log_prob(z)
+    torch.testing.assert_close(upper_bound(vae, x, z, 1), weight.detach())
+
+
+def test_upper_bound_is_above_on_average_and_tightens():
+    """With one sample by KL(p(z|x) ‖ q), in closed form; 1 / ŵ is unbiased with any number."""
+    vae, z, x, exact = simulated("diagonal", 4000)
+    torch.manual_seed(13)
+    guide = vae.posterior(x)
+    guide = MultivariateNormal(guide.mean, guide.variance.diag_embed())
+    divergence = kl_divergence(vae.exact_posterior(x), guide).detach()
+    gaps = {k: upper_bound(vae, x, z, k) - exact for k in (1, 8, 64)}
+
+    def score(draws, expected):
+        off = draws - expected
+        return (off.mean() / off.std() * math.sqrt(len(off))).item()
+
+    assert divergence.mean() > 0.1
+    assert (gaps[1] - divergence).std() < 0.02 * math.sqrt(4000), "errors small enough to matter"
+    assert abs(score(gaps[1], divergence)) < SIGMAS
+    for k, gap in gaps.items():
+        assert score(gap, 0.0) > SIGMAS if k < 64 else score(gap, 0.0) > -SIGMAS
+        assert (-gap).exp().std() < 0.06 * math.sqrt(4000)
+        assert abs(score((-gap).exp(), 1.0)) < SIGMAS
+    assert score(gaps[1] - gaps[8], 0.0) > SIGMAS
+    assert score(gaps[8] - gaps[64], 0.0) > SIGMAS
+    # power: z* of another image; a draw of the guide, which leaves a lower bound
+    assert abs(score(upper_bound(vae, x, z.roll(1, 0), 1) - exact, divergence)) > SIGMAS
+    wrong = upper_bound(vae, x, vae.posterior(x).sample(), 8) - exact
+    assert score(wrong, 0.0) < -SIGMAS
+    assert abs(score((-wrong).exp(), 1.0)) > SIGMAS
+
+
+def test_upper_bound_refuses_no_samples():
+    vae, z, x, _ = simulated("exact", 3)
+    for num_samples in (0, -1):
+        with pytest.raises(ValueError, match=f"integer of at least 1; got {num_samples}"):
+            upper_bound(vae, x, z, num_samples)
