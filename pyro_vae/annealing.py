@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import pyro
 import torch
 from torch import Tensor
 
@@ -126,6 +127,8 @@ class _Target:
 
     def run(self, z: Tensor | None) -> Annealed:
         start = self.prior.sample((self.num_chains, len(self.x)))
+        with torch.no_grad():
+            self.vae.likelihood(start).log_prob(self.x)  # checks the support of x
         self._chain(start, reverse=False, pilot=True)
         start = self.prior.sample((self.num_chains, len(self.x)))
         log_weights, acceptance = self._chain(start, reverse=False)
@@ -184,7 +187,8 @@ class _Target:
         return end.where(taken, start), probability
 
     def _point(self, z: Tensor) -> _Point:
-        with torch.enable_grad():
+        # Without validation: where a leapfrog diverges, NaN is a rejected step and not an error.
+        with torch.enable_grad(), pyro.validation_enabled(False):
             z = z.detach().requires_grad_()
             log_prior = self.prior.log_prob(z)
             log_likelihood = self.vae.likelihood(z).log_prob(self.x)

@@ -175,12 +175,20 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     from arviz_stats.base import array_stats
 
     tails = []
+    num_samples = len(log_weights)
+    # of the tail, as psislw has it
+    size = int(3 * math.sqrt(num_samples)) if num_samples > 225 else num_samples // 5
     for weights in log_weights.double().cpu().numpy().T:
-        if np.ptp(weights) < 1e-8:
+        highest = np.sort(weights)[-size - 1 :]
+        cutoff, *tail = np.exp(highest - highest[-1])
+        if np.ptp(weights) < 1e-3:
             tails.append(-math.inf)
-            continue
-        # psislw takes the logarithms of the *inverse* weights.
-        tails.append(float(array_stats.psislw(-weights)[1]))
+        elif tail[int(size / 4 + 0.5) - 1] - cutoff < 1e-290:
+            # More orders of magnitude than floats have: a few weights are all there is.
+            tails.append(math.inf)
+        else:
+            # psislw takes the logarithms of the *inverse* weights.
+            tails.append(float(array_stats.psislw(-weights)[1]))
     return torch.tensor(tails, dtype=torch.float64, device=log_weights.device)
 
 

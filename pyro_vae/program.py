@@ -14,6 +14,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Distribution, TorchDistribution
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 __all__ = ["Program"]
@@ -43,8 +44,14 @@ class Program:
         self.model, self.guide = model, guide
         self.latent, self.observed = latent, observed
         self.row = x[:1]
-        self.prior()
-        self.posterior(self.row)
+        for program, name, dims in (
+            (model, latent, 1),
+            (guide, latent, 1),
+            (model, observed, x.dim() - 1),
+        ):
+            site = self._site(program, name, self.row)
+            if len(site.event_shape) != dims:
+                raise _misshapen(name, site, 1)
 
     def prior(self) -> Distribution:
         """p(z): batch (), event (Z,)."""
@@ -70,20 +77,26 @@ class Program:
         return [node["value"].unconstrained() for node in nodes]
 
     def _site(self, program: Callable[[Tensor], Any], name: str, x: Tensor) -> TorchDistribution:
-        # Without validation: the rows given to the model are there for their number alone.
-        with pyro.validation_enabled(False):
-            trace = poutine.trace(program).get_trace(x)
-        if name not in trace.nodes or trace.nodes[name]["type"] != "sample":
-            sites = ", ".join([*trace.stochastic_nodes, *trace.observation_nodes]) or "none"
-            raise ValueError(f"expected a sample site {name!r}; got {sites}")
-        site = trace.nodes[name]["fn"]
+        trace = poutine.trace(program).get_trace(x)
+        nodes = {
+            other: node["fn"]
+            for other, node in trace.nodes.items()
+            if node["type"] == "sample" and not site_is_subsample(node)
+        }
+        if name not in nodes:
+            raise ValueError(f"expected a sample site {name!r}; got {', '.join(nodes) or 'none'}")
+        site = nodes[name]
         if site.batch_shape != (len(x),):
-            raise ValueError(
-                f"site {name!r} expects batch shape ({len(x)},), one plate over the rows of x; got "
-                f"{tuple(site.batch_shape)} and event shape {tuple(site.event_shape)}. Is a "
-                f".to_event(…) missing?"
-            )
+            raise _misshapen(name, site, len(x))
         return site
+
+
+def _misshapen(name: str, site: TorchDistribution, rows: int) -> ValueError:
+    return ValueError(
+        f"site {name!r} expects batch shape ({rows},), one plate over the rows of x; got "
+        f"{tuple(site.batch_shape)} and event shape {tuple(site.event_shape)}. Is a "
+        f".to_event(…) missing?"
+    )
 
 
 class _Shaped(TorchDistribution):
@@ -96,11 +109,19 @@ class _Shaped(TorchDistribution):
         super().__init__(batch_shape, base.event_shape, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        event_dim = len(self.event_shape)
         shape = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
-        sample_shape = shape[: len(shape) - event_dim - len(self.batch_shape)]
-        flat = value.expand(shape).reshape(sample_shape + self.base.batch_shape + self.event_shape)
-        return self.base.log_prob(flat).reshape(shape[: len(shape) - event_dim])
+        value = value.expand(shape)
+        num_dims = len(shape) - len(self.event_shape)
+        lead = num_dims - len(self.batch_shape)
+        # Where the batch has one element and the value more, they are samples of that element.
+        wide = [lead + i for i, size in enumerate(self.batch_shape) if size == 1]
+        rest = [i for i in range(lead, num_dims) if i not in wide]
+        order = [*range(lead), *wide, *rest]
+        moved = value.permute(*order, *range(num_dims, len(shape)))
+        samples = moved.shape[: lead + len(wide)]
+        flat = moved.reshape(samples + self.base.batch_shape + self.event_shape)
+        log_prob = self.base.log_prob(flat).reshape(moved.shape[:num_dims])
+        return log_prob.permute(*(order.index(i) for i in range(num_dims)))
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         sample_shape = torch.Size(sample_shape)

@@ -10,6 +10,7 @@ it from above.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +84,7 @@ def quadrature(vae: LatentModel, x: Tensor, num_nodes: int = 401) -> Quadrature:
     log_evidence = log_joint.logsumexp(0)
     places = torch.arange(num_nodes, device=x.device) % 2 == 0
     second = torch.cartesian_prod(*[places] * latent_dim).reshape(len(nodes), -1).all(1)
-    coarse = (log_joint[second] + latent_dim * torch.tensor(2.0).log()).logsumexp(0)
+    coarse = (log_joint[second] + latent_dim * math.log(2)).logsumexp(0)
     masses = (log_joint - log_evidence).exp()
     nodes = nodes.double()
     mean = masses.T @ nodes

@@ -93,7 +93,12 @@ def refine(
         num_steps: of SVI.
         start: a guide to start from, rather than the encoder's posterior.
         on_step: called with 1 after each step.
+
+    Raises:
+        ValueError: `num_steps` is not positive.
     """
+    if num_steps < 1:
+        raise ValueError(f"num_steps expects an integer of at least 1; got {num_steps}")
     posterior = vae.posterior(x) if start is None else start.posterior(x)
     loc, scale = posterior.mean.detach(), posterior.variance.sqrt().detach()
     guide = PerImageGuide(loc, scale, full, vae.latent)
@@ -126,7 +131,13 @@ def refine(
 
 @torch.no_grad()
 def elbo(vae: LatentModel, posterior: Distribution, x: Tensor, num_samples: int = 1000) -> Tensor:
-    """ELBO (B,) of any posterior (batch (B,), event (Z,)), float64, nats, by sampling."""
+    """ELBO (B,) of any posterior (batch (B,), event (Z,)), float64, nats, by sampling.
+
+    Raises:
+        ValueError: `num_samples` is not positive.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples expects an integer of at least 1; got {num_samples}")
     prior, total = vae.prior(), torch.zeros(len(x), dtype=torch.float64, device=x.device)
     chunk = samples_at_once(x)
     for done in range(0, num_samples, chunk):

@@ -93,7 +93,8 @@ def exact_discrepancies(count: int, num_draws: int):
     return found
 
 
-TINY = [(1, 1), (2, 1), (2, 2), (4, 2), (3, 5), (8, 3), (6, 4)]  # N, L
+# N, L. With (2, 4), tails of different i are equal but for their last digit.
+TINY = [(1, 1), (2, 1), (2, 2), (2, 4), (4, 2), (3, 5), (8, 3), (6, 4)]
 
 
 @pytest.mark.parametrize(("count", "num_draws"), TINY)
@@ -342,6 +343,10 @@ def test_the_two_tests_of_ranks():
         assert test.gamma == gamma_discrepancy(ranks[:, 1], num_draws)
         assert test.p_gamma == gamma_p_value(test.gamma, count, num_draws)
         assert test.name == DENSITY
+    # ranks that never occur count as none
+    test = check_ranks(with_ranks(random.integers(0, 100, (400, 1)), 199))[0]
+    assert test.p_value < 1e-11
+    assert test.chi_squared >= 400
     # 211 ranks, a prime number, have no equal bins
     test = check_ranks(with_ranks(random.integers(0, 211, (1000, 1)), 210))[0]
     assert (test.chi_squared, test.p_chi_squared) == (0, 1)

@@ -211,7 +211,7 @@ def check_oracle_by_torch_distributions():
 
 def check_annealing_brackets_the_evidence():
     """E[w] = p(x) forward and, from z* ~ p(z|x), E[1/w] = 1/p(x) in reverse: `agree`, twice."""
-    line, rows = Line(), 1500
+    line, rows = Line(), 2500
     torch.manual_seed(0)
     x = line.x[:2].repeat_interleave(rows, 0)
     z = line.mean[:2].repeat_interleave(rows, 0) + line.scale * torch.randn(2 * rows, Z).double()
@@ -501,9 +501,7 @@ TABLE: dict[Callable[[], None], list[Fault]] = {
             "larger.mean()",                               "larger[1:].mean()")],
     check_training_moves_every_parameter_and_reaches_pca: [
       Fault("β squared",                                   "svi._Training._kl_weight",
-            "self.config.beta *",                          "self.config.beta**2 *"),
-      Fault("gradients pile up",                           "optimizer.OneOptimizer.__call__",
-            "self.optimizer.zero_grad()",                  "pass")],
+            "self.config.beta *",                          "self.config.beta**2 *")],
     check_records_are_the_closed_form: [
       Fault("KL of the wrong sign, training",              "svi._Training._train_terms",
             "reconstruction - kl",                         "reconstruction + kl"),
