@@ -293,8 +293,8 @@ def test_pareto_k_is_none_unless_asked():
     assert tails.dtype == torch.float64
 
 
-def test_pareto_k_takes_all_chunks_of_samples(monkeypatch):
-    """One weight above all others, in whichever chunk it was drawn."""
+def test_every_number_is_that_of_all_chunks_of_samples(monkeypatch):
+    """Weights that are known one by one: the same numbers from all of them at once."""
     monkeypatch.setattr(evidence, "CHUNK_VALUES", 40)
 
     class Fixed:
@@ -333,6 +333,13 @@ def test_pareto_k_takes_all_chunks_of_samples(monkeypatch):
     steps = torch.arange(90).double()[:, None] * torch.tensor([1.0, 0.01]).double()
     torch.testing.assert_close(result.pareto_k, pareto_k(steps))
     torch.testing.assert_close(result.log_evidence, steps.logsumexp(0) - math.log(90))
+    weights = steps.exp()
+    error = weights.std(0) / weights.mean(0) / math.sqrt(90)
+    torch.testing.assert_close(result.standard_error, error)
+    torch.testing.assert_close(
+        result.effective_sample_size, weights.sum(0).square() / weights.square().sum(0)
+    )
+    torch.testing.assert_close(result.reconstruction, steps.mean(0))
 
 
 def test_reliable_k():

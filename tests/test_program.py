@@ -38,7 +38,7 @@ def test_distributions_are_those_of_the_vae(name, tmp_path):
     torch.testing.assert_close(program.posterior(x).log_prob(z), vae.posterior(x).log_prob(z))
     torch.testing.assert_close(program.posterior(x).mean, vae.posterior(x).mean)
 
-    for part in (z, z[0], z[:, :1], z[:1], z[0, 0], z[:, None]):
+    for part in (z, z[0], z[:, :1], z[:1], z[0, 0], z[:, None], z[:2, :3, None]):
         ours, theirs = program.likelihood(part), vae.likelihood(part)
         assert ours.batch_shape == theirs.batch_shape == part.shape[:-1]
         assert ours.event_shape == theirs.event_shape == x.shape[1:]

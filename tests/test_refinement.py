@@ -53,6 +53,8 @@ def split():
     steps, guides = [], []
 
     def keep(*args, **settings):
+        # the full guide starts where the diagonal one has ended
+        assert settings.get("start") is (guides[0] if guides else None)
         guides.append(refine(*args, **settings))
         return guides[-1]
 
