@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -129,7 +130,7 @@ def _main(arguments: DiagnoseArguments) -> int:
         if report["findings"] and not arguments.json:
             print(_table(report, run))
     if arguments.json:
-        print_json(report)
+        print_json(_plain(report))
     return int(arguments.strict and any(f["verdict"] == "wrong" for f in report["findings"]))
 
 
@@ -161,7 +162,16 @@ def _as_dict(finding: Finding) -> dict[str, Any]:
 def _write(path: Path, report: dict[str, Any]) -> None:
     from .checkpoint import write_atomically
 
-    write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
+    write_atomically(path, (json.dumps(_plain(report), indent=2) + "\n").encode())
+
+
+def _plain(values: Any) -> Any:
+    """The same with None for what is not finite, which JSON has no number for."""
+    if isinstance(values, dict):
+        return {key: _plain(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_plain(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def _table(report: dict[str, Any], run: Path) -> str:

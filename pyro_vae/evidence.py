@@ -45,6 +45,9 @@ __all__ = [
 CHUNK_VALUES = 2**19
 ACCELERATOR_CHUNK_VALUES = 2**25
 
+# All but the decoder is done for so many of these chunks together: it is little work, in many calls.
+CHUNKS_AT_ONCE = 8
+
 # Samples of one image that are decoded at once, at least: prior and guide are then little work
 # beside the decoder.
 CHUNK_SAMPLES = 64
@@ -225,11 +228,13 @@ def _importance_sample(
     log_sum_squares = log_sum.clone()
     reconstruction = torch.zeros_like(log_sum)
     kept = []
-    for done in range(0, num_samples, chunk):
-        z = posterior.sample((min(chunk, num_samples - done),))  # (S, B, Z)
+    block = CHUNKS_AT_ONCE * chunk
+    for done in range(0, num_samples, block):
+        z = posterior.sample((min(block, num_samples - done),))  # (S, B, Z)
         # Supports are checked on the first samples; the others have the same x.
         with pyro.validation_enabled(done == 0):
-            log_likelihood = vae.likelihood(z).log_prob(x).double()  # (S, B)
+            parts = [vae.likelihood(part).log_prob(x) for part in z.split(chunk)]
+        log_likelihood = torch.cat(parts).double()  # (S, B)
         log_weights = log_likelihood + prior.log_prob(z) - posterior.log_prob(z)
         log_sum = torch.logaddexp(log_sum, log_weights.logsumexp(0))
         log_sum_squares = torch.logaddexp(log_sum_squares, (2 * log_weights).logsumexp(0))

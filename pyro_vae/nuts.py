@@ -90,20 +90,23 @@ def compare_with_nuts(
     with torch.no_grad():
         posterior = vae.posterior(x)
         own = posterior.sample((draws.shape[0] * draws.shape[1],)).double()
-    exact_mean, exact_scale = draws.mean((0, 1)), draws.std((0, 1))
+    # A chain that never moved has no deviation: differences in units of it are then huge, not NaN.
+    exact_mean, exact_scale = draws.mean((0, 1)), draws.std((0, 1)).clamp_min(1e-9)
     # Both samples in units of the chains' standard deviation: no latent counts more by its scale.
     ours = ((own - exact_mean) / exact_scale).cpu().numpy()
     theirs = ((draws.flatten(0, 1) - exact_mean) / exact_scale).cpu().numpy()
     by_image = range(len(x))
     arrays = draws.cpu().numpy()
     axes = {"chain_axis": 0, "draw_axis": 1}
-    bulk = array_stats.ess(arrays, method="bulk", **axes)
-    tail = array_stats.ess(arrays, method="tail", prob=(0.05, 0.95), **axes)
+    with np.errstate(divide="ignore", invalid="ignore"):  # of chains that never moved
+        r_hat = np.nan_to_num(array_stats.rhat(arrays, **axes), nan=np.inf)
+        bulk = array_stats.ess(arrays, method="bulk", **axes)
+        tail = array_stats.ess(arrays, method="tail", prob=(0.05, 0.95), **axes)
     half = num_chains // 2 * num_samples
     return Comparison(
         draws=arrays,
-        r_hat=array_stats.rhat(arrays, **axes),
-        effective_sample_size=np.minimum(bulk, tail),
+        r_hat=r_hat,
+        effective_sample_size=np.nan_to_num(np.minimum(bulk, tail), nan=1.0),
         divergences=divergences,
         mean_difference=((posterior.mean - exact_mean) / exact_scale).cpu().numpy(),
         scale_ratio=(posterior.variance.sqrt() / exact_scale).cpu().numpy(),

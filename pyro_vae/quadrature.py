@@ -4,8 +4,8 @@
 
 on an even grid of spacing h over the prior's bulk, the trapezoidal rule. For a smooth integrand
 that vanishes at the ends its error falls faster than any power of h ("The exponentially convergent
-trapezoidal rule", doi 10.1137/130932132), so the difference to the grid of every second node bounds
-it from above.
+trapezoidal rule", doi 10.1137/130932132), so the difference to the grid of every second node is an
+upper estimate of it, given about one node or more in each standard deviation of the posterior.
 """
 
 from __future__ import annotations

@@ -257,6 +257,33 @@ def test_a_leapfrog_that_diverges_is_a_rejected_step(monkeypatch):
     assert agree(result, truth.log_evidence)
 
 
+def test_step_sizes_are_those_of_a_pilot_run_and_then_held_fixed(monkeypatch):
+    """By what is called: bounds from chains that adapt are off by too little to be seen."""
+    runs = []
+    chain = annealing._Target._chain
+
+    def watched(target, z, *arguments, **keywords):
+        before = target.step_sizes.clone()
+        result = chain(target, z, *arguments, **keywords)
+        runs.append((z, torch.equal(before, target.step_sizes), target.step_sizes.clone()))
+        return result
+
+    monkeypatch.setattr(annealing._Target, "_chain", watched)
+    vae, z, x, _ = simulated((5, 3, 1.0, 1), 4)
+    torch.manual_seed(8)
+    anneal(vae, x, 40, 6, z)
+    assert [fixed for _, fixed, _ in runs] == [False, True, True]
+    pilot, forward, reverse = (start for start, _, _ in runs)
+    assert not (pilot == forward).any(), "draws of their own"
+    assert torch.equal(reverse, z.expand(6, 4, 3))
+    sizes = runs[-1][2][..., 0].squeeze(1)  # (T, B)
+    assert (sizes.std(1)[5:] > 0).all(), "each image has its own"
+    assert (sizes.diff(dim=0)[1:] != 0).all(), "and each β"
+    # from one β to the next by at most 0.2 in the logarithm, over all far from the first
+    assert (sizes[1:].log().diff(dim=0).abs() <= 0.2).all()
+    assert (sizes[-1] > 1.3 * annealing.FIRST_STEP).all()
+
+
 def test_one_step_is_importance_sampling_from_the_prior():
     """T = 1: log w = log p(x|z) at draws from the prior; from above, at z* itself."""
     vae, z, x, exact = simulated((2, 1, 1.0, 0), 20)

@@ -195,3 +195,8 @@ def test_on_cuda(copy, capsys):
     other = json.loads(capsys.readouterr().out)
     assert report["details"]["elbo"] == pytest.approx(other["details"]["elbo"], abs=2.0)
     assert report["details"]["latent_kl"] == pytest.approx(other["details"]["latent_kl"], rel=1e-3)
+
+
+def test_json_has_no_number_that_is_none():
+    values = {"a": [1.0, float("nan")], "b": {"c": (float("inf"), 2, "x", True)}}
+    assert diagnose._plain(values) == {"a": [1.0, None], "b": {"c": [None, 2, "x", True]}}

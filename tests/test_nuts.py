@@ -401,3 +401,20 @@ def test_energy_coefficient_sees_dependence():
     assert energy_coefficient(first, second) > 0.02
     for j in range(2):
         assert abs(energy_coefficient(first[:, j : j + 1], second[:, j : j + 1])) < 0.01
+
+
+def test_chains_that_never_move_are_not_trusted(monkeypatch):
+    """R-hat of constant chains is 0/0; it has to come out as no agreement, without a warning."""
+    vae = LinearGaussian(torch.ones(2, 1).double(), torch.zeros(2).double(), 1.0)
+    starts = iter([0.0, 1.0])
+    monkeypatch.setattr(
+        nuts, "_chain", lambda *_: (torch.full((6, 3, 1), next(starts)).double(), 0)
+    )
+    result = compare_with_nuts(vae, torch.zeros(3, 2).double(), 2, 6, 0)
+    assert (result.r_hat > 1.05).all()
+    assert np.isfinite(result.effective_sample_size).all()
+    monkeypatch.setattr(nuts, "_chain", lambda *_: (torch.zeros(6, 3, 1).double(), 0))
+    result = compare_with_nuts(vae, torch.zeros(3, 2).double(), 2, 6, 0)
+    assert (result.r_hat > 1.05).all()
+    assert np.isfinite(result.mean_difference).all()
+    assert np.isfinite(result.scale_ratio).all()
