@@ -234,6 +234,8 @@ def _pairs(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def _coefficients(distances: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Energy coefficients (P,) of labellings (N + M, P)."""
+    if not distances.any():  # one point alone
+        return np.zeros(labels.shape[1])
     mine, other = labels.astype(np.float64), (~labels).astype(np.float64)
     n, m = mine.sum(0), other.sum(0)
     to_mine = distances @ mine  # (N + M, P)

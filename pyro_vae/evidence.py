@@ -45,7 +45,7 @@ __all__ = [
 CHUNK_VALUES = 2**19
 ACCELERATOR_CHUNK_VALUES = 2**25
 
-# All but the decoder is done for so many of these chunks together: it is little work, in many calls.
+# All but the decoder is done for so many of these chunks together: little work, in many calls.
 CHUNKS_AT_ONCE = 8
 
 # Samples of one image that are decoded at once, at least: prior and guide are then little work

@@ -99,7 +99,8 @@ def compare_with_nuts(
     arrays = draws.cpu().numpy()
     axes = {"chain_axis": 0, "draw_axis": 1}
     with np.errstate(divide="ignore", invalid="ignore"):  # of chains that never moved
-        r_hat = np.nan_to_num(array_stats.rhat(arrays, **axes), nan=np.inf)
+        r_hat = array_stats.rhat(arrays, **axes)
+        r_hat = np.where(np.isnan(r_hat), np.inf, r_hat)
         bulk = array_stats.ess(arrays, method="bulk", **axes)
         tail = array_stats.ess(arrays, method="tail", prob=(0.05, 0.95), **axes)
     half = num_chains // 2 * num_samples
