@@ -129,6 +129,7 @@ def about_bounds(annealed: Annealed, importance: np.ndarray) -> Finding:
     if annealed.upper is None:
         raise ValueError("the bounds expect reverse chains, from the z that generated x; got none")
     short = interval(annealed.upper.cpu().numpy() - importance)
+    own = (annealed.upper - annealed.lower).mean().item()
     return Finding(
         check="log p(x), bounded",
         effect="annealed upper bound less importance-sampled log p(x), nats a row",
@@ -138,6 +139,8 @@ def about_bounds(annealed: Annealed, importance: np.ndarray) -> Finding:
         meaning="log p(x) as `evaluate` estimates it is too low by this at most; part of it may be "
         "the annealing's own error, see annealing_gap in diagnostics.json",
         advice="more importance samples; where the annealed lower bound is higher, quote that one",
+        # Bounds that are as far from each other as from the estimate say nothing of it.
+        reliable=own < max(0.2, short.estimate / 2),
     )
 
 

@@ -101,11 +101,17 @@ def test_weights():
 def test_bounds():
     lower = torch.randn(50).double()
 
-    def annealed(short):
-        return Annealed(lower, lower + short, torch.zeros(50), torch.ones(50))
+    def annealed(short, own):
+        upper = lower + short
+        return Annealed(upper - own, upper, torch.zeros(50), torch.ones(50))
 
-    for short, verdict in ((0.05, "sound"), (1.0, "doubtful"), (3.0, "wrong")):
-        found = verdicts.about_bounds(annealed(short), lower.numpy())
+    for short, own, verdict in (
+        (0.05, 0.1, "sound"),
+        (1.0, 0.1, "doubtful"),
+        (3.0, 0.1, "wrong"),
+        (3.0, 2.0, "doubtful"),  # the bounds themselves are too far apart
+    ):
+        found = verdicts.about_bounds(annealed(short, own), lower.numpy())
         assert found.verdict == verdict
         assert found.size.estimate == pytest.approx(short)
     with pytest.raises(ValueError, match="reverse chains"):
