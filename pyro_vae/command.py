@@ -46,14 +46,18 @@ def parse(
 ) -> Arguments:
     """Flags → a dataclass; a mistyped flag or a value out of range exits with status 2."""
     options = {} if default is None else {"default": default}
-    return tyro.cli(
-        arguments,
-        args=argv,
-        prog=f"python -m pyro_vae.{prog}",
-        description=doc,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-        **options,
-    )
+    try:
+        return tyro.cli(
+            arguments,
+            args=argv,
+            prog=f"python -m pyro_vae.{prog}",
+            description=doc,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+            **options,
+        )
+    except BrokenPipeError:  # the reader of the help has gone
+        sys.stderr.close()
+        sys.exit(141)
 
 
 def run_command(work: Callable[[], int | None]) -> int:

@@ -12,12 +12,14 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 __all__ = [
+    "KL_WEIGHTED",
+    "OBJECTIVE_OPTIONS",
     "VERSION",
     "Config",
     "DataConfig",
@@ -25,6 +27,7 @@ __all__ = [
     "InputError",
     "ModelConfig",
     "auto",
+    "check_objective",
     "check_seed",
     "read_config",
     "resolve",
@@ -36,7 +39,39 @@ VERSION = "0.1.0"
 Likelihood = Literal[
     "auto", "bernoulli", "continuous-bernoulli", "binomial", "gaussian", "discretized-logistic"
 ]
-Objective = Literal["trace", "mean-field", "iwae"]
+Objective = Literal[
+    "trace",
+    "mean-field",
+    "stl",
+    "score-function",
+    "score-baseline",
+    "iwae",
+    "dreg",
+    "renyi",
+    "miwae",
+    "ciwae",
+    "piwae",
+    "wake-sleep",
+    "beta",
+    "free-bits",
+    "beta-tc",
+    "mmd",
+]
+
+# The options of each objective that has any, with their defaults.
+OBJECTIVE_OPTIONS: dict[str, dict[str, float]] = {
+    "renyi": {"alpha": 0.5},
+    "miwae": {"groups": 8},
+    "ciwae": {"elbo_weight": 0.05},
+    "piwae": {"groups": 8},
+    "beta": {"beta": 4.0},
+    "free-bits": {"free_bits": 0.1},
+    "beta-tc": {"beta": 6.0},
+    "mmd": {"mmd_weight": 1000.0},
+}
+
+# Those whose KL term can be weighted, and its weight changed while training.
+KL_WEIGHTED = ("trace", "mean-field", "score-function", "beta", "free-bits")
 
 # Names that --data takes, each with its class in torchvision.datasets; a folder of the same name is
 # meant by ./name.
@@ -66,6 +101,51 @@ def auto(metavar: str | None, meaning: str) -> Any:
 def _at_least(flag: str, value: int | None, least: int) -> None:
     if value is not None and value < least:
         raise InputError(f"--{flag} expects an integer of at least {least}; got {value}")
+
+
+def check_objective(name: str, num_particles: int, options: dict[str, Any]) -> None:
+    """Refuse an objective that is none, or options that are not its own or out of range.
+
+    Raises:
+        InputError: so.
+    """
+    names = get_args(Objective)
+    if name not in names:
+        raise InputError(f"objective expects one of {', '.join(names)}; got {name!r}")
+    known = OBJECTIVE_OPTIONS.get(name, {})
+    for option in options:
+        if option not in known:
+            raise InputError(
+                f"the objective {name} expects {' and '.join(known) or 'no options'}; got {option}"
+            )
+    if not isinstance(num_particles, int) or num_particles < 1:
+        raise InputError(
+            f"the number of particles expects an integer of at least 1; got {num_particles}"
+        )
+    if name == "score-baseline" and num_particles < 2:
+        raise InputError(
+            "the objective score-baseline expects at least 2 particles, since each is held against "
+            "the others; got 1"
+        )
+    values = {**known, **options}
+    groups = values.get("groups", 1)
+    if groups != int(groups) or groups < 1 or num_particles % groups:
+        raise InputError(
+            f"the objective {name} expects a number of particles that {groups} groups can share "
+            f"equally; got {num_particles}"
+        )
+    alpha = values.get("alpha", 0.0)
+    if not math.isfinite(alpha) or alpha == 1:
+        raise InputError(
+            f"alpha expects a finite number other than 1, at which the bound is the ELBO (trace); "
+            f"got {alpha}"
+        )
+    if not 0 <= values.get("elbo_weight", 0) <= 1:
+        raise InputError(f"elbo_weight expects 0 to 1; got {values['elbo_weight']}")
+    for option in ("beta", "free_bits", "mmd_weight"):
+        value = values.get(option, 1.0)
+        if not 0 < value < math.inf:
+            raise InputError(f"{option} expects a finite number above 0; got {value}")
 
 
 def check_seed(seed: int | None) -> None:
@@ -168,9 +248,20 @@ class FitConfig:
     """Stochastic variational inference.
 
     Attributes:
-        objective: What is maximized. trace: the ELBO, sampled. mean-field: the ELBO with the KL in
-            closed form. iwae: the importance-weighted bound of --num-particles samples.
+        objective: What is maximized. The ELBO: trace (sampled), mean-field (KL in closed form), stl
+            (less noise near the posterior), score-function and score-baseline (no
+            reparameterization). The importance-weighted bound of --num-particles samples: iwae,
+            dreg (a clearer gradient for the encoder), miwae, ciwae and piwae (between the two),
+            renyi, wake-sleep (encoder by KL(p ‖ q)). Other aims: beta (weighted KL), free-bits
+            (least KL of a latent), beta-tc (independent latents), mmd (q(z) like the prior).
         num_particles: Number of samples of z an image and a step (K).
+        beta: Weight of the KL term in training (the beta-VAE's β), or of the total correlation
+            under beta-tc; reported ELBOs have weight 1.
+        alpha: Order of renyi's bound: 0 is iwae's, near 1 the ELBO.
+        groups: Number of groups that miwae and piwae share the samples out to.
+        elbo_weight: Share of the ELBO in ciwae's bound, 0 to 1.
+        free_bits: Least KL of each latent under free-bits, in nats.
+        mmd_weight: Weight of the discrepancy under mmd, in nats.
         epochs: Number of passes over the training data.
         batch_size: Number of images a step.
         learning_rate: Adam's largest learning rate.
@@ -179,20 +270,24 @@ class FitConfig:
             zero.
         gradient_clip: Largest norm of the gradient of the loss per image, in nats; inf for no
             clipping.
-        beta: Weight of the KL term in training (the beta-VAE's β); reported ELBOs have weight 1.
         kl_warmup: Part of all steps, 0 to 1, over which the KL's weight rises from zero to --beta.
         patience: Stop after this many epochs without a better validation ELBO.
     """
 
     objective: Objective = "trace"
     num_particles: int = 1
+    beta: Annotated[float | None, auto("FLOAT", "1; 4 for beta, 6 for beta-tc")] = None
+    alpha: Annotated[float | None, auto("FLOAT", "0.5, for renyi")] = None
+    groups: Annotated[int | None, auto("INT", "8, for miwae and piwae")] = None
+    elbo_weight: Annotated[float | None, auto("FLOAT", "0.05, for ciwae")] = None
+    free_bits: Annotated[float | None, auto("FLOAT", "0.1, for free-bits")] = None
+    mmd_weight: Annotated[float | None, auto("FLOAT", "1000, for mmd")] = None
     epochs: Annotated[int | None, auto("INT", "enough for about 2500 steps")] = None
     batch_size: int = 256
     learning_rate: float = 2e-3
     schedule: Literal["cosine", "constant"] = "cosine"
     learning_rate_warmup: float = 0.05
     gradient_clip: float = 100.0
-    beta: float = 1.0
     kl_warmup: float = 0.0
     patience: Annotated[int | None, auto("INT", "never stop early")] = None
 
@@ -204,24 +299,39 @@ class FitConfig:
         for flag, positive in [
             ("learning-rate", self.learning_rate),
             ("gradient-clip", self.gradient_clip),
-            ("beta", self.beta),
         ]:
             if not positive > 0:
                 raise InputError(f"--{flag} expects a number above 0; got {positive}")
-        for flag, finite in [("learning-rate", self.learning_rate), ("beta", self.beta)]:
-            if math.isinf(finite):
-                raise InputError(f"--{flag} expects a finite number; got {finite}")
+        if math.isinf(self.learning_rate):
+            raise InputError(f"--learning-rate expects a finite number; got {self.learning_rate}")
         for flag, part in [
             ("learning-rate-warmup", self.learning_rate_warmup),
             ("kl-warmup", self.kl_warmup),
         ]:
             if not 0 <= part <= 1:
                 raise InputError(f"--{flag} expects a part of the run, 0 to 1; got {part}")
-        if self.objective == "iwae" and (self.beta != 1 or self.kl_warmup > 0):
-            # A scaled site makes Pyro's RenyiELBO weigh images by powers of their weights.
+        check_objective(self.objective, self.num_particles, self.objective_options())
+        if self.objective not in KL_WEIGHTED and self.kl_warmup > 0:
             raise InputError(
-                "--objective iwae bounds log p(x) only at KL weight 1; drop --beta and --kl-warmup"
+                f"--kl-warmup expects an objective whose KL term can be weighted "
+                f"({', '.join(KL_WEIGHTED)}); got --objective {self.objective}"
             )
+
+    def objective_options(self) -> dict[str, Any]:
+        """The options of `objective` that are given."""
+        names = sorted({name for options in OBJECTIVE_OPTIONS.values() for name in options})
+        given = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        if self.objective in KL_WEIGHTED and self.objective != "beta":
+            given.pop("beta", None)  # is then the KL's weight, which changes as training goes on
+        return given
+
+    @property
+    def kl_weight(self) -> float:
+        """The KL term's weight after its warm-up."""
+        if self.objective not in KL_WEIGHTED:
+            return 1.0
+        default = OBJECTIVE_OPTIONS.get(self.objective, {}).get("beta", 1.0)
+        return default if self.beta is None else self.beta
 
 
 @dataclass(frozen=True)
@@ -245,7 +355,8 @@ class Config:
     def __post_init__(self) -> None:
         check_seed(self.seed)
         if self.model.kind == "ae":
-            unused = ["objective", "num_particles", "beta", "kl_warmup"]
+            unused = ["objective", "num_particles", "kl_warmup", "beta", "alpha", "groups"]
+            unused += ["elbo_weight", "free_bits", "mmd_weight"]
             for name in unused:
                 if getattr(self.fit, name) != getattr(FitConfig, name):
                     flag = name.replace("_", "-")

@@ -7,6 +7,7 @@ elsewhere. P is the number of parameters that a likelihood has for each value of
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import InputError
@@ -125,8 +126,12 @@ class Decoder(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> Tensor:
-        output = self.layers(z.reshape(-1, z.shape[-1]))
-        return output.reshape(*z.shape[:-1], *self.bias.shape) + self.bias
+        hidden = self.layers[:-1](z.reshape(-1, z.shape[-1]))
+        head = self.layers[-1]
+        if isinstance(head, nn.Linear):  # product and bias in one pass over the outputs
+            output = F.linear(hidden, head.weight, self.bias.flatten())
+            return output.reshape(*z.shape[:-1], *self.bias.shape)
+        return head(hidden).reshape(*z.shape[:-1], *self.bias.shape) + self.bias
 
 
 def _mlp(sizes: list[int], activation: str) -> list[nn.Module]:

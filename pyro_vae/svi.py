@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from .autoencoder import Autoencoder
-from .config import FitConfig, InputError, resolve_epochs
+from .config import KL_WEIGHTED, FitConfig, InputError, resolve_epochs
 from .data import Split, Splits
 from .objectives import objective
 from .optimizer import OneOptimizer
@@ -135,8 +135,6 @@ def fit(
                     return
             yield training.end_epoch()
     finally:
-        if isinstance(vae, VAE):
-            vae.kl_weight = 1.0
         vae.eval()
 
 
@@ -196,11 +194,17 @@ class _Training:
         self.optimizer = OneOptimizer(
             torch.optim.Adam(vae.parameters(), lr=config.learning_rate, fused=True)
         )
+        self.elbo = objective(
+            config.objective,
+            config.num_particles,
+            max_plate_nesting=1,
+            **config.objective_options(),
+        )
         self.svi = SVI(
             vae.model,
             vae.guide,
             self.optimizer,
-            loss=objective(config.objective, config.num_particles),
+            loss=self.elbo,
         )
         self.epoch = 0  # complete ones
         self.step = 0
@@ -254,8 +258,8 @@ class _Training:
         for group in self.optimizer.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         self.optimizer.max_norm = self.config.gradient_clip * len(index)
-        if isinstance(self.vae, VAE):
-            self.vae.kl_weight = self._kl_weight()
+        if self.config.objective in KL_WEIGHTED:
+            self.elbo.kl_weight = self._kl_weight()
         with self._randomness(), pyro.get_param_store().scope():
             x = self.splits.train.take(index, self.units)
             # Pyro's checks of shapes and supports, once: they cost a tenth of a step.
@@ -300,7 +304,7 @@ class _Training:
 
     def _kl_weight(self) -> float:
         warmup = self.config.kl_warmup * self.num_steps
-        return self.config.beta * min(1.0, (self.step + 1) / (warmup + 1))
+        return self.config.kl_weight * min(1.0, (self.step + 1) / (warmup + 1))
 
     def _train_terms(self) -> tuple[float | None, float, float | None]:
         """ELBO, reconstruction and KL of this epoch so far, nats per image."""
@@ -328,8 +332,6 @@ class _Training:
         """Validate and report."""
         started = time.perf_counter()
         self.vae.eval()
-        if isinstance(self.vae, VAE):
-            self.vae.kl_weight = 1.0  # what the consumer of the record expects
         reconstruction, kl = elbo_terms(self.vae, self.splits.validation, self.seed)
         elbo = None if kl is None else reconstruction - kl
         score = reconstruction if elbo is None else elbo

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.distributions import Distribution, Normal
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
@@ -72,11 +71,6 @@ class VAE(nn.Module):
         encoder: module x (..., *data_shape) → (..., 2Z): means and log standard deviations.
         decoder: module z (..., Z) → whatever `likelihood` takes.
         likelihood: module decoder output → p(x|z), batch (...), event `data_shape`.
-
-    Attributes:
-        kl_weight: factor of the KL term while training, set by `fit` (β, KL warm-up); 1 otherwise.
-            It scales the site "z" in model and guide alike: scaled in one of them alone, the ELBO's
-            value would be wrong.
     """
 
     latent = "z"
@@ -89,7 +83,6 @@ class VAE(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
         self.likelihood_module = likelihood
-        self.kl_weight = 1.0
 
     def prior(self) -> Distribution:
         """p(z): batch (), event (Z,)."""
@@ -110,19 +103,18 @@ class VAE(nn.Module):
         register("decoder", self.decoder)
         register("likelihood", self.likelihood_module)
         with pyro.plate("data", len(x), dim=-1):
-            with poutine.scale(scale=self.kl_weight):
-                z = pyro.sample("z", self.prior())
+            z = pyro.sample("z", self.prior())
             pyro.sample("x", self.likelihood(z), obs=x)
 
     def guide(self, x: Tensor) -> None:
         """q(z|x), for x (B, *data_shape)."""
         register("encoder", self.encoder)
-        with pyro.plate("data", len(x), dim=-1), poutine.scale(scale=self.kl_weight):
+        with pyro.plate("data", len(x), dim=-1):
             pyro.sample("z", self.posterior(x))
 
     @torch.no_grad()
     def elbo_terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The ELBO's two terms for each image, at KL weight 1.
+        """The ELBO's two terms for each image.
 
         Returns:
             reconstruction (B,): log p(x|z) at one draw of z from q(z|x), nats.

@@ -1,0 +1,237 @@
+"""Objectives made of Pyro's own ELBOs: the KL weighted, the score as gradient, and those that put
+another term in the KL's place.
+
+    trace, beta       E_q[log p(x|z)] − β E_q[log q(z|x) − log p(z)]
+    mean-field        E_q[log p(x|z)] − β KL(q(z|x) ‖ p(z)), the KL in closed form
+    free-bits         E_q[log p(x|z)] − Σⱼ max(λ, mean over the batch of KLⱼ)
+    beta-tc           ELBO − (β − 1) TC,  TC = KL(q(z) ‖ Πⱼ q(zⱼ))
+    mmd               E_q[log p(x|z)] − λ MMD²(q(z), p(z))
+
+where q(z), the aggregate posterior, is the batch's mean of q(z|x), and j runs over the latent
+dimensions. Each latent site is treated by itself, and sums over images are scaled as their plate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from pyro.distributions.score_parts import ScoreParts
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.util import torch_item
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import Distribution, Independent, kl_divergence
+
+from .particles import (
+    Detached,
+    chunk_sizes,
+    in_particles,
+    is_latent,
+    know_plate_nesting,
+    sample_sites,
+)
+
+__all__ = ["BetaTC", "FreeBits", "MaximumMeanDiscrepancy", "MeanField", "Sampled", "ScoreFunction"]
+
+
+class Sampled(Trace_ELBO):
+    """trace, beta: the ELBO, all of it sampled. With a KL weight, and particles in chunks.
+
+    Attributes:
+        kl_weight: β. Scales the latent sites of model and guide alike; scaled in one of them alone,
+            the value would be wrong. May be changed between steps.
+    """
+
+    def __init__(
+        self, num_particles: int = 1, max_plate_nesting: float = math.inf, kl_weight: float = 1.0
+    ) -> None:
+        super().__init__(
+            num_particles=num_particles,
+            max_plate_nesting=max_plate_nesting,
+            vectorize_particles=num_particles > 1,
+        )
+        self.kl_weight = kl_weight
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+        with _ScaledLatents(self.kl_weight):
+            return super()._get_trace(model, guide, args, kwargs)
+
+    def _get_traces(
+        self, model: Any, guide: Any, args: Any, kwargs: Any
+    ) -> Iterator[tuple[Trace, Trace]]:
+        """Particles in as few passes as memory allows; Pyro's own draw all in one."""
+        if self.num_particles == 1:
+            yield self._get_trace(model, guide, args, kwargs)
+            return
+        know_plate_nesting(self, model, guide, args, kwargs)
+        for size in chunk_sizes(self.num_particles, args, kwargs):
+            nesting = int(self.max_plate_nesting) - 1  # which counts the particles' plate
+            model_size, guide_size = (in_particles(f, size, nesting) for f in (model, guide))
+            yield self._get_trace(model_size, guide_size, args, kwargs)
+
+
+class MeanField(Sampled, TraceMeanField_ELBO):
+    """mean-field: the ELBO, with the KL in closed form."""
+
+
+class ScoreFunction(Sampled):
+    """score-function: the ELBO, with the gradient that needs no reparameterization."""
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+        with Detached():  # outside of Pyro's tracing, which is to record the detached draws
+            traces = super()._get_trace(model, guide, args, kwargs)
+        for site in sample_sites(traces[1]).values():
+            if is_latent(site):  # as Pyro has it where a distribution cannot be reparameterized
+                site["score_parts"] = ScoreParts(site["log_prob"], site["unscaled_log_prob"], 0)
+        return traces
+
+
+class _Replaced(MeanField):
+    """Base of the objectives with a penalty in the KL's place, for each latent site."""
+
+    def _differentiable_loss_particle(
+        self, model_trace: Trace, guide_trace: Trace
+    ) -> tuple[float, Tensor]:
+        sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
+        objective: Any = 0.0
+        for name, site in sites.items():
+            if site["is_observed"]:
+                objective = objective + site["log_prob_sum"]
+                continue
+            q = guide_sites.pop(name)
+            if not q["fn"].has_rsample:
+                raise ValueError(
+                    f"this objective expects a guide with reparameterized samplers; site {name!r} "
+                    f"has none. Use trace, score-function or wake-sleep"
+                )
+            weights = torch.ones(q["fn"].batch_shape).to(q["value"])
+            weights = scale_and_mask(weights, q["scale"], q["mask"])
+            objective = objective - self.penalty(site["fn"], q["fn"], q["value"], weights)
+        if guide_sites:
+            raise ValueError(
+                f"this objective expects a guide with the model's latent sites and no others; got "
+                f"{', '.join(guide_sites)}"
+            )
+        return -torch_item(objective), -objective
+
+    def penalty(self, p: Distribution, q: Distribution, z: Tensor, weights: Tensor) -> Tensor:
+        """Of a latent site, () nats, summed over the batch.
+
+        Args:
+            p, q: its distributions in model and guide, batch (…, B), event (…).
+            z: (…, B, …) drawn from q.
+            weights: (…, B) of the elements of the batch: the plate's scale, 0 where masked.
+        """
+        raise NotImplementedError
+
+
+class FreeBits(_Replaced):
+    """free-bits.
+
+    Args:
+        free_bits: λ, nats for each latent dimension.
+    """
+
+    def __init__(self, free_bits: float, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.free_bits = free_bits
+
+    def penalty(self, p: Distribution, q: Distribution, z: Tensor, weights: Tensor) -> Tensor:
+        parts = [d.base_dist for d in (q, p) if isinstance(d, Independent)]
+        if len(parts) == 2 and not any(part.event_shape for part in parts):
+            q, p = parts  # of one latent dimension each
+        try:
+            kl = kl_divergence(q, p)
+        except NotImplementedError:
+            kl = q.log_prob(z) - p.log_prob(z)
+        kl = kl.reshape(weights.numel(), -1)  # (batch, latent dimensions)
+        total = weights.sum()
+        mean = (weights.reshape(-1, 1) * kl).sum(0) / total
+        return total * mean.clamp_min(self.free_bits).sum()
+
+
+class BetaTC(_Replaced):
+    """beta-tc.
+
+    q(z) is the mean of q(z|x) over the batch. Its total correlation is the one of the data's q(z)
+    under minibatch-weighted sampling but for a constant, so the gradient is the paper's.
+
+    Args:
+        beta: β, the weight of the total correlation.
+    """
+
+    def __init__(self, beta: float, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.beta = beta
+
+    def penalty(self, p: Distribution, q: Distribution, z: Tensor, weights: Tensor) -> Tensor:
+        if not isinstance(q, Independent) or q.event_shape != z.shape[-1:]:
+            raise ValueError(
+                f"beta-tc expects a guide with independent latents, such as "
+                f"Normal(…).to_event(1); got {type(q).__name__} with event shape "
+                f"{tuple(q.event_shape)}"
+            )
+        # [n, …, m, j] = log q(zⱼ of image n | image m)
+        densities = q.base_dist.log_prob(z.movedim(-2, 0).unsqueeze(-2))
+        log_each = densities.logsumexp(-2) - math.log(z.shape[-2])  # (B, …, Z)
+        log_joint = densities.sum(-1).logsumexp(-1) - math.log(z.shape[-2])  # (B, …)
+        total_correlation = (log_joint - log_each.sum(-1)).movedim(0, -1)
+        log_ratio = q.log_prob(z) - p.log_prob(z)
+        return (weights * (log_ratio + (self.beta - 1) * total_correlation)).sum()
+
+
+class MaximumMeanDiscrepancy(_Replaced):
+    """mmd.
+
+    The unbiased estimate of MMD² between the batch's draws and as many from the prior, under a sum
+    of inverse multiquadratic kernels c/(c + d²), c = s · (mean d² of the prior's draws).
+
+    Args:
+        mmd_weight: λ, nats.
+    """
+
+    SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+
+    def __init__(self, mmd_weight: float, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.mmd_weight = mmd_weight
+
+    def penalty(self, p: Distribution, q: Distribution, z: Tensor, weights: Tensor) -> Tensor:
+        size = z.shape[len(q.batch_shape) - 1]
+        if size < 2:
+            raise ValueError(f"mmd expects a batch of at least 2; got {size}")
+        draws = p.rsample() if p.has_rsample else p.sample()
+        own, prior = (v.reshape(*q.batch_shape, -1) for v in (z, draws.expand(z.shape)))
+        spread = _square_distances(prior, prior).mean().detach()
+        between = self._kernel(_square_distances(own, prior), spread).mean((-2, -1))
+        within = [self._kernel(_square_distances(v, v), spread) for v in (own, prior)]
+        pairs = size * (size - 1)
+        means = [(k.sum((-2, -1)) - k.diagonal(dim1=-2, dim2=-1).sum(-1)) / pairs for k in within]
+        discrepancy = means[0] + means[1] - 2 * between  # (…)
+        return self.mmd_weight * (weights.sum(-1) * discrepancy).sum()
+
+    def _kernel(self, distances: Tensor, spread: Tensor) -> Tensor:
+        scales = [s * spread for s in self.SCALES]
+        return sum((c / (c + distances) for c in scales), torch.zeros(()).to(distances))
+
+
+class _ScaledLatents(Messenger):
+    """Multiplies the scale of every latent site."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if is_latent(msg):
+            msg["scale"] = msg["scale"] * self.factor
+
+
+def _square_distances(a: Tensor, b: Tensor) -> Tensor:
+    """(…, B, D), (…, B', D) → (…, B, B')."""
+    return (a.unsqueeze(-2) - b.unsqueeze(-3)).square().sum(-1)
