@@ -277,6 +277,8 @@ class _Training:
                 raise self._diverged("loss")
             with torch.no_grad():
                 likelihood, value = terms.sites["x"]
+                if self.config.num_particles > 1:  # one of them tells enough
+                    likelihood = self.vae.likelihood(terms.sites["z"][1][:1])
                 self.sums["reconstruction"] += _sum_images(likelihood.log_prob(value), len(x))
                 if isinstance(self.vae, VAE):
                     kl = kl_divergence(terms.sites["z"][0], self.vae.prior())

@@ -5,6 +5,7 @@ run folder, runs/digits: config.json, metrics.jsonl (a line an epoch), checkpoin
 
   python -m pyro_vae.train --data mnist --epochs 20
   python -m pyro_vae.train --data photos/ --image-size 32 32 --architecture conv
+  python -m pyro_vae.train --preset iwae-mnist --objective dreg --num-particles 50
   python -m pyro_vae.train --resume runs/digits
 """
 
@@ -20,10 +21,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from .command import choose_device, config_of, fail, parse, run_command
-from .config import Config, InputError, auto, read_config, resolve
+from .config import PRESETS, Config, InputError, auto, read_config, resolve
 
 if TYPE_CHECKING:
     from .autoencoder import Autoencoder
@@ -48,6 +49,9 @@ class TrainArguments(Config):
         resume: Continue the run in this folder with its own settings; --epochs, --patience and
             --device may be given anew.
         config: Take the settings of a run's config.json; flags given beside it win.
+        preset: Take the settings of a published experiment; flags given beside it win. iwae-mnist:
+            "Importance weighted autoencoders", one stochastic layer, on MNIST; choose --objective,
+            --num-particles and --epochs.
         tensorboard: Also write TensorBoard events to the run folder (needs pip install
             'pyro-vae[tensorboard]').
     """
@@ -59,6 +63,7 @@ class TrainArguments(Config):
     overwrite: bool = False
     resume: Annotated[Path | None, auto("DIR", "a new run")] = None
     config: Annotated[Path | None, auto("FILE", "none")] = None
+    preset: Annotated[Literal["iwae-mnist"] | None, auto("NAME", "none")] = None
     tensorboard: bool = False
 
 
@@ -70,11 +75,16 @@ def _main(argv: Sequence[str] | None) -> int:
     early = argparse.ArgumentParser("pyro_vae.train", add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
     early.add_argument("--resume", type=Path)
+    early.add_argument("--preset")
     given, _ = early.parse_known_args(argv)
     checkpoint = None
     default = Config()
-    if given.config and given.resume:
-        raise InputError("--resume takes the run's own settings; drop --config")
+    if given.resume and (given.config or given.preset):
+        raise InputError("--resume takes the run's own settings; drop --config and --preset")
+    if given.config and given.preset:
+        raise InputError("--config and --preset both say what the settings are; drop one")
+    if given.preset in PRESETS:
+        default = PRESETS[given.preset]
     if given.config:
         default = read_config(given.config)
     if given.resume:
