@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .diagnostics import latent_use, predictive_check
     from .evidence import importance_sample, log_evidence, upper_bound
     from .factory import build
+    from .gradients import measure_gradients
     from .linear_gaussian import LinearGaussian
     from .nuts import compare_with_nuts
     from .objectives import objective
@@ -61,6 +62,7 @@ __all__ = [
     "load",
     "load_data",
     "log_evidence",
+    "measure_gradients",
     "miscalibration",
     "objective",
     "predictive_check",
@@ -89,6 +91,7 @@ _HOMES = {
     "load": "checkpoint",
     "load_data": "data",
     "log_evidence": "evidence",
+    "measure_gradients": "gradients",
     "miscalibration": "calibration",
     "objective": "objectives",
     "predictive_check": "diagnostics",

@@ -33,6 +33,7 @@ ORDER = [
     "annealing",
     "program",
     "calibration",
+    "gradients",
     "diagnostics",
     "refinement",
     "nuts",
