@@ -8,7 +8,7 @@
 
 of all parameters of a group together, |·| the Euclidean norm. An estimate of |E g| from n draws is
 too large by noise: |mean g|² has the expectation |E g|² + tr Cov g / n, so that much is taken off.
-Intervals are jackknifed over blocks of draws.
+Intervals are of the squares, jackknifed over blocks of draws.
 
 Source: "Tighter variational bounds are not necessarily better", arXiv 1802.04537.
 """
@@ -36,6 +36,8 @@ from .calibration import Interval
 __all__ = ["Gradient", "Step", "measure_gradients", "slope"]
 
 BLOCKS = 20  # of the jackknife
+STUDENT = float(stats.t.isf(0.025, BLOCKS - 1))
+TINY = 1e-300
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,19 @@ class Gradient:
     @property
     def variance(self) -> Interval:
         """tr Cov g of one draw."""
-        return self._jackknife(lambda signal, variance, error: variance)
+        return self._jackknife(lambda mean, variance, draws: variance)
 
     @property
     def signal_to_noise(self) -> Interval:
         """|E g| / √tr Cov g of one draw; 0 where the signal cannot be told from noise."""
-        return self._jackknife(lambda signal, variance, error: math.sqrt(signal / variance))
+        return _root(
+            self._jackknife(
+                lambda mean, variance, draws: _square(mean) / max(variance, TINY) - 1 / draws
+            )
+        )
 
     def bias(self, exact: Tensor) -> Interval:
-        """|E g − exact| / |exact|, for the exact gradient (P,).
+        """|E g − exact| / |exact| for the exact gradient (P,); 0 where noise may be all of it.
 
         Raises:
             ValueError: the exact gradient has another size.
@@ -76,33 +82,31 @@ class Gradient:
             raise ValueError(
                 f"exact expects the shape {tuple(self.mean.shape)}; got {tuple(exact.shape)}"
             )
-        size = exact.double().norm().item()
-        return self._jackknife(lambda signal, variance, error: math.sqrt(error) / size, exact)
+        exact = exact.detach().double().cpu()
+        size = max(_square(exact), TINY)
+        return _root(
+            self._jackknife(
+                lambda mean, variance, draws: (_square(mean - exact) - variance / draws) / size
+            )
+        )
 
-    def _jackknife(
-        self, statistic: Callable[[float, float, float], float], exact: Tensor | None = None
-    ) -> Interval:
-        """Of a statistic of |E g|², tr Cov g and |E g − exact|²."""
+    def _jackknife(self, statistic: Callable[[Tensor, float, float], float]) -> Interval:
+        """Of a statistic of the draws' mean, total variance and number."""
         blocks = len(self.block_means)
 
         def value(keep: Tensor, draws: float) -> float:
             mean, square = self.block_means[keep].mean(0), self.block_squares[keep].mean().item()
-            variance = (square - mean.square().sum().item()) * draws / (draws - 1)
-            signal, error = (
-                max(0.0, difference.square().sum().item() - variance / draws)
-                for difference in (mean, mean if exact is None else mean - exact.double())
-            )
-            return statistic(signal, max(variance, 1e-300), error)
+            variance = max(0.0, square - _square(mean)) * draws / (draws - 1)
+            return statistic(mean, variance, draws)
 
         everything = torch.ones(blocks, dtype=torch.bool)
-        estimate = value(everything, self.num_draws)
         left = []
         for block in range(blocks):
             keep = everything.clone()
             keep[block] = False
             left.append(value(keep, self.num_draws * (blocks - 1) / blocks))
-        error = math.sqrt((blocks - 1) * float(np.var(left)))
-        width = float(stats.t.isf(0.025, blocks - 1)) * error
+        estimate = value(everything, self.num_draws)
+        width = STUDENT * math.sqrt((blocks - 1) * float(np.var(left)))
         return Interval(estimate, estimate - width, estimate + width)
 
 
@@ -193,15 +197,24 @@ def slope(x: Sequence[float], y: Sequence[Interval]) -> Interval:
     """
     if len(x) < 2 or len(x) != len(y) or not all(v.estimate > 0 for v in y):
         raise ValueError("a slope expects at least two points, and every y above 0")
-    half_width = float(stats.t.isf(0.025, BLOCKS - 1))
     log_x, log_y = np.log(x), np.log([v.estimate for v in y])
-    errors = np.array([(v.high - v.low) / 2 / half_width / v.estimate for v in y])
+    errors = np.array([(v.high - v.low) / 2 / STUDENT / v.estimate for v in y])
     weights = 1 / np.maximum(errors, 1e-12) ** 2
     centred = log_x - np.average(log_x, weights=weights)
     information = (weights * centred**2).sum()
     estimate = float((weights * centred * log_y).sum() / information)
     width = float(stats.norm.isf(0.025) / math.sqrt(information))
     return Interval(estimate, estimate - width, estimate + width)
+
+
+def _square(vector: Tensor) -> float:
+    return vector.square().sum().item()
+
+
+def _root(square: Interval) -> Interval:
+    """Of a square whose estimate, made without bias, may lie below 0."""
+    ends = (square.estimate, square.low, square.high)
+    return Interval(*(math.sqrt(max(0.0, end)) for end in ends))
 
 
 class _Sums:

@@ -421,3 +421,35 @@ def test_chains_that_never_move_are_not_trusted(monkeypatch):
     assert (result.r_hat > 1.05).all()
     assert np.isfinite(result.mean_difference).all()
     assert np.isfinite(result.scale_ratio).all()
+
+
+def test_chains_start_apart_wherever_the_guide_is(monkeypatch):
+    """From the prior: a guide that sits in one mode would start all chains there."""
+    starts = []
+
+    class Stop(Exception):
+        pass
+
+    def keep(kernel, **settings):
+        starts.append(settings["initial_params"]["z"])
+        raise Stop
+
+    monkeypatch.setattr(nuts, "MCMC", keep)
+    vae, x = oracle("exact", count=4000, shift=8.0)
+    with pytest.raises(Stop):
+        compare_with_nuts(vae, x, 2, 4, 1)
+    (start,) = starts
+    error = sigmas(4) / math.sqrt(len(x))
+    assert (start.mean(0).abs() < error).all()
+    assert ((start.std(0) - 1).abs() < error).all()
+
+
+def test_the_null_distance_is_between_equal_halves_of_all_chains(monkeypatch):
+    """Two chains lie elsewhere than the other two: the halves must differ as these do."""
+    vae, x = oracle(count=1)
+    draws = exact_draws(vae, x, 4, 100)
+    draws[2:] += 3 * draws.std((0, 1))
+    apart = compare(draws, vae, x, monkeypatch).null_distance
+    scale = draws.std((0, 1))
+    halves = (draws / scale).reshape(2, 200, -1).numpy()
+    np.testing.assert_allclose(apart, energy_coefficient(*halves), rtol=1e-6)
