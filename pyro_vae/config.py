@@ -68,7 +68,7 @@ OBJECTIVE_OPTIONS: dict[str, dict[str, float]] = {
     "beta": {"beta": 4.0},
     "free-bits": {"free_bits": 0.1},
     "beta-tc": {"beta": 6.0},
-    "mmd": {"mmd_weight": 1000.0},
+    "mmd": {"mmd_weight": 100.0},
 }
 
 # Those whose KL term can be weighted, and its weight changed while training.
@@ -284,7 +284,7 @@ class FitConfig:
     groups: Annotated[int | None, auto("INT", "8, for miwae and piwae")] = None
     elbo_weight: Annotated[float | None, auto("FLOAT", "0.05, for ciwae")] = None
     free_bits: Annotated[float | None, auto("FLOAT", "0.1, for free-bits")] = None
-    mmd_weight: Annotated[float | None, auto("FLOAT", "1000, for mmd")] = None
+    mmd_weight: Annotated[float | None, auto("FLOAT", "100, for mmd")] = None
     epochs: Annotated[int | None, auto("INT", "enough for about 2500 steps")] = None
     batch_size: int = 256
     learning_rate: float = 2e-3

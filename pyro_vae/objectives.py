@@ -89,7 +89,7 @@ def objective(
 
     Others:
 
-    mmd: E_q[log p(x|z)] − λ MMD²(q(z), p(z)), λ = `mmd_weight` (1000 nats), q(z) from the batch's
+    mmd: E_q[log p(x|z)] − λ MMD²(q(z), p(z)), λ = `mmd_weight` (100 nats), q(z) from the batch's
         draws. No bound: q(z|x) may shrink to a point. Unbiased. arXiv 1706.02262.
 
     A `weighted.WeightedELBO` weighs each datum of the plate by itself, scaled and subsampled plates
