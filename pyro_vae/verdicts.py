@@ -165,7 +165,7 @@ def about_gaps(gaps: Gaps) -> list[Finding]:
             ideal=0.0,
             limits=(1.0, 5.0),
             meaning="no Gaussian with independent latents comes closer, however it is trained",
-            advice="a guide with full covariance, more particles with --objective iwae, or fewer "
+            advice="a guide with full covariance, more particles with --objective dreg, or fewer "
             "latents",
             reliable=reliable,
         ),
