@@ -132,7 +132,7 @@ def check_objective(name: str, num_particles: int, options: dict[str, Any]) -> N
         )
     values = {**known, **options}
     groups = values.get("groups", 1)
-    if groups != int(groups) or groups < 1 or num_particles % groups:
+    if not isinstance(groups, int) or groups < 1 or num_particles % groups:
         raise InputError(
             f"the objective {name} expects a number of particles that {groups} groups can share "
             f"equally; got {num_particles}"

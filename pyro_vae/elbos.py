@@ -189,7 +189,7 @@ class MaximumMeanDiscrepancy(_Replaced):
     """mmd.
 
     The unbiased estimate of MMD² between the batch's draws and as many from the prior, under a sum
-    of inverse multiquadratic kernels c/(c + d²), c = s · (mean d² of the prior's draws).
+    of inverse multiquadratic kernels c/(c + d²), c = s · (E d² of two draws from the prior).
 
     Args:
         mmd_weight: λ, nats.
@@ -207,7 +207,7 @@ class MaximumMeanDiscrepancy(_Replaced):
             raise ValueError(f"mmd expects a batch of at least 2; got {size}")
         draws = p.rsample() if p.has_rsample else p.sample()
         own, prior = (v.reshape(*q.batch_shape, -1) for v in (z, draws.expand(z.shape)))
-        spread = _square_distances(prior, prior).mean().detach()
+        spread = 2 * p.variance.reshape(*p.batch_shape, -1).sum(-1).mean().detach()
         between = self._kernel(_square_distances(own, prior), spread).mean((-2, -1))
         within = [self._kernel(_square_distances(v, v), spread) for v in (own, prior)]
         pairs = size * (size - 1)
