@@ -15,6 +15,7 @@ Source: "Tighter variational bounds are not necessarily better", arXiv 1802.0453
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import weakref
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer import ELBO
 from scipy import stats
 from torch import Tensor
@@ -37,7 +39,8 @@ __all__ = ["Gradient", "Step", "measure_gradients", "slope"]
 
 BLOCKS = 20  # of the jackknife
 STUDENT = float(stats.t.isf(0.025, BLOCKS - 1))
-TINY = 1e-300
+# A total variance below this share of |E g|² is what rounding leaves of none.
+ROUNDING = 1e-13
 
 
 @dataclass(frozen=True)
@@ -66,24 +69,25 @@ class Gradient:
     @property
     def signal_to_noise(self) -> Interval:
         """|E g| / √tr Cov g of one draw; 0 where the signal cannot be told from noise."""
+        if self.variance.estimate <= ROUNDING * _square(self.mean):
+            return Interval(math.inf, math.inf, math.inf)
         return _root(
-            self._jackknife(
-                lambda mean, variance, draws: _square(mean) / max(variance, TINY) - 1 / draws
-            )
+            self._jackknife(lambda mean, variance, draws: _square(mean) / variance - 1 / draws)
         )
 
     def bias(self, exact: Tensor) -> Interval:
         """|E g − exact| / |exact| for the exact gradient (P,); 0 where noise may be all of it.
 
         Raises:
-            ValueError: the exact gradient has another size.
+            ValueError: the exact gradient has another size, or is 0.
         """
-        if exact.shape != self.mean.shape:
+        if exact.shape != self.mean.shape or not exact.any():
             raise ValueError(
-                f"exact expects the shape {tuple(self.mean.shape)}; got {tuple(exact.shape)}"
+                f"exact expects the shape {tuple(self.mean.shape)} and a value other than 0; got "
+                f"{tuple(exact.shape)}"
             )
         exact = exact.detach().double().cpu()
-        size = max(_square(exact), TINY)
+        size = _square(exact)
         return _root(
             self._jackknife(
                 lambda mean, variance, draws: (_square(mean - exact) - variance / draws) / size
@@ -157,7 +161,12 @@ def measure_gradients(
     for name, group in parameters.items():
         if not group:
             raise ValueError(f"the group {name!r} expects parameters; got none")
-    every = [p for group in parameters.values() for p in group]
+    store = pyro.get_param_store()
+    with store.scope(store.get_state()), poutine.trace(param_only=True) as capture:
+        objective.loss(model, guide, x)
+        sites = [site["value"].unconstrained() for site in capture.trace.nodes.values()]
+    # Gradients reach the parameters of all groups, and of none.
+    every = {id(p): p for p in itertools.chain(*parameters.values(), sites)}.values()
     kept = [p.grad for p in every]
     sums = {name: _Sums(group, per_block) for name, group in parameters.items()}
     seconds = []
@@ -169,7 +178,6 @@ def measure_gradients(
         if x.is_cuda:
             torch.cuda.synchronize(x.device)
 
-    store = pyro.get_param_store()
     try:
         with store.scope(store.get_state()):
             memory = _memory(step, x.device)  # with Pyro's checks, as they are set
@@ -193,10 +201,10 @@ def slope(x: Sequence[float], y: Sequence[Interval]) -> Interval:
     """Slope of log y over log x, least squares weighted by the intervals of y.
 
     Raises:
-        ValueError: fewer than two points, or a y whose estimate is not above 0.
+        ValueError: fewer than two different x, or a y whose estimate is not above 0.
     """
-    if len(x) < 2 or len(x) != len(y) or not all(v.estimate > 0 for v in y):
-        raise ValueError("a slope expects at least two points, and every y above 0")
+    if len(set(x)) < 2 or len(x) != len(y) or not all(v.estimate > 0 for v in y):
+        raise ValueError("a slope expects at least two different x, and every y above 0")
     log_x, log_y = np.log(x), np.log([v.estimate for v in y])
     errors = np.array([(v.high - v.low) / 2 / STUDENT / v.estimate for v in y])
     weights = 1 / np.maximum(errors, 1e-12) ** 2
