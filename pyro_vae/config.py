@@ -119,7 +119,7 @@ def check_objective(name: str, num_particles: int, options: dict[str, Any]) -> N
             owners = [n for n, own in OBJECTIVE_OPTIONS.items() if option in own]
             raise InputError(
                 f"the objective {name} has no option {option}; "
-                + (f"{' and '.join(owners)} have" if owners else "nor has any other")
+                + (f"that is {' and '.join(owners)}'s" if owners else "nor has any other")
             )
     if not isinstance(num_particles, int) or num_particles < 1:
         raise InputError(
@@ -319,6 +319,8 @@ class FitConfig:
             check_objective(self.objective, self.num_particles, self.objective_options())
         except InputError as error:
             raise InputError(f"--objective {self.objective}: {error}") from None
+        if self.objective == "mmd" and self.batch_size < 2:
+            raise InputError("--objective mmd expects a --batch-size of at least 2; got 1")
         if self.objective not in KL_WEIGHTED and self.kl_warmup > 0:
             raise InputError(
                 f"--kl-warmup expects an objective whose KL term can be weighted "

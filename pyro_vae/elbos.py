@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from pyro.distributions import Delta
 from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
@@ -29,7 +30,9 @@ from torch.distributions import Distribution, Independent, kl_divergence
 
 from .particles import (
     Detached,
+    check_reparameterized,
     chunk_sizes,
+    common_plates,
     in_particles,
     is_latent,
     know_plate_nesting,
@@ -78,6 +81,16 @@ class Sampled(Trace_ELBO):
 class MeanField(Sampled, TraceMeanField_ELBO):
     """mean-field: the ELBO, with the KL in closed form."""
 
+    def _differentiable_loss_particle(
+        self, model_trace: Trace, guide_trace: Trace
+    ) -> tuple[float, Tensor]:
+        latents = {n: site for n, site in sample_sites(guide_trace).items() if is_latent(site)}
+        check_reparameterized(latents)
+        if any(isinstance(_base(site["fn"]), Delta) for site in latents.values()):
+            # An automatic guide's, whose density, a Jacobian, Pyro's KL of a Delta leaves out.
+            return Trace_ELBO._differentiable_loss_particle(self, model_trace, guide_trace)
+        return super()._differentiable_loss_particle(model_trace, guide_trace)
+
 
 class ScoreFunction(Sampled):
     """score-function: the ELBO, with the gradient that needs no reparameterization."""
@@ -98,20 +111,20 @@ class _Replaced(MeanField):
         self, model_trace: Trace, guide_trace: Trace
     ) -> tuple[float, Tensor]:
         sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
+        check_reparameterized({n: site for n, site in guide_sites.items() if is_latent(site)})
+        plates = common_plates([*sites.values(), *guide_sites.values()])
+        data = plates[0].dim if len(plates) == 1 else None
         objective: Any = 0.0
         for name, site in sites.items():
             if site["is_observed"]:
                 objective = objective + site["log_prob_sum"]
                 continue
             q = guide_sites.pop(name)
-            if not q["fn"].has_rsample:
-                raise ValueError(
-                    f"this objective expects a guide with reparameterized samplers; site {name!r} "
-                    f"has none. Use trace, score-function or wake-sleep"
-                )
             weights = torch.ones(q["fn"].batch_shape).to(q["value"])
             weights = scale_and_mask(weights, q["scale"], q["mask"])
-            objective = objective - self.penalty(site["fn"], q["fn"], q["value"], weights)
+            if weights.any():
+                penalty = self.penalty(site["fn"], q["fn"], q["value"], weights, data)
+                objective = objective - penalty
         if guide_sites:
             raise ValueError(
                 f"this objective expects a guide with the model's latent sites and no others; got "
@@ -119,13 +132,17 @@ class _Replaced(MeanField):
             )
         return -torch_item(objective), -objective
 
-    def penalty(self, p: Distribution, q: Distribution, z: Tensor, weights: Tensor) -> Tensor:
+    def penalty(
+        self, p: Distribution, q: Distribution, z: Tensor, weights: Tensor, data: int | None
+    ) -> Tensor:
         """Of a latent site, () nats, summed over the batch.
 
         Args:
-            p, q: its distributions in model and guide, batch (…, B), event (…).
-            z: (…, B, …) drawn from q.
-            weights: (…, B) of the elements of the batch: the plate's scale, 0 where masked.
+            p, q: its distributions in model and guide, batch (…), event (…).
+            z: (…, …) drawn from q.
+            weights: (…) of the elements of the batch: the plate's scale, 0 where masked.
+            data: the batch's dimension, counted from its end, along which the data lie; None where
+                they are in no one plate.
         """
         raise NotImplementedError
 
@@ -141,7 +158,9 @@ class FreeBits(_Replaced):
         super().__init__(*args, **kwargs)
         self.free_bits = free_bits
 
-    def penalty(self, p: Distribution, q: Distribution, z: Tensor, weights: Tensor) -> Tensor:
+    def penalty(
+        self, p: Distribution, q: Distribution, z: Tensor, weights: Tensor, data: int | None
+    ) -> Tensor:
         parts = [d.base_dist for d in (q, p) if isinstance(d, Independent)]
         if len(parts) == 2 and not any(part.event_shape for part in parts):
             q, p = parts  # of one latent dimension each
@@ -169,18 +188,22 @@ class BetaTC(_Replaced):
         super().__init__(*args, **kwargs)
         self.beta = beta
 
-    def penalty(self, p: Distribution, q: Distribution, z: Tensor, weights: Tensor) -> Tensor:
+    def penalty(
+        self, p: Distribution, q: Distribution, z: Tensor, weights: Tensor, data: int | None
+    ) -> Tensor:
         if not isinstance(q, Independent) or q.event_shape != z.shape[-1:]:
             raise ValueError(
                 f"beta-tc expects a guide with independent latents, such as "
                 f"Normal(…).to_event(1); got {type(q).__name__} with event shape "
                 f"{tuple(q.event_shape)}"
             )
-        # [n, …, m, j] = log q(zⱼ of image n | image m)
-        densities = q.base_dist.log_prob(z.movedim(-2, 0).unsqueeze(-2))
-        log_each = densities.logsumexp(-2) - math.log(z.shape[-2])  # (B, …, Z)
-        log_joint = densities.sum(-1).logsumexp(-1) - math.log(z.shape[-2])  # (B, …)
-        total_correlation = (log_joint - log_each.sum(-1)).movedim(0, -1)
+        data = _in_one_plate("beta-tc", data)
+        share = (weights / weights.sum(data, keepdim=True)).log()  # of each image in q(z)
+        # [n, …, m, …, j] = log q(zⱼ of image n | image m)
+        densities = q.base_dist.log_prob(z.movedim(data - 1, 0).unsqueeze(data - 1))
+        log_each = (densities + share.unsqueeze(-1)).logsumexp(data - 1)  # (n, …, Z)
+        log_joint = (densities.sum(-1) + share).logsumexp(data)  # (n, …)
+        total_correlation = (log_joint - log_each.sum(-1)).movedim(0, data)
         log_ratio = q.log_prob(z) - p.log_prob(z)
         return (weights * (log_ratio + (self.beta - 1) * total_correlation)).sum()
 
@@ -189,7 +212,8 @@ class MaximumMeanDiscrepancy(_Replaced):
     """mmd.
 
     The unbiased estimate of MMD² between the batch's draws and as many from the prior, under a sum
-    of inverse multiquadratic kernels c/(c + d²), c = s · (E d² of two draws from the prior).
+    of inverse multiquadratic kernels c/(c + d²), c = s · (E d² of two draws from the prior). 0 for
+    one image alone, which cannot tell.
 
     Args:
         mmd_weight: λ, nats.
@@ -201,21 +225,29 @@ class MaximumMeanDiscrepancy(_Replaced):
         super().__init__(*args, **kwargs)
         self.mmd_weight = mmd_weight
 
-    def penalty(self, p: Distribution, q: Distribution, z: Tensor, weights: Tensor) -> Tensor:
-        size = z.shape[len(q.batch_shape) - 1]
-        if size < 2:
-            raise ValueError(f"mmd expects a batch of at least 2; got {size}")
+    def penalty(
+        self, p: Distribution, q: Distribution, z: Tensor, weights: Tensor, data: int | None
+    ) -> Tensor:
+        data = _in_one_plate("mmd", data)
         draws = p.rsample() if p.has_rsample else p.sample()
-        own, prior = (v.reshape(*q.batch_shape, -1) for v in (z, draws.expand(z.shape)))
+        own, prior = (
+            v.reshape(*q.batch_shape, -1).movedim(data - 1, -2) for v in (z, draws.expand(z.shape))
+        )  # (…, B, D)
+        weights = weights.movedim(data, -1)
+        share = weights / weights.sum(-1, keepdim=True)  # of each image in q(z)
+        pairs = share.unsqueeze(-1) * share.unsqueeze(-2)
+        others = pairs * (1 - torch.eye(pairs.shape[-1]).to(pairs))
+        if not others.any():
+            return torch.zeros(()).to(z)
         spread = 2 * p.variance.reshape(*p.batch_shape, -1).sum(-1).mean().detach()
-        between = self._kernel(_square_distances(own, prior), spread).mean((-2, -1))
-        within = [self._kernel(_square_distances(v, v), spread) for v in (own, prior)]
-        pairs = size * (size - 1)
-        means = [(k.sum((-2, -1)) - k.diagonal(dim1=-2, dim2=-1).sum(-1)) / pairs for k in within]
-        discrepancy = means[0] + means[1] - 2 * between  # (…)
+        between = (pairs * self._kernel(own, prior, spread)).sum((-2, -1))
+        within = [(others * self._kernel(v, v, spread)).sum((-2, -1)) for v in (own, prior)]
+        discrepancy = (within[0] + within[1]) / others.sum((-2, -1)) - 2 * between  # (…)
         return self.mmd_weight * (weights.sum(-1) * discrepancy).sum()
 
-    def _kernel(self, distances: Tensor, spread: Tensor) -> Tensor:
+    def _kernel(self, a: Tensor, b: Tensor, spread: Tensor) -> Tensor:
+        """(…, B, D), (…, B', D) → (…, B, B')."""
+        distances = (a.unsqueeze(-2) - b.unsqueeze(-3)).square().sum(-1)
         scales = [s * spread for s in self.SCALES]
         return sum((c / (c + distances) for c in scales), torch.zeros(()).to(distances))
 
@@ -232,6 +264,15 @@ class _ScaledLatents(Messenger):
             msg["scale"] = msg["scale"] * self.factor
 
 
-def _square_distances(a: Tensor, b: Tensor) -> Tensor:
-    """(…, B, D), (…, B', D) → (…, B, B')."""
-    return (a.unsqueeze(-2) - b.unsqueeze(-3)).square().sum(-1)
+def _in_one_plate(name: str, data: int | None) -> int:
+    if data is None:
+        raise ValueError(
+            f"{name} expects one plate that holds all sites of model and guide, whose rows make up "
+            f"q(z); got none, or several"
+        )
+    return data
+
+
+def _base(distribution: Distribution) -> Distribution:
+    """The distribution inside `Independent`."""
+    return distribution.base_dist if isinstance(distribution, Independent) else distribution

@@ -23,6 +23,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape
@@ -34,7 +35,9 @@ __all__ = [
     "Detached",
     "Draws",
     "Route",
+    "check_reparameterized",
     "chunk_sizes",
+    "common_plates",
     "draw",
     "in_particles",
     "is_latent",
@@ -61,12 +64,14 @@ class Draws:
         log_q_fixed: (K, N) the same, but for the route total with zₖ held fixed: its gradient is
             the score.
         scale: () or (N,) factor of each datum, N/B where a plate of N is subsampled to B.
+        subsample: the rows that the plates have taken.
     """
 
     log_p: Tensor
     log_q: Tensor
     log_q_fixed: Tensor
     scale: Tensor
+    subsample: Trace
 
 
 def draw(
@@ -78,6 +83,7 @@ def draw(
     max_plate_nesting: int,
     route: Route = "total",
     path_weight: Callable[[], Tensor | None] = lambda: None,
+    subsample: Trace | None = None,
 ) -> Draws:
     """Run the guide in K particles, and the model against it.
 
@@ -89,6 +95,8 @@ def draw(
             fixed, which any guide allows.
         path_weight: for the route path: gives (K, N) factors of the gradient with respect to zₖ, or
             None for 1; called in the backward pass.
+        subsample: which rows the plates take, from other particles of the same data; drawn where
+            it is not given.
 
     Raises:
         ValueError: a site of the guide has no reparameterized sampler, and the route needs one; or
@@ -97,11 +105,13 @@ def draw(
     model, guide = (
         in_particles(program, num_particles, max_plate_nesting) for program in (model, guide)
     )
+    if subsample is not None:
+        guide = poutine.replay(guide, trace=subsample)
     with Detached() if route == "score" else nullcontext():
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
     latents = _latents(guide_trace)
     if route != "score":
-        _check_reparameterized(latents)
+        check_reparameterized(latents)
     drawn = guide_trace
     if route == "path":
         copies = {name: site["value"].view_as(site["value"]) for name, site in latents.items()}
@@ -112,7 +122,7 @@ def draw(
     log_p = layout.sum(model_trace)
     if route != "path":
         log_q = layout.sum(guide_trace)
-        return Draws(log_p, log_q, log_q, layout.scale)
+        return Draws(log_p, log_q, log_q, layout.scale, _subsample(guide_trace))
     for name, copy in copies.items():
         if copy.requires_grad:
             _weigh_gradient(copy, path_weight, layout, latents[name]["fn"].event_dim)
@@ -120,7 +130,7 @@ def draw(
     log_q, log_q_fixed = (
         layout.sum(_again(guide, guide_trace, values, args, kwargs)) for values in (copies, fixed)
     )
-    return Draws(log_p, log_q, log_q_fixed, layout.scale)
+    return Draws(log_p, log_q, log_q_fixed, layout.scale, _subsample(guide_trace))
 
 
 def in_particles(
@@ -152,9 +162,41 @@ def know_plate_nesting(
 
 
 def sample_sites(trace: Trace) -> dict[str, dict[str, Any]]:
-    """The sample statements of a trace, observed or not, without those of plates."""
-    nodes = prune_subsample_sites(trace).nodes.items()
-    return {name: node for name, node in nodes if node["type"] == "sample"}
+    """The sample statements of a trace, observed or not, that have a density.
+
+    Those of plates and of `pyro.deterministic` have none.
+    """
+    return {
+        name: node
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample"
+        and not site_is_subsample(node)
+        and not node["infer"].get("_deterministic")
+    }
+
+
+def check_reparameterized(latents: dict[str, dict[str, Any]]) -> None:
+    """Refuse latent sites of a guide through whose draws no gradient flows.
+
+    Raises:
+        ValueError: so, by name.
+    """
+    for name, site in latents.items():
+        if not getattr(site["fn"], "has_rsample", False):
+            kind = type(getattr(site["fn"], "base_dist", site["fn"])).__name__
+            raise ValueError(
+                f"this objective expects a guide with reparameterized samplers; site {name!r} is "
+                f"a {kind}, which has none. Use trace, score-function or wake-sleep"
+            )
+
+
+def common_plates(sites: list[dict[str, Any]]) -> list[CondIndepStackFrame]:
+    """The vectorized plates in which all these sites lie, but for that of the particles."""
+    plates = [
+        {f.name: f for f in site["cond_indep_stack"] if f.vectorized and f.name != PLATE}
+        for site in sites
+    ]
+    return [f for f in plates[0].values() if all(f.name in others for others in plates)]
 
 
 def is_latent(site: dict[str, Any]) -> bool:
@@ -180,18 +222,14 @@ class _Layout:
 
     def __init__(self, model_trace: Trace, guide_trace: Trace, max_plate_nesting: int) -> None:
         sites = [*sample_sites(model_trace).values(), *sample_sites(guide_trace).values()]
-        plates = [
-            {f.name: f for f in site["cond_indep_stack"] if f.vectorized and f.name != PLATE}
-            for site in sites
-        ]
-        common = [f for f in plates[0].values() if all(f.name in others for others in plates)]
+        common = common_plates(sites)
         if not common:
             warnings.warn(
                 "no plate holds all sites of model and guide, so the whole batch is weighed as one "
                 "datum. Put each row's latents and observations into one pyro.plate",
                 stacklevel=2,
             )
-        sizes = {f.dim: f.size for f in common}
+        sizes = {plate.dim: plate.size for plate in common}
         sizes |= {f.dim: f.size for f in sites[0]["cond_indep_stack"] if f.name == PLATE}
         self.shape = torch.Size(sizes.get(d, 1) for d in range(-max_plate_nesting - 1, 0))
         self.scale = self._common_scale(sites)
@@ -222,21 +260,27 @@ class _Layout:
         scale = torch.as_tensor(first)
         if scale.dim() == 0:
             return scale
+        data = self.shape[1:]
+        if scale.dim() > len(data) or any(
+            size not in (1, data[-i]) for i, size in enumerate(reversed(scale.shape), 1)
+        ):
+            raise ValueError(
+                f"an importance-weighted objective expects one scale for each datum; got "
+                f"{_brief(scale)} for {tuple(data)} data"
+            )
         return scale.expand(self.shape[1:]).flatten()
+
+
+def _subsample(trace: Trace) -> Trace:
+    rows = Trace()
+    for name, node in trace.nodes.items():
+        if node["type"] == "sample" and site_is_subsample(node):
+            rows.nodes[name] = node
+    return rows
 
 
 def _latents(guide_trace: Trace) -> dict[str, dict[str, Any]]:
     return {n: site for n, site in sample_sites(guide_trace).items() if is_latent(site)}
-
-
-def _check_reparameterized(latents: dict[str, dict[str, Any]]) -> None:
-    for name, site in latents.items():
-        if not getattr(site["fn"], "has_rsample", False):
-            kind = type(getattr(site["fn"], "base_dist", site["fn"])).__name__
-            raise ValueError(
-                f"this objective expects a guide with reparameterized samplers; site {name!r} is "
-                f"a {kind}, which has none. Use trace, score-function or wake-sleep"
-            )
 
 
 def _check(model_trace: Trace, guide_trace: Trace, max_plate_nesting: int) -> None:

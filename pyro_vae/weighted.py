@@ -36,11 +36,12 @@ from typing import Any
 import torch
 from pyro.infer import ELBO
 from pyro.infer.util import torch_item
+from pyro.poutine import Trace
 from pyro.util import warn_if_nan
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .particles import Draws, Route, chunk_sizes, draw, know_plate_nesting
+from .particles import Route, chunk_sizes, draw, know_plate_nesting
 
 __all__ = [
     "Particles",
@@ -112,20 +113,20 @@ class WeightedELBO(ELBO):
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """−Σ scale · bound, (): its gradient is the estimator's."""
         weights: list[Particles] = []
-        draws = self._draws(model, guide, args, kwargs, weights)
+        log_p, log_q, log_q_fixed, scale = self._draws(model, guide, args, kwargs, weights)
         with torch.no_grad():
-            weights.append(self.rule(draws.log_p - draws.log_q))
-        particles, scale = weights[0], draws.scale
+            weights.append(self.rule(log_p - log_q))
+        particles = weights[0]
         value = -(scale * particles.bound).sum()
         if not torch.is_grad_enabled():
             return value
         a, c = particles.decoder, particles.score
         if self.route == "score":
-            surrogate = a * draws.log_p + c * draws.log_q_fixed
+            surrogate = a * log_p + c * log_q_fixed
         else:
-            surrogate = a * (draws.log_p - draws.log_q)
+            surrogate = a * (log_p - log_q)
             if self.route == "path":  # the −a ∂φ log q in the line above becomes c ∂φ log q
-                surrogate = surrogate + (a + c) * draws.log_q_fixed
+                surrogate = surrogate + (a + c) * log_q_fixed
         surrogate = -(scale * surrogate).sum()
         return value + (surrogate - surrogate.detach())
 
@@ -149,29 +150,37 @@ class WeightedELBO(ELBO):
 
     def _draws(
         self, model: Any, guide: Any, args: Any, kwargs: Any, weights: list[Particles]
-    ) -> Draws:
-        """All particles. `weights` will hold what the rule makes of them by the backward pass."""
+    ) -> tuple[Tensor, ...]:
+        """log p, log q, log q at fixed z, each (K, N), and the scale.
+
+        `weights` will hold what the rule makes of them by the backward pass.
+        """
         know_plate_nesting(self, model, guide, args, kwargs)
 
         def path_weight(first: int, size: int) -> Tensor | None:
             path = weights[0].path
             return None if path is None else path[first : first + size]
 
+        rows: list[Trace] = []
+
         # Takes the arguments, for `checkpoint` to see on which device to keep the random state.
         def chunk(first: int, size: int, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
             nesting, weight = int(self.max_plate_nesting), partial(path_weight, first, size)
-            draws = draw(model, guide, args, kwargs, size, nesting, self.route, weight)
+            # A plate that draws its rows draws them for the first chunk, and all others share them.
+            subsample = rows[0] if first else None
+            draws = draw(model, guide, args, kwargs, size, nesting, self.route, weight, subsample)
+            rows.append(draws.subsample)
             return draws.log_p, draws.log_q, draws.log_q_fixed, draws.scale
 
         sizes = chunk_sizes(self.num_particles, args, kwargs)
         if len(sizes) == 1:
-            return Draws(*chunk(0, self.num_particles, args, kwargs))
+            return chunk(0, self.num_particles, args, kwargs)
         keep = partial(checkpoint, chunk, use_reentrant=False)
         run = keep if torch.is_grad_enabled() else chunk
         firsts = [sum(sizes[:i]) for i in range(len(sizes))]
         parts = [run(first, size, args, kwargs) for first, size in zip(firsts, sizes, strict=True)]
         log_p, log_q, log_q_fixed = (torch.cat([part[i] for part in parts]) for i in range(3))
-        return Draws(log_p, log_q, log_q_fixed, scale=parts[0][3])
+        return log_p, log_q, log_q_fixed, parts[0][3]
 
 
 def stl(log_w: Tensor) -> Particles:

@@ -669,3 +669,93 @@ def test_commands_on_cuda(tmp_path, capsys):
     assert evaluate.main([str(run), "--num-samples", "10", "--device", "cuda"]) == 0
     assert generate.main([str(run), "--out", str(tmp_path / "a.png"), "--device", "cuda"]) == 0
     assert encode.main([str(run), "--out", str(tmp_path / "a.npz"), "--device", "cuda"]) == 0
+
+
+# --- objectives and presets -----------------------------------------------------------------------
+
+BRIEF = ["--epochs", "1", "--batch-size", "500"]
+
+
+def test_an_objective_with_particles(tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = ["--objective", "dreg", "--num-particles", "8", "--latent-dim", "2"]
+    assert train.main(["--out", str(run), "--hidden", "16", *arguments, *BRIEF]) == 0
+    (line,) = lines(run)
+    assert line["train_elbo"] == pytest.approx(line["reconstruction"] - line["kl"])
+    fit = json.loads((run / "config.json").read_text())["fit"]
+    assert (fit["objective"], fit["num_particles"]) == ("dreg", 8)
+    assert load_checkpoint(run).config.fit.objective == "dreg"
+    capsys.readouterr()
+    assert evaluate.main([str(run), "--num-samples", "5", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_samples"] == 5
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Drawing takes most of so short a run, and is no part of what is tested."""
+    monkeypatch.setattr(train, "_summarize", lambda run: None)
+    monkeypatch.setattr("pyro_vae.gallery.draw_reconstructions", lambda *arguments: None)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_options_of_an_objective_are_flags_and_survive_a_resume(tmp_path):
+    run = tmp_path / "run"
+    arguments = ["--objective", "piwae", "--num-particles", "6", "--groups", "3", *BRIEF]
+    assert train.main(["--out", str(run), "--hidden", "8", "--latent-dim", "2", *arguments]) == 0
+    assert load_checkpoint(run).config.fit.objective_options() == {"groups": 3}
+    assert train.main(["--resume", str(run), "--epochs", "2"]) == 0
+    assert len(lines(run)) == 2
+    assert load_checkpoint(run, "last").config.fit.objective_options() == {"groups": 3}
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_flags_beside_a_preset_win(tmp_path):
+    """Its data would have to be downloaded; its network does for the digits as well."""
+    run = tmp_path / "run"
+    arguments = ["--preset", "iwae-mnist", "--data", "digits", "--objective", "iwae"]
+    assert train.main(["--out", str(run), *arguments, "--num-particles", "3", *BRIEF]) == 0
+    config = json.loads((run / "config.json").read_text())
+    assert config["data"]["source"] == "digits"
+    model, fit = config["model"], config["fit"]
+    assert (model["hidden"], model["activation"], model["latent_dim"]) == ([200, 200], "Tanh", 50)
+    assert model["likelihood"] == "bernoulli"
+    assert (fit["objective"], fit["num_particles"], fit["epochs"]) == ("iwae", 3, 1)
+    assert fit["batch_size"] == 500
+    assert fit["learning_rate"] == pyro_vae.config.PRESETS["iwae-mnist"].fit.learning_rate
+    weights = load_checkpoint(run).vae.encoder.state_dict()
+    assert [w.shape[0] for key, w in weights.items() if key.endswith("weight")] == [200, 200, 100]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "iwae-mnist", "--resume", "RUN"], "drop --config and --preset"),
+        (["--preset=iwae-mnist", "--resume=RUN"], "drop --config and --preset"),
+        (["--preset", "iwae-mnist", "--config", "RUN/config.json"], "drop one"),
+        (["--preset", "vae-1312"], "vae-1312"),
+        (["--objective", "miwae"], "--objective miwae: the objective miwae expects a number of"),
+        (["--objective", "score-baseline"], "--objective score-baseline: "),
+        (["--objective", "iwae", "--alpha", "0.5"], "has no option alpha; that is renyi's"),
+        (["--objective", "renyi", "--alpha", "1"], "--objective renyi: alpha expects"),
+        (["--objective", "dreg", "--kl-warmup", "0.2"], "--kl-warmup expects an objective"),
+        (["--objective", "sleep"], "sleep"),
+    ],
+)
+def test_objectives_and_presets_that_cannot_be_meant(
+    arguments, message, run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    arguments = [argument.replace("RUN", str(run)) for argument in arguments]
+    before = (run / "config.json").read_bytes()
+    refused(train.main, arguments, message, capsys)
+    assert not list(tmp_path.iterdir())
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_one_message_for_too_few_particles(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sys.exit(train.main(["--objective", "miwae", "--out", str(tmp_path / "run")]))
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("groups can share equally; got 1") == 1
+    assert err.count("--objective miwae") == 1

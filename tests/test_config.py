@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from pyro_vae import Config, DataConfig, FitConfig, InputError, ModelConfig
-from pyro_vae.config import read_config, resolve
+from pyro_vae.config import (
+    KL_WEIGHTED,
+    OBJECTIVE_OPTIONS,
+    PRESETS,
+    Objective,
+    read_config,
+    resolve,
+)
 
 
 def test_round_trip_through_json(tmp_path):
@@ -125,3 +134,130 @@ def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
 def test_batch_larger_than_the_training_set():
     with pytest.raises(InputError, match="--batch-size 256 is larger than the training set of 9"):
         resolve(Config(), "binomial", 9)
+
+
+# --- objectives and their options -----------------------------------------------------------------
+
+OWN = {
+    "alpha": {"renyi": 0.3},
+    "groups": {"miwae": 2, "piwae": 4},
+    "elbo_weight": {"ciwae": 0.4},
+    "free_bits": {"free-bits": 0.7},
+    "mmd_weight": {"mmd": 30.0},
+    # under a KL-weighted objective the KL's weight, under beta-tc the total correlation's
+    "beta": dict.fromkeys([*KL_WEIGHTED, "beta-tc"], 2.0),
+}
+
+
+@pytest.mark.parametrize("name", get_args(Objective))
+@pytest.mark.parametrize("option", OWN)
+def test_options_belong_to_their_objectives(name, option):
+    owners = OWN[option]
+    settings = {"objective": name, "num_particles": 8}
+    settings[option] = owners.get(name, next(iter(owners.values())))
+    if name not in owners:
+        message = rf"^--objective {name}: .*has no option {option}; .*{next(iter(owners))}"
+        if option == "beta":
+            message = rf"^--objective {name}: .*has no option beta; that is beta and beta-tc's"
+        with pytest.raises(InputError, match=message):
+            FitConfig(**settings)
+        return
+    config = FitConfig(**settings)
+    assert Config.from_dict(json.loads(json.dumps(Config(fit=config).to_dict()))).fit == config
+    is_weight = option == "beta" and name != "beta" and name in KL_WEIGHTED
+    assert config.objective_options() == ({} if is_weight else {option: owners[name]})
+    assert FitConfig(objective=name, num_particles=8).objective_options() == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("score-baseline", {}, "at least 2 particles"),
+        ("miwae", {}, "that 8 groups can share equally; got 1"),
+        ("miwae", {"num_particles": 12}, "that 8 groups can share equally; got 12"),
+        ("piwae", {"num_particles": 8, "groups": 3}, "that 3 groups can share equally; got 8"),
+        ("piwae", {"num_particles": 4, "groups": 8}, "that 8 groups can share equally; got 4"),
+        ("miwae", {"num_particles": 8, "groups": 0}, "that 0 groups can share"),
+        ("miwae", {"num_particles": 8, "groups": -2}, "that -2 groups can share"),
+        ("renyi", {"alpha": 1.0}, "other than 1, at which the bound is the ELBO"),
+        ("renyi", {"alpha": math.nan}, "alpha expects a finite number"),
+        ("renyi", {"alpha": -math.inf}, "alpha expects a finite number"),
+        ("ciwae", {"elbo_weight": 1.01}, "elbo_weight expects 0 to 1; got 1.01"),
+        ("ciwae", {"elbo_weight": -0.1}, "elbo_weight expects 0 to 1; got -0.1"),
+        ("ciwae", {"elbo_weight": math.nan}, "elbo_weight expects 0 to 1"),
+        ("free-bits", {"free_bits": 0.0}, "free_bits expects a finite number above 0"),
+        ("free-bits", {"free_bits": math.inf}, "free_bits expects a finite number above 0"),
+        ("mmd", {"mmd_weight": -1.0}, "mmd_weight expects a finite number above 0"),
+        ("mmd", {"mmd_weight": math.nan}, "mmd_weight expects a finite number above 0"),
+        ("mdm", {}, "objective expects one of trace, mean-field, stl"),
+    ],
+)
+def test_options_out_of_range_are_refused_for_the_objective(name, settings, message):
+    with pytest.raises(InputError) as caught:
+        FitConfig(objective=name, **settings)
+    assert str(caught.value).startswith(f"--objective {name}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("name", ["trace", "beta", "beta-tc"])
+def test_beta_out_of_range(name, value):
+    with pytest.raises(InputError, match=r"^--beta expects a (finite )?number"):
+        FitConfig(objective=name, beta=value)
+
+
+@pytest.mark.parametrize("options", [{"alpha": 0.0}, {"alpha": -2.0}, {"alpha": 1.5}])
+def test_orders_on_both_sides_of_one(options):
+    assert FitConfig(objective="renyi", **options).objective_options() == options
+
+
+def test_the_weight_of_the_kl_after_its_warm_up():
+    weights = {name: FitConfig(objective=name, num_particles=8) for name in get_args(Objective)}
+    weights = {name: config.kl_weight for name, config in weights.items()}
+    assert weights.pop("beta") == OBJECTIVE_OPTIONS["beta"]["beta"] == 4.0
+    assert set(weights.values()) == {1.0}
+    for name in KL_WEIGHTED:
+        assert FitConfig(objective=name, beta=2.5).kl_weight == 2.5
+        assert FitConfig(objective=name, kl_warmup=0.5).kl_weight == (4.0 if name == "beta" else 1)
+    # its beta weighs the total correlation
+    assert FitConfig(objective="beta-tc", beta=2.5).kl_weight == 1.0
+    for name in set(get_args(Objective)) - set(KL_WEIGHTED):
+        with pytest.raises(InputError, match=f"--kl-warmup expects .*got --objective {name}"):
+            FitConfig(objective=name, num_particles=8, kl_warmup=0.1)
+
+
+def test_every_option_is_a_setting_and_of_some_objective():
+    options = {name for own in OBJECTIVE_OPTIONS.values() for name in own}
+    assert options == set(OWN)
+    assert set(OBJECTIVE_OPTIONS) <= set(get_args(Objective))
+    for option in options:  # given or not can be told
+        assert getattr(FitConfig(), option) is None
+
+
+def test_options_without_effect_on_the_autoencoder_fail():
+    for name, settings in [
+        ("renyi", {"alpha": 0.3}),
+        ("miwae", {"groups": 2, "num_particles": 4}),
+        ("mmd", {"mmd_weight": 3.0}),
+    ]:
+        with pytest.raises(InputError, match="no effect on --model ae"):
+            Config(model=ModelConfig(kind="ae"), fit=FitConfig(objective=name, **settings))
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_are_settings_like_any(name, tmp_path):
+    preset = PRESETS[name]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(preset.to_dict()))
+    assert read_config(path) == Config.from_dict(preset.to_dict()) == preset
+    resolved = resolve(preset, "binomial", 50_000)
+    assert resolved.model == preset.model, "leaves nothing of the model to the data"
+    assert resolved.fit == preset.fit
+
+
+def test_the_preset_is_the_papers_network():
+    model = PRESETS["iwae-mnist"].model
+    assert (model.hidden, model.activation, model.latent_dim) == ((200, 200), "Tanh", 50)
+    assert model.likelihood == "bernoulli"
+    assert PRESETS["iwae-mnist"].data.source == "mnist"

@@ -232,7 +232,9 @@ def test_wrong_arguments():
         Known().measure(39)
     with pytest.raises(ValueError, match="the group 'b' expects parameters"):
         measure(Known(), {"a": [torch.zeros(1)], "b": iter([])})
-    with pytest.raises(ValueError, match=r"exact expects the shape \(8,\) and a value other than 0; got"):
+    with pytest.raises(
+        ValueError, match=r"exact expects the shape \(8,\) and a value other than 0; got"
+    ):
         Known().measure().bias(EXACT[:7])
     good, nothing = Interval(1.0, 0.9, 1.1), Interval(0.0, 0.0, 1.0)
     for x, y in (([1], [good]), ([1, 2], [good]), ([1, 2], [good, nothing]), ([], [])):
