@@ -46,18 +46,14 @@ def parse(
 ) -> Arguments:
     """Flags → a dataclass; a mistyped flag or a value out of range exits with status 2."""
     options = {} if default is None else {"default": default}
-    try:
-        return tyro.cli(
-            arguments,
-            args=argv,
-            prog=f"python -m pyro_vae.{prog}",
-            description=doc,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-            **options,
-        )
-    except BrokenPipeError:  # the reader of the help has gone
-        sys.stderr.close()
-        sys.exit(141)
+    return tyro.cli(
+        arguments,
+        args=argv,
+        prog=f"python -m pyro_vae.{prog}",
+        description=doc,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        **options,
+    )
 
 
 def run_command(work: Callable[[], int | None]) -> int:
@@ -66,7 +62,7 @@ def run_command(work: Callable[[], int | None]) -> int:
         return work() or 0
     except InputError as error:
         return fail(str(error))
-    except BrokenPipeError:  # the reader of our output has gone, as in `… | head`
+    except BrokenPipeError:  # the reader of our output has gone, as in `--help | head`
         sys.stderr.close()
         return 141
     except OSError as error:

@@ -63,8 +63,7 @@ class DiagnoseArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(DiagnoseArguments, argv, "diagnose", __doc__)
-    return run_command(lambda: _main(arguments))
+    return run_command(lambda: _main(parse(DiagnoseArguments, argv, "diagnose", __doc__)))
 
 
 def _main(arguments: DiagnoseArguments) -> int:

@@ -36,6 +36,7 @@ from .particles import (
     in_particles,
     is_latent,
     know_plate_nesting,
+    latent_sites,
     sample_sites,
 )
 
@@ -84,7 +85,7 @@ class MeanField(Sampled, TraceMeanField_ELBO):
     def _differentiable_loss_particle(
         self, model_trace: Trace, guide_trace: Trace
     ) -> tuple[float, Tensor]:
-        latents = {n: site for n, site in sample_sites(guide_trace).items() if is_latent(site)}
+        latents = latent_sites(guide_trace)
         check_reparameterized(latents)
         if any(isinstance(_base(site["fn"]), Delta) for site in latents.values()):
             # An automatic guide's, whose density, a Jacobian, Pyro's KL of a Delta leaves out.
@@ -98,9 +99,9 @@ class ScoreFunction(Sampled):
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
         with Detached():  # outside of Pyro's tracing, which is to record the detached draws
             traces = super()._get_trace(model, guide, args, kwargs)
-        for site in sample_sites(traces[1]).values():
-            if is_latent(site):  # as Pyro has it where a distribution cannot be reparameterized
-                site["score_parts"] = ScoreParts(site["log_prob"], site["unscaled_log_prob"], 0)
+        for site in latent_sites(traces[1]).values():
+            # as Pyro has it where a distribution cannot be reparameterized
+            site["score_parts"] = ScoreParts(site["log_prob"], site["unscaled_log_prob"], 0)
         return traces
 
 
@@ -111,7 +112,7 @@ class _Replaced(MeanField):
         self, model_trace: Trace, guide_trace: Trace
     ) -> tuple[float, Tensor]:
         sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
-        check_reparameterized({n: site for n, site in guide_sites.items() if is_latent(site)})
+        check_reparameterized(latent_sites(guide_trace))
         plates = common_plates([*sites.values(), *guide_sites.values()])
         data = plates[0].dim if len(plates) == 1 else None
         objective: Any = 0.0

@@ -49,8 +49,7 @@ class EncodeArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(EncodeArguments, argv, "encode", __doc__)
-    return run_command(lambda: _main(arguments))
+    return run_command(lambda: _main(parse(EncodeArguments, argv, "encode", __doc__)))
 
 
 def _main(arguments: EncodeArguments) -> None:

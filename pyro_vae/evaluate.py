@@ -62,8 +62,7 @@ class EvaluateArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(EvaluateArguments, argv, "evaluate", __doc__)
-    return run_command(lambda: _main(arguments))
+    return run_command(lambda: _main(parse(EvaluateArguments, argv, "evaluate", __doc__)))
 
 
 def _main(arguments: EvaluateArguments) -> None:

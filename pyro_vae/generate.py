@@ -51,8 +51,7 @@ class GenerateArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(GenerateArguments, argv, "generate", __doc__)
-    return run_command(lambda: _main(arguments))
+    return run_command(lambda: _main(parse(GenerateArguments, argv, "generate", __doc__)))
 
 
 def _main(arguments: GenerateArguments) -> None:

@@ -42,6 +42,7 @@ __all__ = [
     "in_particles",
     "is_latent",
     "know_plate_nesting",
+    "latent_sites",
     "sample_sites",
 ]
 
@@ -109,7 +110,7 @@ def draw(
         guide = poutine.replay(guide, trace=subsample)
     with Detached() if route == "score" else nullcontext():
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    latents = _latents(guide_trace)
+    latents = latent_sites(guide_trace)
     if route != "score":
         check_reparameterized(latents)
     drawn = guide_trace
@@ -142,8 +143,8 @@ def in_particles(
 
 def chunk_sizes(num_particles: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
     """`num_particles` as a sum of numbers that memory allows at once."""
-    values = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-    most = max(1, VALUES_AT_ONCE // max(1, sum(value.numel() for value in values)))
+    values = sum(tensor.numel() for tensor in _tensors(args, kwargs))
+    most = max(1, VALUES_AT_ONCE // max(1, values))
     return [min(most, num_particles - done) for done in range(0, num_particles, most)]
 
 
@@ -156,7 +157,7 @@ def know_plate_nesting(
 ) -> None:
     """Let Pyro find `max_plate_nesting` where it is not known, at no random numbers' cost."""
     if math.isinf(elbo.max_plate_nesting):
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        tensors = _tensors(args, kwargs)
         with random_states(tensors[0].device if tensors else torch.device("cpu")):
             elbo._guess_max_plate_nesting(model, guide, args, kwargs)
 
@@ -173,6 +174,11 @@ def sample_sites(trace: Trace) -> dict[str, dict[str, Any]]:
         and not site_is_subsample(node)
         and not node["infer"].get("_deterministic")
     }
+
+
+def latent_sites(trace: Trace) -> dict[str, dict[str, Any]]:
+    """Those of `sample_sites` that are not observed."""
+    return {name: site for name, site in sample_sites(trace).items() if is_latent(site)}
 
 
 def check_reparameterized(latents: dict[str, dict[str, Any]]) -> None:
@@ -271,16 +277,16 @@ class _Layout:
         return scale.expand(self.shape[1:]).flatten()
 
 
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    return [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+
+
 def _subsample(trace: Trace) -> Trace:
     rows = Trace()
     for name, node in trace.nodes.items():
         if node["type"] == "sample" and site_is_subsample(node):
             rows.nodes[name] = node
     return rows
-
-
-def _latents(guide_trace: Trace) -> dict[str, dict[str, Any]]:
-    return {n: site for n, site in sample_sites(guide_trace).items() if is_latent(site)}
 
 
 def _check(model_trace: Trace, guide_trace: Trace, max_plate_nesting: int) -> None:

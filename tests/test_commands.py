@@ -759,3 +759,17 @@ def test_one_message_for_too_few_particles(tmp_path, capsys):
     err = capsys.readouterr().err
     assert err.count("groups can share equally; got 1") == 1
     assert err.count("--objective miwae") == 1
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "encode", "diagnose"])
+def test_help_to_a_reader_that_has_gone(command):
+    """As in `--help | head`: no traceback."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = [sys.executable, "-m", f"pyro_vae.{command}", "--help"]
+    try:
+        done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writer)
+    assert done.stderr == ""
+    assert done.returncode == 141
