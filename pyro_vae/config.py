@@ -275,6 +275,11 @@ class FitConfig:
             clipping.
         kl_warmup: Part of all steps, 0 to 1, over which the KL's weight rises from zero to --beta.
         patience: Stop after this many epochs without a better validation ELBO.
+        compile: Whether to capture the ELBO as a graph and compile it, some ten seconds before the
+            first step: auto, where the run is long enough to gain by it.
+        precision: Of matrix products: highest, high and medium as torch has them (medium rounds
+            their factors to bfloat16); bf16, whatever can be computed in bfloat16. Parameters and
+            sums stay in float32.
     """
 
     objective: Objective = "trace"
@@ -293,6 +298,8 @@ class FitConfig:
     gradient_clip: float = 100.0
     kl_warmup: float = 0.0
     patience: Annotated[int | None, auto("INT", "never stop early")] = None
+    compile: Literal["auto", "on", "off"] = "auto"
+    precision: Literal["highest", "high", "medium", "bf16"] = "highest"
 
     def __post_init__(self) -> None:
         _at_least("num-particles", self.num_particles, 1)

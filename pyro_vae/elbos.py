@@ -49,7 +49,10 @@ class Sampled(Trace_ELBO):
     Attributes:
         kl_weight: β. Scales the latent sites of model and guide alike; scaled in one of them alone,
             the value would be wrong. May be changed between steps.
+        schedules: names of attributes that may be, for who captures a step (see `capture`).
     """
+
+    schedules = ("kl_weight",)
 
     def __init__(
         self, num_particles: int = 1, max_plate_nesting: float = math.inf, kl_weight: float = 1.0
@@ -123,7 +126,7 @@ class _Replaced(MeanField):
             q = guide_sites.pop(name)
             weights = torch.ones(q["fn"].batch_shape).to(q["value"])
             weights = scale_and_mask(weights, q["scale"], q["mask"])
-            if weights.any():
+            if _counts(q, weights):
                 penalty = self.penalty(site["fn"], q["fn"], q["value"], weights, data)
                 objective = objective - penalty
         if guide_sites:
@@ -171,7 +174,7 @@ class FreeBits(_Replaced):
             kl = q.log_prob(z) - p.log_prob(z)
         kl = kl.reshape(weights.numel(), -1)  # (batch, latent dimensions)
         total = weights.sum()
-        mean = (weights.reshape(-1, 1) * kl).sum(0) / total
+        mean = (weights.reshape(-1, 1) * kl).sum(0) / total.clamp_min(torch.finfo(kl.dtype).tiny)
         return total * mean.clamp_min(self.free_bits).sum()
 
 
@@ -238,12 +241,12 @@ class MaximumMeanDiscrepancy(_Replaced):
         share = weights / weights.sum(-1, keepdim=True)  # of each image in q(z)
         pairs = share.unsqueeze(-1) * share.unsqueeze(-2)
         others = pairs * (1 - torch.eye(pairs.shape[-1]).to(pairs))
-        if not others.any():
-            return torch.zeros(()).to(z)
+        count = others.sum((-2, -1))
         spread = 2 * p.variance.reshape(*p.batch_shape, -1).sum(-1).mean().detach()
         between = (pairs * self._kernel(own, prior, spread)).sum((-2, -1))
         within = [(others * self._kernel(v, v, spread)).sum((-2, -1)) for v in (own, prior)]
-        discrepancy = (within[0] + within[1]) / others.sum((-2, -1)) - 2 * between  # (…)
+        within_both = (within[0] + within[1]) / count.clamp_min(torch.finfo(count.dtype).tiny)
+        discrepancy = torch.where(count > 0, within_both - 2 * between, 0.0)  # (…)
         return self.mmd_weight * (weights.sum(-1) * discrepancy).sum()
 
     def _kernel(self, a: Tensor, b: Tensor, spread: Tensor) -> Tensor:
@@ -263,6 +266,14 @@ class _ScaledLatents(Messenger):
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if is_latent(msg):
             msg["scale"] = msg["scale"] * self.factor
+
+
+def _counts(site: dict[str, Any], weights: Tensor) -> bool:
+    """Whether any element of a site does. Asks for tensors' values only where a mask needs it."""
+    if isinstance(site["mask"], Tensor):
+        return bool(weights.any())
+    scale = site["scale"]
+    return site["mask"] is not False and (isinstance(scale, Tensor) or scale != 0)
 
 
 def _in_one_plate(name: str, data: int | None) -> int:

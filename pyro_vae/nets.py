@@ -1,7 +1,8 @@
 """Networks: x (..., *data_shape) → features, and z (..., Z) → (..., P, *data_shape).
 
 Both take any number of leading batch dimensions, so that particles of z need no reshaping
-elsewhere. P is the number of parameters that a likelihood has for each value of x.
+elsewhere. P is the number of parameters that a likelihood has for each value of x. The output has
+the input's type, whatever torch.autocast makes of the products between.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch_shape = x.shape[: x.dim() - len(self.data_shape)]
         standardized = (x - self.mean) / self.std
-        return self.layers(standardized.reshape(-1, *self.data_shape)).reshape(*batch_shape, -1)
+        features = self.layers(standardized.reshape(-1, *self.data_shape))
+        return features.to(x.dtype).reshape(*batch_shape, -1)
 
 
 class Decoder(nn.Module):
@@ -129,9 +131,9 @@ class Decoder(nn.Module):
         hidden = self.layers[:-1](z.reshape(-1, z.shape[-1]))
         head = self.layers[-1]
         if isinstance(head, nn.Linear):  # product and bias in one pass over the outputs
-            output = F.linear(hidden, head.weight, self.bias.flatten())
+            output = F.linear(hidden, head.weight, self.bias.flatten()).to(z.dtype)
             return output.reshape(*z.shape[:-1], *self.bias.shape)
-        return head(hidden).reshape(*z.shape[:-1], *self.bias.shape) + self.bias
+        return head(hidden).to(z.dtype).reshape(*z.shape[:-1], *self.bias.shape) + self.bias
 
 
 def _mlp(sizes: list[int], activation: str) -> list[nn.Module]:

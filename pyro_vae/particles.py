@@ -255,8 +255,8 @@ class _Layout:
         first = sites[0]["scale"]
         for site in sites[1:]:
             other = site["scale"]
-            same = other is first or bool((torch.as_tensor(other) == torch.as_tensor(first)).all())
-            if not same:
+            same = other is first or other == first
+            if not (same.all() if isinstance(same, Tensor) else same):
                 raise ValueError(
                     f"an importance-weighted objective expects all sites of a datum to be scaled "
                     f"alike; {sites[0]['name']!r} has {_brief(first)}, {site['name']!r} has "

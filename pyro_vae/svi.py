@@ -24,11 +24,11 @@ import numpy as np
 import pyro
 import torch
 from pyro.infer import SVI
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import kl_divergence
 
 from .autoencoder import Autoencoder
+from .capture import Mode, Observer, capture
 from .config import KL_WEIGHTED, FitConfig, InputError, resolve_epochs
 from .data import Split, Splits
 from .objectives import objective
@@ -37,6 +37,10 @@ from .randomness import derive, random_states
 from .vae import VAE
 
 __all__ = ["Diverged", "Progress", "Record", "elbo_terms", "fit"]
+
+# Steps from which capturing the ELBO, and compiling what was captured, pays for itself.
+CAPTURE_FROM = 500
+COMPILE_FROM = 10_000
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,30 @@ def elbo_terms(
     return reconstruction / count, kl / count if isinstance(vae, VAE) else None
 
 
+def run_mode(config: FitConfig, num_steps: int) -> Mode:
+    """How a run of so many steps evaluates its ELBO. The same in every part of a resumed run."""
+    if config.compile != "auto":
+        return "compiled" if config.compile == "on" else "eager"
+    if num_steps >= COMPILE_FROM:
+        return "compiled"
+    return "graph" if num_steps >= CAPTURE_FROM else "eager"
+
+
+@contextmanager
+def _precision(precision: str, device: torch.device) -> Iterator[None]:
+    """Of products within; see `FitConfig.precision`."""
+    if precision == "bf16":
+        with torch.autocast(device.type, torch.bfloat16):
+            yield
+        return
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @contextmanager
 def _no_nan_warning() -> Iterator[None]:
     """Pyro warns of a loss that is not finite; here it is an error, with its likely causes."""
@@ -164,18 +192,36 @@ def _no_nan_warning() -> Iterator[None]:
         yield
 
 
-class _Terms(Messenger):
-    """Keeps distribution and value of each site at its first visit: z in the guide, x in the model.
+class _Terms(Observer):
+    """The ELBO's two terms, summed over the images of a step, whatever is maximized.
 
-    Every ELBO of Pyro runs the guide first, so "z" is kept with q(z|x), whatever is maximized.
+    Every ELBO of Pyro runs the guide first, so "z" is kept with q(z|x), and "x" with p(x|z).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, vae: VAE | Autoencoder, num_particles: int) -> None:
         super().__init__()
+        self.vae = vae
+        self.num_particles = num_particles
         self.sites: dict[str, tuple[Any, Tensor]] = {}
+
+    def __enter__(self) -> Any:
+        self.sites = {}
+        return super().__enter__()
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         self.sites.setdefault(msg["name"], (msg["fn"], msg["value"]))
+
+    def observed(self) -> tuple[Tensor, ...]:
+        """Reconstruction and, of a VAE, KL: ()."""
+        likelihood, x = self.sites["x"]
+        if self.num_particles > 1:  # one of them tells enough
+            likelihood = self.vae.likelihood(self.sites["z"][1][:1])
+        reconstruction = likelihood.log_prob(x).sum()
+        if isinstance(self.vae, Autoencoder):
+            return (reconstruction,)
+        q = self.sites["z"][0]
+        kl = kl_divergence(q, self.vae.prior()).reshape(-1, len(x))
+        return reconstruction, kl.mean(0).sum()
 
 
 class _Training:
@@ -200,18 +246,21 @@ class _Training:
             max_plate_nesting=1,
             **config.objective_options(),
         )
-        self.svi = SVI(
-            vae.model,
-            vae.guide,
-            self.optimizer,
-            loss=self.elbo,
-        )
+        # The last batch of an epoch, of another size, is not worth compiling for.
+        mode = run_mode(config, self.num_steps)
+        rest: Mode = "graph" if mode == "compiled" else mode
+        self.losses = [
+            capture(self.elbo, m, _Terms(vae, config.num_particles)) for m in (mode, rest)
+        ]
+        self.svis = [SVI(vae.model, vae.guide, self.optimizer, loss=loss) for loss in self.losses]
         self.epoch = 0  # complete ones
         self.step = 0
         self.seconds = 0.0
         self.best = -math.inf
         self.stale_epochs = 0
         self.random: dict[str, Tensor] | None = None
+        # of what is observed; of an autoencoder there is no KL
+        self.terms = ("reconstruction", "kl") if isinstance(vae, VAE) else ("reconstruction",)
         self._clear_sums()
 
     def _clear_sums(self) -> None:
@@ -260,12 +309,17 @@ class _Training:
         self.optimizer.max_norm = self.config.gradient_clip * len(index)
         if self.config.objective in KL_WEIGHTED:
             self.elbo.kl_weight = self._kl_weight()
+        size = 0 if len(index) == self.config.batch_size else 1
         with self._randomness(), pyro.get_param_store().scope():
             x = self.splits.train.take(index, self.units)
             # Pyro's checks of shapes and supports, once: they cost a tenth of a step.
-            with pyro.validation_enabled(self.step == 0), _Terms() as terms, _no_nan_warning():
+            with (
+                pyro.validation_enabled(self.step == 0),
+                _precision(self.config.precision, self.device),
+                _no_nan_warning(),
+            ):
                 try:
-                    loss = self.svi.step(x)
+                    loss = self.svis[size].step(x)
                 except ValueError as error:  # of the checks of the first step
                     reason = str(error).splitlines()[0]
                     raise InputError(f"model and data do not fit together: {reason}") from None
@@ -275,14 +329,8 @@ class _Training:
                     raise self._diverged("gradient") from None
             if not math.isfinite(loss):
                 raise self._diverged("loss")
-            with torch.no_grad():
-                likelihood, value = terms.sites["x"]
-                if self.config.num_particles > 1:  # one of them tells enough
-                    likelihood = self.vae.likelihood(terms.sites["z"][1][:1])
-                self.sums["reconstruction"] += _sum_images(likelihood.log_prob(value), len(x))
-                if isinstance(self.vae, VAE):
-                    kl = kl_divergence(terms.sites["z"][0], self.vae.prior())
-                    self.sums["kl"] += _sum_images(kl, len(x))
+            for name, value in zip(self.terms, self.losses[size].observed, strict=True):
+                self.sums[name] += value.item()
             self.sums["images"] += len(x)
         self.step += 1
 
@@ -372,11 +420,6 @@ class _Training:
                 states.set(self.random)
             yield
             self.random = states.get()
-
-
-def _sum_images(values: Tensor, num_images: int) -> float:
-    """Sum over images of (B,) or, with particles, of the mean over K of (K, B)."""
-    return values.reshape(-1, num_images).mean(0).sum().item()
 
 
 def _device(vae: VAE | Autoencoder) -> torch.device:

@@ -1,0 +1,538 @@
+"""An ELBO, captured once as a graph of tensor operations, and from then on run as that graph.
+
+    svi = SVI(vae.model, vae.guide, optimizer, loss=capture(Trace_ELBO()))
+
+Pyro runs model and guide in Python at every step; at small batches that costs more than the
+arithmetic. A `Captured` ELBO runs them when it first sees arguments of some shape, records loss and
+gradient as one graph, random draws included, holds the graph against the ELBO itself at the same
+random numbers, and compiles it.
+
+What a graph takes for granted is looked at before each use: the shapes of the arguments, the
+parameters and buffers and where they are, and every plain attribute (training mode, the p of a
+dropout) of the modules that took part. Where something has changed, the ELBO is captured anew. What
+Python code reads from elsewhere, a global variable or a closure, stays as it was when captured.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from pyro.infer.util import torch_item
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
+from pyro.util import warn_if_inf, warn_if_nan
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .randomness import RandomStates
+
+__all__ = ["Captured", "Mode", "Observer", "capture"]
+
+Mode = Literal["compiled", "graph", "eager"]
+
+# Graphs that one `Captured` keeps. A program that needs more (a new function at every step, batches
+# of any size) is faster without.
+MOST_GRAPHS = 32
+
+# Largest difference of a gradient from its graph's, relative to the gradient's largest element.
+# They do the same operations in the same order: a larger one means that they do not.
+SAME = 1e-4
+
+_PLAIN = (bool, int, float, str, type(None), tuple, torch.dtype, torch.device)
+
+
+# An attribute of every ELBO that its first run fills in.
+_FOUND = "max_plate_nesting"
+
+
+class Observer(Messenger):
+    """Sees the sites of guide and model, and computes something of them in the same graph."""
+
+    def observed(self) -> tuple[Tensor, ...]:
+        """What becomes `Captured.observed`; called once after the loss, without gradient."""
+        raise NotImplementedError
+
+
+def capture(elbo: ELBO, mode: Mode = "compiled", observer: Observer | None = None) -> Captured:
+    """An ELBO of the same value and gradient that runs as a graph.
+
+    Args:
+        elbo: any with a `differentiable_loss`: the objectives of this package and most of Pyro's.
+            Attributes that it names in `schedules` are inputs of the graph, and may change between
+            steps; where any other changes, it is captured anew.
+        mode: compiled, by torch.compile, which takes some ten seconds for each shape of the
+            arguments; graph: captured but not compiled, a fraction of a second; eager: neither.
+        observer: a messenger around guide and model.
+
+    Enumerated sites and code whose course depends on the values of tensors cannot be captured. They
+    run as they are, after one warning that says why. Without a compiler, compiled is as graph.
+    """
+    return Captured(elbo, mode, observer)
+
+
+class Captured(ELBO):
+    """See `capture`. Pyro's checks of shapes and supports are made when a shape is first seen.
+
+    Attributes:
+        elbo: what is captured.
+        observed: what the observer made of the last step.
+        captures: number of graphs captured so far.
+    """
+
+    def __init__(self, elbo: ELBO, mode: Mode, observer: Observer | None) -> None:
+        super().__init__(num_particles=elbo.num_particles, max_plate_nesting=elbo.max_plate_nesting)
+        self.elbo = elbo
+        self.mode = mode
+        self.observer = observer
+        self.observed: tuple[Tensor, ...] = ()
+        self.captures = 0
+        self._graphs: dict[Any, _Graph | None] = {}  # None: cannot be captured
+        self._warned = False
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The loss, of draws of its own."""
+        with torch.no_grad():
+            call = _Call(self, model, guide, args, kwargs)
+            graph = self._graph(call)
+            if graph is None:
+                return self._observing(self.elbo.loss, call)
+            loss, _, self.observed = graph(call)
+        return _number(loss)
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The loss, and its gradient added to that of the parameters."""
+        call = _Call(self, model, guide, args, kwargs)
+        with torch.enable_grad():
+            graph = self._graph(call)
+            if graph is None:
+                return self._observing(self.elbo.loss_and_grads, call)
+        loss, gradients, self.observed = graph(call)
+        for leaf, gradient in zip(graph.leaves, gradients, strict=True):
+            if gradient is not None:
+                leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+        return _number(loss)
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss, (), that may be differentiated once."""
+        call = _Call(self, model, guide, args, kwargs)
+        graph = self._graph(call)
+        if graph is None:
+            return self._observing(self.elbo.differentiable_loss, call)
+        loss, gradients, self.observed = graph(call)
+        return _Loss.apply(loss, gradients, *graph.leaves) if graph.leaves else loss
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError("a captured ELBO has no trace")
+
+    def _observing(self, function: Callable[..., Any], call: _Call) -> Any:
+        """The ELBO itself."""
+        if self.observer is None:
+            return function(call.model, call.guide, *call.args, **call.kwargs)
+        with self.observer:
+            value = function(call.model, call.guide, *call.args, **call.kwargs)
+        with torch.no_grad():
+            self.observed = self.observer.observed()
+        return value
+
+    def _graph(self, call: _Call) -> _Graph | None:
+        """The graph of a call; None where there can be none."""
+        if self.mode == "eager":
+            return None
+        try:
+            graph = self._graphs[call.key]
+            if graph is None or graph.is_current():
+                return graph
+            del self._graphs[call.key]
+        except KeyError:
+            pass
+        except TypeError as error:
+            self._warn(f"the arguments, model and guide must be hashable: {error}")
+            return None
+        handlers = [type(h).__name__ for h in _PYRO_STACK if not _only_watches(h)]
+        if handlers:
+            # The graph would do without them, or never again without them.
+            self._warn(f"it runs within other handlers: {', '.join(handlers)}")
+            return None
+        if self.captures >= MOST_GRAPHS:
+            self._warn(f"it was captured {MOST_GRAPHS} times, for other arguments or programs")
+            return None
+        self.captures += 1
+        try:
+            graph = _capture(call)
+        except _Unfit as unfit:
+            self._warn(str(unfit))
+            graph = None
+        self._graphs[call.key] = graph
+        return graph
+
+    def _warn(self, reason: str) -> None:
+        if not self._warned:
+            warnings.warn(
+                f"{type(self.elbo).__name__} runs uncaptured: {reason}",
+                stacklevel=2,
+            )
+            self._warned = True
+
+
+class _Unfit(Exception):
+    """Why something cannot be captured."""
+
+
+class _Call:
+    """What an ELBO is asked for, and the key of the graph that does it."""
+
+    def __init__(
+        self, captured: Captured, model: Any, guide: Any, args: tuple[Any, ...], kwargs: Any
+    ) -> None:
+        self.captured, self.model, self.guide = captured, model, guide
+        self.args, self.kwargs = args, kwargs
+        self.leaves, self.tree = tree_flatten((args, kwargs))
+        self.inputs = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+        elbo = captured.elbo
+        self.schedules: tuple[str, ...] = getattr(elbo, "schedules", ())
+        attributes = [v for k, v in vars(elbo).items() if k not in (*self.schedules, _FOUND)]
+        self.key = (
+            model,
+            guide,
+            self.tree,
+            tuple(_place(x) if isinstance(x, Tensor) else (type(x), x) for x in self.leaves),
+            tuple(v for v in attributes if isinstance(v, _PLAIN)),
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled("cpu"),
+            torch.is_autocast_enabled("cuda"),
+            torch.get_default_dtype(),
+        )
+
+    def graph_inputs(self) -> list[Tensor]:
+        """The arguments' tensors, then the scheduled attributes."""
+        if not self.schedules:
+            return self.inputs
+        device = self.inputs[0].device if self.inputs else None
+        elbo = self.captured.elbo
+        return [
+            *self.inputs,
+            *(torch.full((), getattr(elbo, name), device=device) for name in self.schedules),
+        ]
+
+    def program(self, parameters: list[Tensor]) -> Callable[..., Any]:
+        """What is captured: tensors → loss, gradients of `parameters`, what is observed."""
+
+        def run(*inputs: Tensor) -> tuple[Any, ...]:
+            tensors = iter(inputs)
+            leaves = [next(tensors) if isinstance(x, Tensor) else x for x in self.leaves]
+            args, kwargs = tree_unflatten(leaves, self.tree)
+            elbo = self.captured.elbo
+            before = {name: getattr(elbo, name) for name in self.schedules}
+            try:
+                for name, value in zip(self.schedules, tensors, strict=True):
+                    setattr(elbo, name, value)
+                loss, observed = self.evaluate(*args, **kwargs)
+            finally:
+                for name, value in before.items():
+                    setattr(elbo, name, value)
+            return loss.detach(), _gradients(loss, parameters), observed
+
+        return run
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Loss, and what is observed."""
+        observer, elbo = self.captured.observer, self.captured.elbo
+        with observer or nullcontext():
+            loss = elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
+        with torch.no_grad():
+            return loss, () if observer is None else observer.observed()
+
+
+class _Graph:
+    """A captured graph, and all that it takes for granted.
+
+    Attributes:
+        leaves: the tensors that the loss has gradients of.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        leaves: list[Tensor],
+        params: list[tuple[str, Tensor]],
+        modules: list[nn.Module],
+    ) -> None:
+        self.run = run
+        self.leaves = leaves
+        self._params = params
+        self._modules = modules
+        self._granted = self._now()
+
+    def is_current(self) -> bool:
+        """Whether all is as it was. The parameters are registered in Pyro's store on the way."""
+        return self._now() == self._granted and self._register()
+
+    def __call__(self, call: _Call) -> tuple[Tensor, tuple[Tensor | None, ...], tuple[Tensor, ...]]:
+        with torch.no_grad():
+            return self.run(*call.graph_inputs())
+
+    def _now(self) -> list[Any]:
+        """What is looked at before each use."""
+        now: list[Any] = [_place(leaf) for leaf in self.leaves]
+        for module in self._modules:
+            now.extend(value for value in vars(module).values() if isinstance(value, _PLAIN))
+            for tensors in (module._parameters, module._buffers):
+                now.extend((id(t), _place(t)) for t in tensors.values() if t is not None)
+        return now
+
+    def _register(self) -> bool:
+        """As model and guide would, for whoever traces them, and for what `SVI` optimizes.
+
+        Returns:
+            False where the store has another parameter of that name, or none and cannot be told.
+        """
+        store = pyro.get_param_store()
+        for name, leaf in self._params:
+            if name in store:
+                value = pyro.param(name)
+            elif isinstance(leaf, nn.Parameter):
+                value = pyro.param(name, leaf)
+            else:
+                return False
+            if value.unconstrained() is not leaf:
+                return False
+        return True
+
+
+def _capture(call: _Call) -> _Graph:
+    """Run the ELBO to see what takes part, then capture it. The random state is left as it was.
+
+    Raises:
+        _Unfit: why it cannot be captured.
+    """
+    if any(x.requires_grad for x in call.inputs):
+        raise _Unfit("an argument takes a gradient")
+    if not hasattr(call.captured.elbo, "differentiable_loss"):
+        raise _Unfit("it has no differentiable_loss")
+    known = set(pyro.get_param_store().keys())
+    states = RandomStates(_device(call))
+    before = states.get()
+    used = _Used(call.model, call.guide)
+    with poutine.block():
+        with used, poutine.trace(param_only=True) as registered:
+            loss, _ = call.evaluate(*call.args, **call.kwargs)
+        params = {
+            name: site["value"].unconstrained() for name, site in registered.trace.nodes.items()
+        }
+        if any(k not in known and not isinstance(p, nn.Parameter) for k, p in params.items()):
+            before = states.get()  # after new parameters that may have been drawn
+        leaves = _leaves(loss)
+        inputs = call.graph_inputs()
+        try:
+            run = call.program(leaves)
+
+            def again(function: Callable[..., Any]) -> Any:
+                used.restore()
+                states.set(before)
+                return function()
+
+            expected = again(lambda: run(*inputs))
+            graph = again(lambda: _recorded(run, inputs))
+            _check(expected, again(lambda: graph(*inputs)))
+            if call.captured.mode == "compiled":
+                graph = again(lambda: _compiled(graph, inputs))
+        except _Unfit:
+            raise
+        except Exception as error:
+            raise _Unfit(str(error).strip().splitlines()[0] or type(error).__name__) from None
+        finally:
+            used.restore()
+            states.set(before)
+    return _Graph(graph, leaves, list(params.items()), used.modules)
+
+
+class _Used:
+    """The modules of the programs and all called within, and how they were before.
+
+    Attributes:
+        modules: in the order of their first use.
+    """
+
+    def __init__(self, *programs: Any) -> None:
+        self.modules: list[nn.Module] = []
+        self._buffers: list[tuple[Tensor, Tensor]] = []
+        for program in programs:
+            owner = getattr(program, "__self__", program)
+            if isinstance(owner, nn.Module):
+                self._see(owner)
+
+    def __enter__(self) -> None:
+        self._hook = nn.modules.module.register_module_forward_pre_hook(self._see)
+
+    def __exit__(self, *error: object) -> None:
+        self._hook.remove()
+
+    def _see(self, module: nn.Module, args: Any = ()) -> None:
+        for part in module.modules():
+            if not any(part is other for other in self.modules):
+                self.modules.append(part)
+                self._buffers += [(b, b.detach().clone()) for b in part.buffers(recurse=False)]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Buffers, such as the running means of a batch normalization."""
+        for buffer, value in self._buffers:
+            buffer.copy_(value)
+
+
+class _Fresh(TorchDispatchMode):
+    """Refuses to read, into Python, a tensor that was there before.
+
+    Of a tensor made within, make_fx knows whether it is a constant. Of parameters it does not ask.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if torch.Tag.data_dependent_output in func.tags and any(
+            t not in self.made for t in tensors
+        ):
+            raise _Unfit(f"its course depends on the values of a tensor, through {func}")
+        if torch.Tag.dynamic_output_shape in func.tags and not _indexes(func, tensors):
+            raise _Unfit(f"a shape in it depends on the values of a tensor, through {func}")
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.made[tensor] = True
+        return result
+
+
+class _Loss(torch.autograd.Function):
+    """A loss whose gradient is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: Any, *leaves: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> Any:
+        return None, None, *(None if g is None else outer * g for g in ctx.gradients)
+
+
+def _recorded(run: Callable[..., Any], inputs: list[Tensor]) -> Callable[..., Any]:
+    """The graph of a function of tensors."""
+
+    def watched(*inputs: Tensor) -> Any:
+        with _Fresh():
+            return run(*inputs)
+
+    with _items_stay_tensors(), pyro.validation_enabled(False):
+        return make_fx(watched)(*inputs)
+
+
+def _compiled(graph: Callable[..., Any], inputs: list[Tensor]) -> Callable[..., Any]:
+    """The graph compiled; the graph itself, with a warning, where the machine has no compiler."""
+    # Random numbers as eager torch draws them.
+    compiled = torch.compile(graph, dynamic=False, options={"fallback_random": True})
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of the compiler, on how it goes about it
+            compiled(*inputs)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        warnings.warn(f"the captured graph runs uncompiled: {reason}", stacklevel=2)
+        return graph
+    return compiled
+
+
+@contextmanager
+def _items_stay_tensors() -> Iterator[None]:
+    """Pyro's ELBOs take the loss's value as a number, and look whether it is one."""
+    substitutes: dict[Any, Any] = {
+        torch_item: lambda x: x.detach() if isinstance(x, Tensor) else x,
+        warn_if_nan: lambda value, *args, **kwargs: value,
+        warn_if_inf: lambda value, *args, **kwargs: value,
+    }
+    names = {function.__name__: function for function in substitutes}
+    replaced = [
+        (module, name, function)
+        for module in list(sys.modules.values())
+        for name, function in names.items()
+        if getattr(module, "__dict__", {}).get(name) is function
+    ]
+    try:
+        for module, name, function in replaced:
+            setattr(module, name, substitutes[function])
+        yield
+    finally:
+        for module, name, function in replaced:
+            setattr(module, name, function)
+
+
+def _check(expected: tuple[Any, ...], result: tuple[Any, ...]) -> None:
+    """Loss, gradients and what is observed, of the graph against the ELBO's."""
+    for one, other in zip(tree_leaves(expected), tree_leaves(result), strict=True):
+        if one is None and other is None:
+            continue
+        scale = one.abs().max() if one.numel() else 0.0
+        if not torch.allclose(one, other, rtol=SAME, atol=float(SAME * scale), equal_nan=True):
+            raise _Unfit(
+                "its graph gives another loss or gradient at the same random numbers, as where "
+                "particles are taken in chunks, or where a program is not the same at each run"
+            )
+
+
+def _gradients(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
+
+
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """Every tensor that a backward pass would leave a gradient in."""
+    found: list[Tensor] = []
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        nodes.extend(following for following, _ in node.next_functions)
+    return found
+
+
+def _indexes(func: Any, tensors: list[Tensor]) -> bool:
+    """Whether an operation takes elements by their numbers, whose shape is that of the numbers."""
+    integers = (torch.int64, torch.int32, torch.int16, torch.int8)
+    return func is torch.ops.aten.index.Tensor and all(t.dtype in integers for t in tensors[1:])
+
+
+def _only_watches(handler: Messenger) -> bool:
+    return isinstance(handler, TraceMessenger) and handler.param_only
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _device(call: _Call) -> torch.device:
+    """Of the draws."""
+    return call.inputs[0].device if call.inputs else torch.device(torch.get_default_device())
+
+
+def _number(loss: Tensor) -> float:
+    number = torch_item(loss)
+    warn_if_nan(number, "loss")
+    return number
