@@ -33,7 +33,7 @@ from pyro.util import warn_if_inf, warn_if_nan
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .randomness import RandomStates
@@ -207,7 +207,7 @@ class _Call:
             model,
             guide,
             self.tree,
-            tuple(_place(x) if isinstance(x, Tensor) else (type(x), x) for x in self.leaves),
+            tuple(_place(x)[:-1] if isinstance(x, Tensor) else (type(x), x) for x in self.leaves),
             tuple(v for v in attributes if isinstance(v, _PLAIN)),
             torch.is_grad_enabled(),
             torch.is_autocast_enabled("cpu"),
@@ -272,25 +272,32 @@ class _Graph:
         self.run = run
         self.leaves = leaves
         self._params = params
-        self._modules = modules
-        self._granted = self._now()
+        # What is looked at before each use.
+        self._plain = [
+            (vars(m), k, v) for m in modules for k, v in vars(m).items() if isinstance(v, _PLAIN)
+        ]
+        self._tensors: list[tuple[dict[Any, Any], Any, Tensor, Any]] = [
+            (tensors, k, t, _place(t))
+            for tensors in (
+                dict(enumerate(leaves)),
+                *(part for m in modules for part in (m._parameters, m._buffers)),
+            )
+            for k, t in tensors.items()
+            if t is not None
+        ]
 
     def is_current(self) -> bool:
         """Whether all is as it was. The parameters are registered in Pyro's store on the way."""
-        return self._now() == self._granted and self._register()
+        return (
+            all(attributes.get(k) == v for attributes, k, v in self._plain)
+            and all(tensors.get(k) is t for tensors, k, t, _ in self._tensors)
+            and all(_place(t) == place for _, _, t, place in self._tensors)
+            and self._register()
+        )
 
     def __call__(self, call: _Call) -> tuple[Tensor, tuple[Tensor | None, ...], tuple[Tensor, ...]]:
         with torch.no_grad():
             return self.run(*call.graph_inputs())
-
-    def _now(self) -> list[Any]:
-        """What is looked at before each use."""
-        now: list[Any] = [_place(leaf) for leaf in self.leaves]
-        for module in self._modules:
-            now.extend(value for value in vars(module).values() if isinstance(value, _PLAIN))
-            for tensors in (module._parameters, module._buffers):
-                now.extend((id(t), _place(t)) for t in tensors.values() if t is not None)
-        return now
 
     def _register(self) -> bool:
         """As model and guide would, for whoever traces them, and for what `SVI` optimizes.
@@ -348,6 +355,8 @@ def _capture(call: _Call) -> _Graph:
             _check(expected, again(lambda: graph(*inputs)))
             if call.captured.mode == "compiled":
                 graph = again(lambda: _compiled(graph, inputs))
+                if _device(call).type == "cuda":
+                    graph = again(lambda: _Replayed(graph, inputs))
         except _Unfit:
             raise
         except Exception as error:
@@ -415,6 +424,29 @@ class _Fresh(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self.made[tensor] = True
         return result
+
+
+class _Replayed:
+    """A graph as a CUDA graph: the inputs are copied to its own, and one launch does it all."""
+
+    def __init__(self, run: Callable[..., Any], inputs: list[Tensor]) -> None:
+        self.inputs = [x.clone() for x in inputs]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.no_grad(), torch.cuda.stream(stream):
+            for _ in range(3):  # what is set up at first use must not be captured
+                run(*self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(self.graph):
+            self.outputs = run(*self.inputs)
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        for own, new in zip(self.inputs, inputs, strict=True):
+            own.copy_(new)
+        self.graph.replay()
+        # The next replay writes over them.
+        return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.outputs)
 
 
 class _Loss(torch.autograd.Function):
@@ -524,7 +556,9 @@ def _only_watches(handler: Messenger) -> bool:
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+    """All but the values; in CUDA graphs addresses are fixed."""
+    address = tensor.data_ptr() if tensor.is_cuda else None
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad, address
 
 
 def _device(call: _Call) -> torch.device:

@@ -38,6 +38,9 @@ class OneOptimizer(PyroOptim):
         if not {id(p) for p in params} <= {id(p) for p in self.parameters}:
             # Pyro copies a parameter that is not contiguous, and would train the copy.
             raise RuntimeError("model or guide registered a parameter that the optimizer lacks")
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm, error_if_nonfinite=True)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, error_if_nonfinite=True)
+        if norm > self.max_norm:  # clipping costs a pass over all of them
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -259,6 +259,7 @@ class _Training:
         self.best = -math.inf
         self.stale_epochs = 0
         self.random: dict[str, Tensor] | None = None
+        self.store: Any = None  # Pyro's, of this training
         # of what is observed; of an autoencoder there is no KL
         self.terms = ("reconstruction", "kl") if isinstance(vae, VAE) else ("reconstruction",)
         self._clear_sums()
@@ -310,7 +311,7 @@ class _Training:
         if self.config.objective in KL_WEIGHTED:
             self.elbo.kl_weight = self._kl_weight()
         size = 0 if len(index) == self.config.batch_size else 1
-        with self._randomness(), pyro.get_param_store().scope():
+        with self._randomness(), pyro.get_param_store().scope(self.store) as self.store:
             x = self.splits.train.take(index, self.units)
             # Pyro's checks of shapes and supports, once: they cost a tenth of a step.
             with (
