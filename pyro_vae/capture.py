@@ -50,7 +50,7 @@ MOST_GRAPHS = 32
 # They do the same operations in the same order: a larger one means that they do not.
 SAME = 1e-4
 
-_PLAIN = (bool, int, float, str, type(None), tuple, torch.dtype, torch.device)
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 # An attribute of every ELBO that its first run fills in.
@@ -208,7 +208,7 @@ class _Call:
             guide,
             self.tree,
             tuple(_place(x)[:-1] if isinstance(x, Tensor) else (type(x), x) for x in self.leaves),
-            tuple(v for v in attributes if isinstance(v, _PLAIN)),
+            tuple(v for v in attributes if _is_plain(v)),
             torch.is_grad_enabled(),
             torch.is_autocast_enabled("cpu"),
             torch.is_autocast_enabled("cuda"),
@@ -273,9 +273,7 @@ class _Graph:
         self.leaves = leaves
         self._params = params
         # What is looked at before each use.
-        self._plain = [
-            (vars(m), k, v) for m in modules for k, v in vars(m).items() if isinstance(v, _PLAIN)
-        ]
+        self._plain = [(vars(m), k, v) for m in modules for k, v in vars(m).items() if _is_plain(v)]
         self._tensors: list[tuple[dict[Any, Any], Any, Tensor, Any]] = [
             (tensors, k, t, _place(t))
             for tensors in (
@@ -289,7 +287,7 @@ class _Graph:
     def is_current(self) -> bool:
         """Whether all is as it was. The parameters are registered in Pyro's store on the way."""
         return (
-            all(attributes.get(k) == v for attributes, k, v in self._plain)
+            all(now.get(k) is v or now.get(k) == v for now, k, v in self._plain)
             and all(tensors.get(k) is t for tensors, k, t, _ in self._tensors)
             and all(_place(t) == place for _, _, t, place in self._tensors)
             and self._register()
@@ -549,6 +547,13 @@ def _indexes(func: Any, tensors: list[Tensor]) -> bool:
     """Whether an operation takes elements by their numbers, whose shape is that of the numbers."""
     integers = (torch.int64, torch.int32, torch.int16, torch.int8)
     return func is torch.ops.aten.index.Tensor and all(t.dtype in integers for t in tensors[1:])
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is compared at a glance, and changes by being replaced alone."""
+    if isinstance(value, tuple):
+        return all(_is_plain(part) for part in value)
+    return isinstance(value, _PLAIN)
 
 
 def _only_watches(handler: Messenger) -> bool:

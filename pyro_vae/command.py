@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,7 +85,7 @@ def fail(message: str, status: int = 2) -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; auto is cuda where there is one.
+    """The device called `name`; auto is cuda where there is one, its own for each local process.
 
     Raises:
         InputError: no such device here.
@@ -92,7 +93,8 @@ def choose_device(name: str) -> torch.device:
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        cuda = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+        return torch.device(cuda if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):

@@ -27,6 +27,7 @@ from pyro.infer import SVI
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from . import distributed
 from .autoencoder import Autoencoder
 from .capture import Mode, Observer, capture
 from .config import KL_WEIGHTED, FitConfig, InputError, resolve_epochs
@@ -125,8 +126,13 @@ def fit(
             in `vae`: the run continues from there.
         on_step: called after every step; a true answer ends the training there.
 
+    Where torch.distributed has been set up, this is one rank of a training by all of them: each
+    takes its part of every batch, and draws its own random numbers. All of them yield the same
+    records, and stop as soon as `on_step` asks for it in one.
+
     Raises:
         Diverged: the loss, its gradient or the validation ELBO is not finite.
+        LostRank: another rank is gone. The state before this step is kept.
         InputError: the batch is larger than the training set.
     """
     training = _Training(vae, splits, config, seed)
@@ -135,7 +141,8 @@ def fit(
     try:
         while training.epoch < training.epochs and not training.is_stale():
             for _ in training.epoch_steps():
-                if on_step is not None and on_step(training.progress()):
+                wish = on_step is not None and bool(on_step(training.progress()))
+                if training.is_to_stop(wish):
                     return
             yield training.end_epoch()
     finally:
@@ -160,8 +167,9 @@ def elbo_terms(
     return reconstruction / count, kl / count if isinstance(vae, VAE) else None
 
 
-def run_mode(config: FitConfig, num_steps: int) -> Mode:
-    """How a run of so many steps evaluates its ELBO. The same in every part of a resumed run."""
+def run_mode(config: FitConfig, num_train: int) -> Mode:
+    """How a run evaluates its ELBO. The same in every part of a resumed one."""
+    num_steps = resolve_epochs(config, num_train) * math.ceil(num_train / config.batch_size)
     if config.compile != "auto":
         return "compiled" if config.compile == "on" else "eager"
     if num_steps >= COMPILE_FROM:
@@ -247,11 +255,12 @@ class _Training:
             **config.objective_options(),
         )
         # The last batch of an epoch, of another size, is not worth compiling for.
-        mode = run_mode(config, self.num_steps)
+        mode = run_mode(config, num_train)
         rest: Mode = "graph" if mode == "compiled" else mode
         self.losses = [
             capture(self.elbo, m, _Terms(vae, config.num_particles)) for m in (mode, rest)
         ]
+        self.loss = self.losses[0]
         self.svis = [SVI(vae.model, vae.guide, self.optimizer, loss=loss) for loss in self.losses]
         self.epoch = 0  # complete ones
         self.step = 0
@@ -259,6 +268,10 @@ class _Training:
         self.best = -math.inf
         self.stale_epochs = 0
         self.random: dict[str, Tensor] | None = None
+        self.wish = False
+        self.told: Tensor | None = None  # by all ranks, where there are several
+        if distributed.world() > 1:
+            self.optimizer.before = self._sum_over_ranks
         self.store: Any = None  # Pyro's, of this training
         # of what is observed; of an autoencoder there is no KL
         self.terms = ("reconstruction", "kl") if isinstance(vae, VAE) else ("reconstruction",)
@@ -311,8 +324,8 @@ class _Training:
         if self.config.objective in KL_WEIGHTED:
             self.elbo.kl_weight = self._kl_weight()
         size = 0 if len(index) == self.config.batch_size else 1
+        rows, self.loss = distributed.part(index), self.losses[size]
         with self._randomness(), pyro.get_param_store().scope(self.store) as self.store:
-            x = self.splits.train.take(index, self.units)
             # Pyro's checks of shapes and supports, once: they cost a tenth of a step.
             with (
                 pyro.validation_enabled(self.step == 0),
@@ -320,7 +333,11 @@ class _Training:
                 _no_nan_warning(),
             ):
                 try:
-                    loss = self.svis[size].step(x)
+                    if len(rows) > 0:
+                        loss = self.svis[size].step(self.splits.train.take(rows, self.units))
+                    else:  # the ranks outnumber the images of a last batch
+                        loss, self.loss.observed = 0.0, ()
+                        self.optimizer(self.optimizer.parameters)
                 except ValueError as error:  # of the checks of the first step
                     reason = str(error).splitlines()[0]
                     raise InputError(f"model and data do not fit together: {reason}") from None
@@ -330,10 +347,33 @@ class _Training:
                     raise self._diverged("gradient") from None
             if not math.isfinite(loss):
                 raise self._diverged("loss")
-            for name, value in zip(self.terms, self.losses[size].observed, strict=True):
-                self.sums[name] += value.item()
-            self.sums["images"] += len(x)
+        told = self.told if self.told is not None else self._tell()
+        for name, value in zip(self.terms, told.tolist(), strict=False):
+            self.sums[name] += value
+        self.sums["images"] += len(index)
         self.step += 1
+
+    def _tell(self) -> Tensor:
+        """The sums of this rank's images, and whether it wants to stop."""
+        told = torch.zeros(len(self.terms) + 1, device=self.device)
+        for i, value in enumerate(self.loss.observed):
+            told[i] = value
+        told[-1] = float(self.wish)
+        return told
+
+    def _sum_over_ranks(self) -> None:
+        """Before the optimizer's step: gradients, and what there is to tell, in one message."""
+        for parameter in self.optimizer.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.told = self._tell()
+        gradients = [p.grad for p in self.optimizer.parameters if p.grad is not None]
+        distributed.sum_tensors([*gradients, self.told])
+
+    def is_to_stop(self, wish: bool) -> bool:
+        """Whether any rank wants to. The others hear of it with the next step's gradients."""
+        self.wish = wish
+        return wish if self.told is None else bool(self.told[-1] > 0)
 
     def _diverged(self, what: str) -> Diverged:
         return Diverged(
@@ -383,7 +423,10 @@ class _Training:
         """Validate and report."""
         started = time.perf_counter()
         self.vae.eval()
-        reconstruction, kl = elbo_terms(self.vae, self.splits.validation, self.seed)
+        terms = None
+        if distributed.rank() == 0:
+            terms = elbo_terms(self.vae, self.splits.validation, self.seed)
+        reconstruction, kl = distributed.agree(terms)
         elbo = None if kl is None else reconstruction - kl
         score = reconstruction if elbo is None else elbo
         if not math.isfinite(score):
@@ -393,6 +436,7 @@ class _Training:
         self.stale_epochs = 0 if is_best else self.stale_epochs + 1
         self.epoch += 1
         self.seconds += time.perf_counter() - started
+        self.seconds = distributed.agree(self.seconds)
         progress = self.progress()
         self._clear_sums()
         return Record(
@@ -419,6 +463,8 @@ class _Training:
                 states.seed(derive(self.seed, "training"))
             else:
                 states.set(self.random)
+            if distributed.world() > 1:  # so that a resumed run draws the same
+                states.seed(derive(self.seed, f"training {distributed.rank()} {self.step}"))
             yield
             self.random = states.get()
 

@@ -7,6 +7,10 @@ run folder, runs/digits: config.json, metrics.jsonl (a line an epoch), checkpoin
   python -m pyro_vae.train --data photos/ --image-size 32 32 --architecture conv
   python -m pyro_vae.train --preset iwae-mnist --objective dreg --num-particles 50
   python -m pyro_vae.train --resume runs/digits
+
+Several processes, each of which takes its part of every batch, are started by torchrun:
+
+  torchrun --nproc-per-node 2 -m pyro_vae.train --data mnist
 """
 
 from __future__ import annotations
@@ -14,11 +18,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -27,6 +32,8 @@ from .command import choose_device, config_of, fail, parse, run_command
 from .config import PRESETS, Config, InputError, auto, read_config, resolve
 
 if TYPE_CHECKING:
+    import torch
+
     from .autoencoder import Autoencoder
     from .checkpoint import Checkpoint
     from .data import Splits
@@ -109,44 +116,75 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def train(arguments: TrainArguments, checkpoint: Checkpoint | None = None) -> int:
     """Train as the arguments say, from the beginning or from a checkpoint; returns the status."""
+    from . import distributed
+
+    device = choose_device(arguments.device)
+    with distributed.processes(device):
+        return _train(arguments, checkpoint, device)
+
+
+def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: torch.device) -> int:
+    from . import distributed
     from .data import load_data
     from .factory import build
     from .svi import Diverged, elbo_terms, fit
 
-    device = choose_device(arguments.device)
     asked = config_of(arguments)
     if checkpoint is None:
         asked = dataclasses.replace(asked, data=asked.data.absolute())
     if arguments.tensorboard:
         _summary_writer()
-    splits = load_data(asked.data, asked.seed).to(device)
+    with distributed.first_here():  # which may download them
+        splits = load_data(asked.data, asked.seed).to(device)
     config = resolve(asked, splits.likelihood, len(splits.train))
+    if distributed.agree(splits.fingerprint) != splits.fingerprint:
+        raise InputError(f"the data {asked.data.source} are others than those of rank 0")
     if checkpoint is None:
         vae = build(config.model, splits, config.seed).to(device)
         # What cannot work fails before an old run is touched.
         elbo_terms(vae, splits.validation, config.seed, num_images=1)
-        folder = _new_folder(arguments, splits.name)
     else:
         if splits.fingerprint != checkpoint.fingerprint:
             raise InputError(f"the data {asked.data.source} have changed since the run began")
         vae = checkpoint.vae.to(device)
-        folder = checkpoint.path.parent.parent
+    training = None if checkpoint is None else checkpoint.training
+    if distributed.rank() > 0:
+        return _follow(fit(vae, splits, config.fit, config.seed, training))
+    folder = _folder(arguments, splits.name, checkpoint)
     run = _Run(folder, config, vae, splits, checkpoint, arguments.tensorboard)
     run.write("config.json", json.dumps(asked.to_dict(), indent=2) + "\n")
     _describe(run)
     try:
         with run:
-            training = None if checkpoint is None else checkpoint.training
             for record in fit(vae, splits, config.fit, config.seed, training, run.on_step):
                 run.on_epoch(record)
             run.finish()
     except Diverged as error:
         kept = f"{folder / 'checkpoints'} keeps the last good state, of epoch {run.saved_epoch}"
         return fail(f"{error}. {kept}", status=1)
+    except distributed.LostRank as error:
+        run.keep()
+        again = f"continue with the same command and --resume {folder}"
+        return fail(f"{error}; {again}", status=1)
     if run.interrupted:
         print(f"stopped; continue with: python -m pyro_vae.train --resume {folder}")
         return 128 + (run.stopped or 0)
     _summarize(run)
+    return 0
+
+
+def _follow(records: Iterator[Record]) -> int:
+    """What every rank but the first does: train, without files. The first hears the signals."""
+    from . import distributed
+    from .svi import Diverged
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        for _ in records:
+            pass
+    except (Diverged, distributed.LostRank) as error:
+        return fail(f"rank {distributed.rank()}: {error}", status=1)
     return 0
 
 
@@ -172,6 +210,7 @@ class _Run:
         self.unsaved: Record | None = None  # the last epoch, where last.pt does not hold it
         self.stopped: int | None = None  # the signal that asked for it
         self.interrupted = False  # whether the training ended for it
+        self.progress: Progress | None = None  # the last
         self.writer = _summary_writer()(str(folder / "tensorboard")) if tensorboard else None
         for name in ("checkpoints", "figures"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -200,11 +239,13 @@ class _Run:
 
     def _on_signal(self, number: int, frame: object) -> None:
         """Finish the step, save, stop; at the second signal stop at once."""
-        if self.stopped is not None:
+        # torchrun passes a signal on that its processes have had already.
+        if self.stopped is not None and "TORCHELASTIC_RUN_ID" not in os.environ:
             raise KeyboardInterrupt
         self.stopped = number
 
     def on_step(self, progress: Progress) -> bool:
+        self.progress = progress
         if self.bar.total is None:
             self.bar.reset(total=progress.epochs * progress.steps_per_epoch)
             self.bar.update(progress.step - 1)
@@ -252,6 +293,11 @@ class _Run:
         if self.unsaved is not None and not self.interrupted:
             self._save(self.unsaved.state())
 
+    def keep(self) -> None:
+        """Save the last complete step, after a failure in the next that changed nothing."""
+        if self.progress is not None:
+            self._save(self.progress.state())
+
     def _say(self, line: dict[str, Any]) -> None:
         """A line an epoch where there is no progress bar, in long runs one in so many."""
         assert self.config.fit.epochs is not None
@@ -285,8 +331,10 @@ class _Run:
         write_atomically(self.folder / name, text.encode())
 
 
-def _new_folder(arguments: TrainArguments, name: str) -> Path:
-    """The folder of a new run; an old run in it is removed only when asked."""
+def _folder(arguments: TrainArguments, name: str, checkpoint: Checkpoint | None) -> Path:
+    """The folder of the run; where it is new, an old run in it is removed only when asked."""
+    if checkpoint is not None:
+        return checkpoint.path.parent.parent
     folder = arguments.out
     if folder is None:
         folder = Path("runs", name)
@@ -352,6 +400,8 @@ def _summary_writer() -> Any:
 
 def _describe(run: _Run) -> None:
     """What is about to be trained, on what, and where to."""
+    from .svi import run_mode
+
     splits, model, spec = run.splits, run.config.model, run.splits.spec
     sizes = " ".join(str(size) for size in model.hidden or ())
     count = sum(p.numel() for p in run.vae.parameters())
@@ -368,6 +418,8 @@ def _describe(run: _Run) -> None:
         f"likelihood {model.likelihood}{binarization}, "
         f"{count:,} parameters on {next(run.vae.parameters()).device}"
     )
+    if run_mode(run.config.fit, len(splits.train)) == "compiled":
+        print("graph  the ELBO is captured and compiled first, some ten seconds")
     print(f"run    {run.folder}", flush=True)
 
 

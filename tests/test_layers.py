@@ -24,6 +24,8 @@ ORDER = [
     "weighted",
     "elbos",
     "objectives",
+    "capture",
+    "distributed",
     "optimizer",
     "factory",
     "svi",

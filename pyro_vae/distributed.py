@@ -1,0 +1,108 @@
+"""Training by several processes, as torchrun starts them, on one machine or more.
+
+Every rank has the same model and walks through the same batches, of each of which it takes its own
+part: the loss is a sum over images, so that the ranks' gradients add up to that of the whole batch.
+In a single process all of this does nothing.
+
+(Not by DistributedDataParallel, which wraps a module's forward and averages: here the gradient
+comes out of one captured graph, and one sum over the ranks, in one message with all else that they
+have to tell one another, follows it.)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["LostRank", "agree", "first_here", "part", "processes", "rank", "sum_tensors", "world"]
+
+
+class LostRank(ConnectionError):
+    """Another process of the training has failed."""
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[None]:
+    """Join the processes that torchrun has started with this one, if it has."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or world() > 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with _others():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def part(index: Tensor) -> Tensor:
+    """This rank's part of a batch; parts differ in size by one at most, and may be empty."""
+    return index.tensor_split(world())[rank()]
+
+
+def sum_tensors(tensors: list[Tensor]) -> None:
+    """Put the sum over all ranks in the place of each tensor, in one message.
+
+    Raises:
+        LostRank: another rank is gone.
+    """
+    flat = torch.cat([t.flatten() for t in tensors])
+    with _others():
+        dist.all_reduce(flat)
+    parts = flat.split([t.numel() for t in tensors])
+    torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
+
+
+def agree(value: Any) -> Any:
+    """The first rank's `value`, on every rank.
+
+    Raises:
+        LostRank: another rank is gone.
+    """
+    values = [value]
+    if world() > 1:
+        with _others():
+            dist.broadcast_object_list(values)
+    return values[0]
+
+
+@contextmanager
+def first_here() -> Iterator[None]:
+    """The block is run by one process of each machine, then by its others: they find its files."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if world() > 1 and not first:
+        _wait()
+    yield
+    if world() > 1 and first:
+        _wait()
+
+
+def _wait() -> None:
+    with _others():
+        dist.barrier()
+
+
+@contextmanager
+def _others() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # what torch.distributed's errors are, of any backend
+        raise LostRank("another process of this training is gone; its output says why") from error
