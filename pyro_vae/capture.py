@@ -38,7 +38,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .randomness import RandomStates
 
-__all__ = ["Captured", "Mode", "Observer", "capture"]
+__all__ = ["Captured", "CapturedFunction", "Mode", "Observer", "capture"]
 
 Mode = Literal["compiled", "graph", "eager"]
 
@@ -82,69 +82,21 @@ def capture(elbo: ELBO, mode: Mode = "compiled", observer: Observer | None = Non
     return Captured(elbo, mode, observer)
 
 
-class Captured(ELBO):
-    """See `capture`. Pyro's checks of shapes and supports are made when a shape is first seen.
+class _Graphs:
+    """Graphs of one function for arguments of several shapes.
 
     Attributes:
-        elbo: what is captured.
-        observed: what the observer made of the last step.
+        observed: what the observer made of the last run.
         captures: number of graphs captured so far.
     """
 
-    def __init__(self, elbo: ELBO, mode: Mode, observer: Observer | None) -> None:
-        super().__init__(num_particles=elbo.num_particles, max_plate_nesting=elbo.max_plate_nesting)
-        self.elbo = elbo
+    def __init__(self, mode: Mode, observer: Observer | None) -> None:
         self.mode = mode
         self.observer = observer
         self.observed: tuple[Tensor, ...] = ()
         self.captures = 0
         self._graphs: dict[Any, _Graph | None] = {}  # None: cannot be captured
         self._warned = False
-
-    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss, of draws of its own."""
-        with torch.no_grad():
-            call = _Call(self, model, guide, args, kwargs)
-            graph = self._graph(call)
-            if graph is None:
-                return self._observing(self.elbo.loss, call)
-            loss, _, self.observed = graph(call)
-        return _number(loss)
-
-    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss, and its gradient added to that of the parameters."""
-        call = _Call(self, model, guide, args, kwargs)
-        with torch.enable_grad():
-            graph = self._graph(call)
-            if graph is None:
-                return self._observing(self.elbo.loss_and_grads, call)
-        loss, gradients, self.observed = graph(call)
-        for leaf, gradient in zip(graph.leaves, gradients, strict=True):
-            if gradient is not None:
-                leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
-        return _number(loss)
-
-    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss, (), that may be differentiated once."""
-        call = _Call(self, model, guide, args, kwargs)
-        graph = self._graph(call)
-        if graph is None:
-            return self._observing(self.elbo.differentiable_loss, call)
-        loss, gradients, self.observed = graph(call)
-        return _Loss.apply(loss, gradients, *graph.leaves) if graph.leaves else loss
-
-    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
-        raise NotImplementedError("a captured ELBO has no trace")
-
-    def _observing(self, function: Callable[..., Any], call: _Call) -> Any:
-        """The ELBO itself."""
-        if self.observer is None:
-            return function(call.model, call.guide, *call.args, **call.kwargs)
-        with self.observer:
-            value = function(call.model, call.guide, *call.args, **call.kwargs)
-        with torch.no_grad():
-            self.observed = self.observer.observed()
-        return value
 
     def _graph(self, call: _Call) -> _Graph | None:
         """The graph of a call; None where there can be none."""
@@ -158,32 +110,117 @@ class Captured(ELBO):
         except KeyError:
             pass
         except TypeError as error:
-            self._warn(f"the arguments, model and guide must be hashable: {error}")
+            self._warn(call, f"the arguments, model and guide must be hashable: {error}")
             return None
         handlers = [type(h).__name__ for h in _PYRO_STACK if not _only_watches(h)]
         if handlers:
             # The graph would do without them, or never again without them.
-            self._warn(f"it runs within other handlers: {', '.join(handlers)}")
+            self._warn(call, f"it runs within other handlers: {', '.join(handlers)}")
             return None
         if self.captures >= MOST_GRAPHS:
-            self._warn(f"it was captured {MOST_GRAPHS} times, for other arguments or programs")
+            self._warn(
+                call, f"it was captured {MOST_GRAPHS} times, for other arguments or programs"
+            )
             return None
         self.captures += 1
         try:
-            graph = _capture(call)
+            graph = _capture(call, self.mode)
         except _Unfit as unfit:
-            self._warn(str(unfit))
+            self._warn(call, str(unfit))
             graph = None
         self._graphs[call.key] = graph
         return graph
 
-    def _warn(self, reason: str) -> None:
+    def _warn(self, call: _Call, reason: str) -> None:
         if not self._warned:
-            warnings.warn(
-                f"{type(self.elbo).__name__} runs uncaptured: {reason}",
-                stacklevel=2,
-            )
+            warnings.warn(f"{call.name} runs uncaptured: {reason}", stacklevel=3)
             self._warned = True
+
+
+class Captured(_Graphs, ELBO):
+    """See `capture`. Pyro's checks of shapes and supports are made when a shape is first seen.
+
+    Attributes:
+        elbo: what is captured.
+        observed, captures: see `_Graphs`.
+    """
+
+    def __init__(self, elbo: ELBO, mode: Mode, observer: Observer | None) -> None:
+        ELBO.__init__(
+            self, num_particles=elbo.num_particles, max_plate_nesting=elbo.max_plate_nesting
+        )
+        _Graphs.__init__(self, mode, observer)
+        self.elbo = elbo
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The loss, of draws of its own."""
+        with torch.no_grad():
+            call = self._call(model, guide, args, kwargs)
+            graph = self._graph(call)
+            if graph is None:
+                return self._observing(self.elbo.loss, model, guide, args, kwargs)
+            loss, _, self.observed = graph(call)
+        return _number(loss)
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The loss, and its gradient added to that of the parameters."""
+        with torch.enable_grad():
+            call = self._call(model, guide, args, kwargs)
+            graph = self._graph(call)
+            if graph is None:
+                return self._observing(self.elbo.loss_and_grads, model, guide, args, kwargs)
+        loss, gradients, self.observed = graph(call)
+        for leaf, gradient in zip(graph.leaves, gradients, strict=True):
+            if gradient is not None:
+                leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+        return _number(loss)
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss, (), that may be differentiated once."""
+        call = self._call(model, guide, args, kwargs)
+        graph = self._graph(call)
+        if graph is None:
+            return self._observing(self.elbo.differentiable_loss, model, guide, args, kwargs)
+        loss, gradients, self.observed = graph(call)
+        return _Loss.apply(loss, gradients, *graph.leaves) if graph.leaves else loss
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError("a captured ELBO has no trace")
+
+    def _call(self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: Any) -> _Call:
+        function = getattr(self.elbo, "differentiable_loss", None)
+        return _Call(self.elbo, function, (model, guide), args, kwargs, self.observer)
+
+    def _observing(
+        self, function: Callable[..., Any], model: Any, guide: Any, args: Any, kwargs: Any
+    ) -> Any:
+        """The ELBO itself."""
+        if self.observer is None:
+            return function(model, guide, *args, **kwargs)
+        with self.observer:
+            value = function(model, guide, *args, **kwargs)
+        with torch.no_grad():
+            self.observed = self.observer.observed()
+        return value
+
+
+class CapturedFunction(_Graphs):
+    """A function of tensors, without gradients, captured as an ELBO is.
+
+    Args:
+        function: (*tensors) → a tensor or a tuple of them; a method of a module, or a function
+            whose modules are called within.
+    """
+
+    def __init__(self, function: Callable[..., Any], mode: Mode = "compiled") -> None:
+        super().__init__(mode, None)
+        self.function = function
+
+    @torch.no_grad()
+    def __call__(self, *args: Any) -> Any:
+        call = _Call(self.function, self.function, (), args, {}, None)
+        graph = self._graph(call)
+        return self.function(*args) if graph is None else graph(call)[0]
 
 
 class _Unfit(Exception):
@@ -191,39 +228,51 @@ class _Unfit(Exception):
 
 
 class _Call:
-    """What an ELBO is asked for, and the key of the graph that does it."""
+    """A function and its arguments, and the key of the graph that stands for them.
+
+    Args:
+        owner: the ELBO whose method the function is, or the function.
+        programs: the first arguments: model and guide.
+    """
 
     def __init__(
-        self, captured: Captured, model: Any, guide: Any, args: tuple[Any, ...], kwargs: Any
+        self,
+        owner: Any,
+        function: Callable[..., Any] | None,
+        programs: tuple[Any, ...],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        observer: Observer | None,
     ) -> None:
-        self.captured, self.model, self.guide = captured, model, guide
-        self.args, self.kwargs = args, kwargs
+        self.owner, self.function, self.programs = owner, function, programs
+        self.args, self.kwargs, self.observer = args, kwargs, observer
         self.leaves, self.tree = tree_flatten((args, kwargs))
         self.inputs = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
-        elbo = captured.elbo
-        self.schedules: tuple[str, ...] = getattr(elbo, "schedules", ())
-        attributes = [v for k, v in vars(elbo).items() if k not in (*self.schedules, _FOUND)]
+        self.schedules: tuple[str, ...] = getattr(owner, "schedules", ())
+        found = (*self.schedules, _FOUND)
         self.key = (
-            model,
-            guide,
+            programs,
             self.tree,
             tuple(_place(x)[:-1] if isinstance(x, Tensor) else (type(x), x) for x in self.leaves),
-            tuple(v for v in attributes if _is_plain(v)),
+            tuple(v for k, v in vars(owner).items() if k not in found and _is_plain(v)),
             torch.is_grad_enabled(),
             torch.is_autocast_enabled("cpu"),
             torch.is_autocast_enabled("cuda"),
             torch.get_default_dtype(),
         )
 
+    @property
+    def name(self) -> str:
+        return getattr(self.owner, "__name__", type(self.owner).__name__)
+
     def graph_inputs(self) -> list[Tensor]:
         """The arguments' tensors, then the scheduled attributes."""
         if not self.schedules:
             return self.inputs
         device = self.inputs[0].device if self.inputs else None
-        elbo = self.captured.elbo
         return [
             *self.inputs,
-            *(torch.full((), getattr(elbo, name), device=device) for name in self.schedules),
+            *(torch.full((), getattr(self.owner, name), device=device) for name in self.schedules),
         ]
 
     def program(self, parameters: list[Tensor]) -> Callable[..., Any]:
@@ -233,26 +282,28 @@ class _Call:
             tensors = iter(inputs)
             leaves = [next(tensors) if isinstance(x, Tensor) else x for x in self.leaves]
             args, kwargs = tree_unflatten(leaves, self.tree)
-            elbo = self.captured.elbo
-            before = {name: getattr(elbo, name) for name in self.schedules}
+            before = {name: getattr(self.owner, name) for name in self.schedules}
             try:
                 for name, value in zip(self.schedules, tensors, strict=True):
-                    setattr(elbo, name, value)
-                loss, observed = self.evaluate(*args, **kwargs)
+                    setattr(self.owner, name, value)
+                value, observed = self.evaluate(*args, **kwargs)
             finally:
-                for name, value in before.items():
-                    setattr(elbo, name, value)
-            return loss.detach(), _gradients(loss, parameters), observed
+                for name, number in before.items():
+                    setattr(self.owner, name, number)
+            if not parameters:
+                return value, (), observed
+            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+            return value.detach(), gradients, observed
 
         return run
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Loss, and what is observed."""
-        observer, elbo = self.captured.observer, self.captured.elbo
-        with observer or nullcontext():
-            loss = elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
+    def evaluate(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Tensor, ...]]:
+        """What the function returns, and what is observed."""
+        assert self.function is not None
+        with self.observer or nullcontext():
+            value = self.function(*self.programs, *args, **kwargs)
         with torch.no_grad():
-            return loss, () if observer is None else observer.observed()
+            return value, () if self.observer is None else self.observer.observed()
 
 
 class _Graph:
@@ -316,7 +367,7 @@ class _Graph:
         return True
 
 
-def _capture(call: _Call) -> _Graph:
+def _capture(call: _Call, mode: Mode) -> _Graph:
     """Run the ELBO to see what takes part, then capture it. The random state is left as it was.
 
     Raises:
@@ -324,21 +375,21 @@ def _capture(call: _Call) -> _Graph:
     """
     if any(x.requires_grad for x in call.inputs):
         raise _Unfit("an argument takes a gradient")
-    if not hasattr(call.captured.elbo, "differentiable_loss"):
+    if call.function is None:
         raise _Unfit("it has no differentiable_loss")
     known = set(pyro.get_param_store().keys())
     states = RandomStates(_device(call))
     before = states.get()
-    used = _Used(call.model, call.guide)
+    used = _Used(*call.programs, call.function)
     with poutine.block():
         with used, poutine.trace(param_only=True) as registered:
-            loss, _ = call.evaluate(*call.args, **call.kwargs)
+            value, _ = call.evaluate(*call.args, **call.kwargs)
         params = {
             name: site["value"].unconstrained() for name, site in registered.trace.nodes.items()
         }
         if any(k not in known and not isinstance(p, nn.Parameter) for k, p in params.items()):
             before = states.get()  # after new parameters that may have been drawn
-        leaves = _leaves(loss)
+        leaves = _leaves(value) if torch.is_grad_enabled() else []
         inputs = call.graph_inputs()
         try:
             run = call.program(leaves)
@@ -351,7 +402,7 @@ def _capture(call: _Call) -> _Graph:
             expected = again(lambda: run(*inputs))
             graph = again(lambda: _recorded(run, inputs))
             _check(expected, again(lambda: graph(*inputs)))
-            if call.captured.mode == "compiled":
+            if mode == "compiled":
                 graph = again(lambda: _compiled(graph, inputs))
                 if _device(call).type == "cuda":
                     graph = again(lambda: _Replayed(graph, inputs))
@@ -522,10 +573,6 @@ def _check(expected: tuple[Any, ...], result: tuple[Any, ...]) -> None:
                 "its graph gives another loss or gradient at the same random numbers, as where "
                 "particles are taken in chunks, or where a program is not the same at each run"
             )
-
-
-def _gradients(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
-    return torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:

@@ -112,7 +112,7 @@ def evaluate(
     from tqdm import tqdm
 
     from .diagnostics import ACTIVE_VARIANCE
-    from .evidence import MIN_TAIL_SAMPLES, importance_sample, reliable_k
+    from .evidence import MIN_TAIL_SAMPLES, choose_mode, importance_sample, reliable_k
     from .randomness import derive, random_states
     from .svi import elbo_terms
     from .vae import VAE
@@ -141,11 +141,17 @@ def evaluate(
         results["num_samples"] = None
         return results
     log_evidence, errors, reconstructions, kls, means, tails = [], [], [], [], [], []
+    mode = choose_mode(count * num_samples * math.prod(split.spec.shape))
     bar = tqdm(total=count * num_samples, unit="sample", unit_scale=True, disable=None)
     with bar, random_states(split.device, derive(seed, "posterior")), torch.no_grad():
         for x in split.fixed(likelihood.units, seed, count):
             evidence = importance_sample(
-                vae, x, num_samples, bar.update, with_pareto_k=num_samples >= MIN_TAIL_SAMPLES
+                vae,
+                x,
+                num_samples,
+                bar.update,
+                with_pareto_k=num_samples >= MIN_TAIL_SAMPLES,
+                mode=mode,
             )
             posterior = vae.posterior(x)
             log_evidence.append(evidence.log_evidence)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import pyro
@@ -26,11 +27,13 @@ import torch
 from pyro.distributions import Distribution
 from torch import Tensor
 
+from .capture import CapturedFunction, Mode
 from .vae import LatentModel
 
 __all__ = [
     "MIN_TAIL_SAMPLES",
     "Evidence",
+    "choose_mode",
     "importance_sample",
     "log_evidence",
     "pareto_k",
@@ -47,6 +50,9 @@ ACCELERATOR_CHUNK_VALUES = 2**25
 
 # All but the decoder is done for so many of these chunks together: little work, in many calls.
 CHUNKS_AT_ONCE = 8
+
+# Values to decode from which it pays to compile the decoding.
+COMPILE_FROM = 5e9
 
 # Samples of one image that are decoded at once, at least: prior and guide are then little work
 # beside the decoder.
@@ -90,6 +96,7 @@ def importance_sample(
     on_chunk: Callable[[int], object] | None = None,
     with_pareto_k: bool = False,
     proposal: Distribution | None = None,
+    mode: Mode | None = None,
 ) -> Evidence:
     """Importance-sampled log p(x) with its standard error, for each image.
 
@@ -105,14 +112,21 @@ def importance_sample(
         with_pareto_k: whether to keep the weights of some images at a time for `pareto_k`.
         proposal: draws z from this, batch (B,), event (Z,), in place of q(z|x). The images then go
             through the decoder together, a few samples at a time.
+        mode: whether to capture and compile drawing and decoding, see `capture.Mode`; by default
+            where there is enough of it. What is compiled is kept for later calls with this `vae`.
 
     Raises:
         ValueError: `num_samples` is not positive, or x lies outside the likelihood's support.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples expects an integer of at least 1; got {num_samples}")
+    if proposal is not None:
+        mode = "eager"
+    elif mode is None:
+        mode = choose_mode(x.numel() * num_samples)
+    weigh = _captured(vae, mode) if mode != "eager" else None
     parts = [
-        _importance_sample(vae, part, num_samples, chunk, on_chunk, with_pareto_k, proposal)
+        _importance_sample(vae, part, num_samples, chunk, on_chunk, with_pareto_k, proposal, weigh)
         for part, chunk in (split_rows(x) if proposal is None else [(x, samples_at_once(x))])
     ]
     log_sum, log_sum_squares, reconstruction, tails = (
@@ -212,6 +226,34 @@ def samples_at_once(x: Tensor) -> int:
     return max(1, values // max(1, x.numel()))
 
 
+def choose_mode(num_values: float) -> Mode:
+    """How to decode so many values: compiled where it pays."""
+    return "compiled" if num_values >= COMPILE_FROM else "eager"
+
+
+# What is compiled for each model, for as long as there is the model.
+_compiled: WeakKeyDictionary[LatentModel, dict[Mode, CapturedFunction]] = WeakKeyDictionary()
+
+
+def _captured(vae: LatentModel, mode: Mode) -> CapturedFunction:
+    """(x (B, *data_shape), S) → log p(x|z) and log w (S, B) at draws of its own."""
+    reference = ref(vae)
+
+    def weigh(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        vae = reference()  # which the compiled function must not keep alive
+        assert vae is not None
+        posterior = vae.posterior(x)
+        # Under no gradient the same; what Normal.sample does takes longer than the prior's density.
+        z = posterior.rsample((size,)) if posterior.has_rsample else posterior.sample((size,))
+        log_likelihood = vae.likelihood(z).log_prob(x)
+        return log_likelihood, vae.prior().log_prob(z) - posterior.log_prob(z)
+
+    modes = _compiled.setdefault(vae, {})
+    if mode not in modes:
+        modes[mode] = CapturedFunction(weigh, mode)
+    return modes[mode]
+
+
 def _importance_sample(
     vae: LatentModel,
     x: Tensor,
@@ -220,6 +262,7 @@ def _importance_sample(
     on_chunk: Callable[[int], object] | None,
     with_pareto_k: bool,
     proposal: Distribution | None,
+    weigh: CapturedFunction | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log Σ w, log Σ w², mean log p(x|z) and perhaps k̂, each (B,), float64."""
     prior = vae.prior()
@@ -228,14 +271,20 @@ def _importance_sample(
     log_sum_squares = log_sum.clone()
     reconstruction = torch.zeros_like(log_sum)
     kept = []
-    block = CHUNKS_AT_ONCE * chunk
+    block = CHUNKS_AT_ONCE * chunk if weigh is None else chunk
     for done in range(0, num_samples, block):
-        z = posterior.sample((min(block, num_samples - done),))  # (S, B, Z)
-        # Supports are checked on the first samples; the others have the same x.
-        with pyro.validation_enabled(done == 0):
-            parts = [vae.likelihood(part).log_prob(x) for part in z.split(chunk)]
-        log_likelihood = torch.cat(parts).double()  # (S, B)
-        log_weights = log_likelihood + prior.log_prob(z) - posterior.log_prob(z)
+        size = min(block, num_samples - done)  # S
+        if weigh is not None and size == block:
+            log_likelihood, log_ratio = weigh(x, size)
+        else:
+            z = posterior.sample((size,))  # (S, B, Z)
+            # Supports are checked on the first samples; the others have the same x.
+            with pyro.validation_enabled(done == 0):
+                parts = [vae.likelihood(part).log_prob(x) for part in z.split(chunk)]
+            log_likelihood = torch.cat(parts)  # (S, B)
+            log_ratio = prior.log_prob(z) - posterior.log_prob(z)
+        log_likelihood = log_likelihood.double()
+        log_weights = log_likelihood + log_ratio
         log_sum = torch.logaddexp(log_sum, log_weights.logsumexp(0))
         log_sum_squares = torch.logaddexp(log_sum_squares, (2 * log_weights).logsumexp(0))
         reconstruction += log_likelihood.sum(0) / num_samples
