@@ -15,6 +15,7 @@ Python code reads from elsewhere, a global variable or a closure, stays as it wa
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -102,6 +103,11 @@ class _Graphs:
         """The graph of a call; None where there can be none."""
         if self.mode == "eager":
             return None
+        if not all(map(_only_watches, _PYRO_STACK)):
+            # The graph would do without them, or never again without them.
+            handlers = ", ".join(type(h).__name__ for h in _PYRO_STACK if not _only_watches(h))
+            self._warn(call, f"it runs within other handlers: {handlers}")
+            return None
         try:
             graph = self._graphs[call.key]
             if graph is None or graph.is_current():
@@ -112,11 +118,6 @@ class _Graphs:
         except TypeError as error:
             self._warn(call, f"the arguments, model and guide must be hashable: {error}")
             return None
-        handlers = [type(h).__name__ for h in _PYRO_STACK if not _only_watches(h)]
-        if handlers:
-            # The graph would do without them, or never again without them.
-            self._warn(call, f"it runs within other handlers: {', '.join(handlers)}")
-            return None
         if self.captures >= MOST_GRAPHS:
             self._warn(
                 call, f"it was captured {MOST_GRAPHS} times, for other arguments or programs"
@@ -125,6 +126,7 @@ class _Graphs:
         self.captures += 1
         try:
             graph = _capture(call, self.mode)
+            graph.register()
         except _Unfit as unfit:
             self._warn(call, str(unfit))
             graph = None
@@ -200,7 +202,7 @@ class Captured(_Graphs, ELBO):
         with self.observer:
             value = function(model, guide, *args, **kwargs)
         with torch.no_grad():
-            self.observed = self.observer.observed()
+            self.observed = tuple(x.detach() for x in self.observer.observed())
         return value
 
 
@@ -253,8 +255,8 @@ class _Call:
         self.key = (
             programs,
             self.tree,
-            tuple(_place(x)[:-1] if isinstance(x, Tensor) else (type(x), x) for x in self.leaves),
-            tuple(v for k, v in vars(owner).items() if k not in found and _is_plain(v)),
+            tuple(_place(x)[:-1] if isinstance(x, Tensor) else _token(x) for x in self.leaves),
+            tuple(_token(v) for k, v in getattr(owner, "__dict__", {}).items() if k not in found),
             torch.is_grad_enabled(),
             torch.is_autocast_enabled("cpu"),
             torch.is_autocast_enabled("cuda"),
@@ -272,7 +274,10 @@ class _Call:
         device = self.inputs[0].device if self.inputs else None
         return [
             *self.inputs,
-            *(torch.full((), getattr(self.owner, name), device=device) for name in self.schedules),
+            *(
+                torch.full((), getattr(self.owner, name), dtype=torch.float64, device=device)
+                for name in self.schedules
+            ),
         ]
 
     def program(self, parameters: list[Tensor]) -> Callable[..., Any]:
@@ -303,7 +308,8 @@ class _Call:
         with self.observer or nullcontext():
             value = self.function(*self.programs, *args, **kwargs)
         with torch.no_grad():
-            return value, () if self.observer is None else self.observer.observed()
+            observed = () if self.observer is None else self.observer.observed()
+            return value, tuple(x.detach() for x in observed)
 
 
 class _Graph:
@@ -317,48 +323,73 @@ class _Graph:
         self,
         run: Callable[..., Any],
         leaves: list[Tensor],
-        params: list[tuple[str, Tensor]],
+        params: list[tuple[str, Tensor, bool]],
         modules: list[nn.Module],
     ) -> None:
         self.run = run
         self.leaves = leaves
         self._params = params
-        # What is looked at before each use.
-        self._plain = [(vars(m), k, v) for m in modules for k, v in vars(m).items() if _is_plain(v)]
-        self._tensors: list[tuple[dict[Any, Any], Any, Tensor, Any]] = [
-            (tensors, k, t, _place(t))
-            for tensors in (
-                dict(enumerate(leaves)),
-                *(part for m in modules for part in (m._parameters, m._buffers)),
-            )
-            for k, t in tensors.items()
-            if t is not None
+        # What is looked at before each use: what must be the same object, what must be equal, of
+        # how many entries, and where each tensor is.
+        parts = [part for m in modules for part in _parts(m)]
+        self._sizes = [(part, len(part)) for part in parts]
+        self._same = [(part, k, v) for part in parts for k, v in part.items()]
+        self._same += [
+            (vars(m), k, v) for m in modules for k, v in vars(m).items() if isinstance(v, Tensor)
         ]
+        self._equal = [(vars(m), k, v) for m in modules for k, v in vars(m).items() if _is_plain(v)]
+        tensors = [*leaves, *(v for _, _, v in self._same if isinstance(v, Tensor))]
+        self._places = [(t, _place(t)) for t in tensors]
+        # Gradients whose memory is not their own alone.
+        self._shared: set[int] = set()
 
     def is_current(self) -> bool:
         """Whether all is as it was. The parameters are registered in Pyro's store on the way."""
         return (
-            all(now.get(k) is v or now.get(k) == v for now, k, v in self._plain)
-            and all(tensors.get(k) is t for tensors, k, t, _ in self._tensors)
-            and all(_place(t) == place for _, _, t, place in self._tensors)
-            and self._register()
+            all(len(part) == size for part, size in self._sizes)
+            and all(part.get(k) is v for part, k, v in self._same)
+            and all(now.get(k) is v or now.get(k) == v for now, k, v in self._equal)
+            and all(_place(t) == place for t, place in self._places)
+            and self.register()
         )
 
     def __call__(self, call: _Call) -> tuple[Tensor, tuple[Tensor | None, ...], tuple[Tensor, ...]]:
         with torch.no_grad():
-            return self.run(*call.graph_inputs())
+            value, gradients, observed = self.run(*call.graph_inputs())
+        if self._shared:
+            gradients = tuple(
+                g.clone(memory_format=torch.contiguous_format) if i in self._shared else g
+                for i, g in enumerate(gradients)
+            )
+        return value, gradients, observed
 
-    def _register(self) -> bool:
+    def find_shared(self, call: _Call) -> None:
+        """Look at a run's gradients: who changes one in place must not change another."""
+        inputs = call.graph_inputs()
+        with torch.no_grad():
+            _, gradients, observed = self.run(*inputs)
+        taken = {t.untyped_storage().data_ptr() for t in (*inputs, *self.leaves, *observed)}
+        for i, gradient in enumerate(gradients):
+            if gradient is None:
+                continue
+            storage = gradient.untyped_storage()
+            overlaps = storage.nbytes() < gradient.numel() * gradient.element_size()
+            if overlaps or storage.data_ptr() in taken:
+                self._shared.add(i)
+            taken.add(storage.data_ptr())
+
+    def register(self) -> bool:
         """As model and guide would, for whoever traces them, and for what `SVI` optimizes.
 
         Returns:
-            False where the store has another parameter of that name, or none and cannot be told.
+            False where the store has another parameter of that name, or has lost one that it alone
+            knows how to make.
         """
         store = pyro.get_param_store()
-        for name, leaf in self._params:
+        for name, leaf, plain in self._params:
             if name in store:
                 value = pyro.param(name)
-            elif isinstance(leaf, nn.Parameter):
+            elif plain:
                 value = pyro.param(name, leaf)
             else:
                 return False
@@ -375,6 +406,9 @@ def _capture(call: _Call, mode: Mode) -> _Graph:
     """
     if any(x.requires_grad for x in call.inputs):
         raise _Unfit("an argument takes a gradient")
+    kinds = [type(x).__name__ for x in call.leaves if not (isinstance(x, Tensor) or _is_plain(x))]
+    if kinds:
+        raise _Unfit(f"whether an argument has changed cannot be told of a {kinds[0]}")
     if call.function is None:
         raise _Unfit("it has no differentiable_loss")
     known = set(pyro.get_param_store().keys())
@@ -384,36 +418,57 @@ def _capture(call: _Call, mode: Mode) -> _Graph:
     with poutine.block():
         with used, poutine.trace(param_only=True) as registered:
             value, _ = call.evaluate(*call.args, **call.kwargs)
-        params = {
-            name: site["value"].unconstrained() for name, site in registered.trace.nodes.items()
-        }
-        if any(k not in known and not isinstance(p, nn.Parameter) for k, p in params.items()):
-            before = states.get()  # after new parameters that may have been drawn
+        params = [
+            (name, leaf, leaf is site["value"] and isinstance(leaf, nn.Parameter))
+            for name, site in registered.trace.nodes.items()
+            for leaf in [site["value"].unconstrained()]
+        ]
         leaves = _leaves(value) if torch.is_grad_enabled() else []
-        inputs = call.graph_inputs()
+        run, inputs = call.program(leaves), call.graph_inputs()
+
+        def again(function: Callable[..., Any]) -> Any:
+            used.restore()
+            states.set(before)
+            return function()
+
         try:
-            run = call.program(leaves)
-
-            def again(function: Callable[..., Any]) -> Any:
-                used.restore()
-                states.set(before)
-                return function()
-
-            expected = again(lambda: run(*inputs))
+            if any(name not in known and not plain for name, _, plain in params):
+                after = states.get()
+                repeated = again(lambda: call.evaluate(*call.args, **call.kwargs)[0])
+                if not torch.equal(repeated, value):  # new parameters were drawn
+                    before = after
             graph = again(lambda: _recorded(run, inputs))
-            _check(expected, again(lambda: graph(*inputs)))
+            result = again(lambda: graph(*inputs))
+            _check(again(lambda: run(*inputs)), result)
+            if leaves:
+                _check(again(lambda: _gradients_of(call, leaves)), result[1])
             if mode == "compiled":
                 graph = again(lambda: _compiled(graph, inputs))
                 if _device(call).type == "cuda":
                     graph = again(lambda: _Replayed(graph, inputs))
+            captured = _Graph(graph, leaves, params, used.modules)
+            again(lambda: captured.find_shared(call))
         except _Unfit:
             raise
         except Exception as error:
-            raise _Unfit(str(error).strip().splitlines()[0] or type(error).__name__) from None
+            raise _Unfit(_reason(error)) from None
         finally:
             used.restore()
             states.set(before)
-    return _Graph(graph, leaves, list(params.items()), used.modules)
+    return captured
+
+
+def _gradients_of(call: _Call, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """What the ELBO's own `loss_and_grads` leaves in the parameters."""
+    kept = [leaf.grad for leaf in leaves]
+    try:
+        for leaf in leaves:
+            leaf.grad = None
+        call.owner.loss_and_grads(*call.programs, *call.args, **call.kwargs)
+        return tuple(leaf.grad for leaf in leaves)
+    finally:
+        for leaf, gradient in zip(leaves, kept, strict=True):
+            leaf.grad = gradient
 
 
 class _Used:
@@ -427,9 +482,10 @@ class _Used:
         self.modules: list[nn.Module] = []
         self._buffers: list[tuple[Tensor, Tensor]] = []
         for program in programs:
-            owner = getattr(program, "__self__", program)
-            if isinstance(owner, nn.Module):
-                self._see(owner)
+            for value in (program, *_closed_over(program)):
+                owner = getattr(value, "__self__", value)
+                if isinstance(owner, nn.Module):
+                    self._see(owner)
 
     def __enter__(self) -> None:
         self._hook = nn.modules.module.register_module_forward_pre_hook(self._see)
@@ -448,6 +504,26 @@ class _Used:
         """Buffers, such as the running means of a batch normalization."""
         for buffer, value in self._buffers:
             buffer.copy_(value)
+
+
+def _closed_over(program: Any) -> list[Any]:
+    """What a function reads from around it."""
+    try:
+        variables = inspect.getclosurevars(program)
+    except TypeError:  # it is no Python function
+        return []
+    return [*variables.nonlocals.values(), *variables.globals.values()]
+
+
+def _parts(module: nn.Module) -> list[dict[Any, Any]]:
+    """What a module is made of."""
+    return [
+        module._modules,
+        module._parameters,
+        module._buffers,
+        module._forward_hooks,
+        module._forward_pre_hooks,
+    ]
 
 
 class _Fresh(TorchDispatchMode):
@@ -519,8 +595,11 @@ def _recorded(run: Callable[..., Any], inputs: list[Tensor]) -> Callable[..., An
         with _Fresh():
             return run(*inputs)
 
+    # Of their own, since make_fx knows a tensor by its identity: one that is given twice, or that a
+    # module holds too, would be taken for the same in all later calls.
+    own = [x.clone() for x in inputs]
     with _items_stay_tensors(), pyro.validation_enabled(False):
-        return make_fx(watched)(*inputs)
+        return make_fx(watched)(*own)
 
 
 def _compiled(graph: Callable[..., Any], inputs: list[Tensor]) -> Callable[..., Any]:
@@ -532,8 +611,7 @@ def _compiled(graph: Callable[..., Any], inputs: list[Tensor]) -> Callable[..., 
             warnings.simplefilter("ignore")  # of the compiler, on how it goes about it
             compiled(*inputs)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        warnings.warn(f"the captured graph runs uncompiled: {reason}", stacklevel=2)
+        warnings.warn(f"the captured graph runs uncompiled: {_reason(error)}", stacklevel=2)
         return graph
     return compiled
 
@@ -562,17 +640,26 @@ def _items_stay_tensors() -> Iterator[None]:
             setattr(module, name, function)
 
 
-def _check(expected: tuple[Any, ...], result: tuple[Any, ...]) -> None:
+def _check(expected: Any, result: Any) -> None:
     """Loss, gradients and what is observed, of the graph against the ELBO's."""
     for one, other in zip(tree_leaves(expected), tree_leaves(result), strict=True):
-        if one is None and other is None:
-            continue
-        scale = one.abs().max() if one.numel() else 0.0
-        if not torch.allclose(one, other, rtol=SAME, atol=float(SAME * scale), equal_nan=True):
+        if not _close(one, other):
             raise _Unfit(
                 "its graph gives another loss or gradient at the same random numbers, as where "
                 "particles are taken in chunks, or where a program is not the same at each run"
             )
+
+
+def _close(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    finite = one.isfinite()
+    if one.shape != other.shape or not finite.equal(other.isfinite()):
+        return False
+    if not torch.equal(one[~finite].nan_to_num(), other[~finite].nan_to_num()):
+        return False
+    one, other = one[finite], other[finite]
+    return one.numel() == 0 or bool((one - other).abs().max() <= SAME * one.abs().max())
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:
@@ -601,6 +688,29 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(_is_plain(part) for part in value)
     return isinstance(value, _PLAIN)
+
+
+class _Same:
+    """Stands for an object in a key: equal to itself alone."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _token(value: Any) -> Any:
+    """A value's part of a key. (0.0 equals −0.0, and True equals 1.)"""
+    return (type(value), repr(value)) if _is_plain(value) else _Same(value)
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *lines[:1]])
 
 
 def _only_watches(handler: Messenger) -> bool:

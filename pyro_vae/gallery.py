@@ -22,6 +22,7 @@ __all__ = ["draw_reconstructions", "draw_run", "generate_images", "square", "to_
 # Latent means are drawn for at most so many images: enough to see every cluster, and few enough for
 # t-SNE to take seconds.
 MAX_POINTS = 2000
+MAX_TSNE_POINTS = 1000  # which takes as long as an epoch or two; of 2,000 it would be ten
 
 
 def to_display(vae: VAE | Autoencoder, x: Tensor) -> np.ndarray:
@@ -115,12 +116,14 @@ def _latent(vae: VAE | Autoencoder, splits: Splits, seed: int) -> Figure:
     if len(splits.test) < 1000:
         used += [splits.validation, splits.train]
     units = vae.likelihood_module.units
-    batches = [x for split in used for x in split.fixed(units, seed, MAX_POINTS)]
-    means = torch.cat([vae.posterior(x).mean for x in batches])[:MAX_POINTS].cpu().numpy()
+    latent_dim = vae.posterior(_first(splits.test, vae, 1, seed)).mean.shape[-1]
+    most = MAX_POINTS if latent_dim <= 2 else MAX_TSNE_POINTS
+    batches = [x for split in used for x in split.fixed(units, seed, most)]
+    means = torch.cat([vae.posterior(x).mean for x in batches])[:most].cpu().numpy()
     labels = None
     if splits.test.labels is not None:
-        parts = [split.labels[:MAX_POINTS] for split in used if split.labels is not None]
-        labels = torch.cat(parts)[:MAX_POINTS].numpy()
+        parts = [split.labels[:most] for split in used if split.labels is not None]
+        labels = torch.cat(parts)[:most].numpy()
     what = "codes" if isinstance(vae, Autoencoder) else "posterior means"
     which = "test" if len(used) == 1 else "test, validation and training"
     return figures.latent_scatter(
@@ -146,10 +149,12 @@ def _planes(means: np.ndarray) -> list[figures.Plane]:
     shares = 100 * pca.explained_variance_ratio_
     names = [f"principal component {i + 1} ({shares[i]:.0f}% of the variance)" for i in range(2)]
     perplexity = min(30.0, (len(means) - 1) / 3)
-    tsne = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(means)
+    tsne = TSNE(perplexity=perplexity, init="pca", max_iter=500, random_state=0)
     return [
         figures.Plane(pca.transform(means), *names),
-        figures.Plane(tsne, "t-SNE 1 (neighbours only: distances mean little)", "t-SNE 2"),
+        figures.Plane(
+            tsne.fit_transform(means), "t-SNE 1 (neighbours only: distances mean little)", "t-SNE 2"
+        ),
     ]
 
 
