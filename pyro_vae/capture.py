@@ -339,19 +339,27 @@ class _Graph:
         ]
         self._equal = [(vars(m), k, v) for m in modules for k, v in vars(m).items() if _is_plain(v)]
         tensors = [*leaves, *(v for _, _, v in self._same if isinstance(v, Tensor))]
-        self._places = [(t, _place(t)) for t in tensors]
+        self._places = [(t, _place(t)) for t in {id(t): t for t in tensors}.values()]
         # Gradients whose memory is not their own alone.
         self._shared: set[int] = set()
 
     def is_current(self) -> bool:
         """Whether all is as it was. The parameters are registered in Pyro's store on the way."""
-        return (
-            all(len(part) == size for part, size in self._sizes)
-            and all(part.get(k) is v for part, k, v in self._same)
-            and all(now.get(k) is v or now.get(k) == v for now, k, v in self._equal)
-            and all(_place(t) == place for t, place in self._places)
-            and self.register()
-        )
+        # Plain loops: this is done at every step.
+        for part, size in self._sizes:
+            if len(part) != size:
+                return False
+        for part, name, value in self._same:
+            if part.get(name) is not value:
+                return False
+        for part, name, value in self._equal:
+            now = part.get(name)
+            if now is not value and now != value:
+                return False
+        for tensor, place in self._places:
+            if _place(tensor) != place:
+                return False
+        return self.register()
 
     def __call__(self, call: _Call) -> tuple[Tensor, tuple[Tensor | None, ...], tuple[Tensor, ...]]:
         with torch.no_grad():

@@ -347,9 +347,9 @@ class _Training:
                     raise self._diverged("gradient") from None
             if not math.isfinite(loss):
                 raise self._diverged("loss")
-        told = self.told if self.told is not None else self._tell()
-        for name, value in zip(self.terms, told.tolist(), strict=False):
-            self.sums[name] += value
+        told = self.loss.observed if self.told is None else self.told[:-1]
+        for name, value in zip(self.terms, told, strict=True):
+            self.sums[name] += value.item()
         self.sums["images"] += len(index)
         self.step += 1
 

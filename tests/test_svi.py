@@ -338,3 +338,85 @@ def test_the_test_split_is_never_read(tmp_path):
     vae, splits = small("binomial", tmp_path)
     broken = dataclasses.replace(splits.test, rows=torch.tensor([10**9]))
     list(fit(vae, dataclasses.replace(splits, test=broken), FitConfig(epochs=1, batch_size=81)))
+
+
+def steps_of(mode: str, tmp_path, monkeypatch, **settings):
+    """Records of a short run whose length is taken to ask for `mode`."""
+    monkeypatch.setattr(svi, "CAPTURE_FROM", 0 if mode == "graph" else 10**9)
+    monkeypatch.setattr(svi, "COMPILE_FROM", 10**9)
+    vae, splits = small("binomial", tmp_path)
+    compile = {"eager": "off", "graph": "auto", "compiled": "on"}[mode]
+    config = FitConfig(epochs=3, batch_size=30, compile=compile, **settings)
+    assert svi.run_mode(config, len(splits.train)) == mode
+    metrics = [record.metrics() for record in fit(vae, splits, config)]
+    return metrics, [p.detach().clone() for p in vae.parameters()]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kl_warmup": 1.0},
+        {"objective": "dreg", "num_particles": 4},
+        {"objective": "mean-field", "beta": 2.0},
+    ],
+    ids=str,
+)
+def test_a_captured_run_is_the_uncaptured_one(settings, tmp_path, monkeypatch):
+    """81 rows in batches of 30: a last one of 21, that has a graph of its own."""
+    runs = {m: steps_of(m, tmp_path, monkeypatch, **settings) for m in ("eager", "graph")}
+    for first, second in zip(runs["eager"][0], runs["graph"][0], strict=True):
+        for name in set(first) - set(TIMINGS):
+            assert second[name] == pytest.approx(first[name], rel=1e-6), name
+    for a, b in zip(runs["eager"][1], runs["graph"][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_a_compiled_run_is_the_uncaptured_one(tmp_path, monkeypatch):
+    eager, compiled = (steps_of(m, tmp_path, monkeypatch) for m in ("eager", "compiled"))
+    assert eager[0][-1]["train_elbo"] == pytest.approx(compiled[0][-1]["train_elbo"], rel=1e-4)
+    for a, b in zip(eager[1], compiled[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_resumed_captured_run_equals_the_uninterrupted_one(tmp_path, monkeypatch):
+    """What is captured is captured without a trace: a run repeats wherever it is resumed."""
+    monkeypatch.setattr(svi, "CAPTURE_FROM", 0)
+    config = FitConfig(epochs=3, batch_size=30)
+    vae, splits = small("bernoulli", tmp_path)
+    whole = [record.metrics() for record in fit(vae, splits, config)]
+    again, splits = small("bernoulli", tmp_path)
+    states = []
+    for _ in fit(
+        again, splits, config, on_step=lambda p: p.step == 4 and not states.append(p.state())
+    ):
+        pass
+    rest = [record.metrics() for record in fit(again, splits, config, state=states[0])]
+    for name in set(whole[-1]) - set(TIMINGS):
+        assert rest[-1][name] == whole[-1][name], name
+    for a, b in zip(vae.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_short_runs_are_not_captured_and_long_ones_compiled():
+    assert svi.run_mode(FitConfig(epochs=1, batch_size=100), 1000) == "eager"
+    assert svi.run_mode(FitConfig(epochs=60, batch_size=100), 1000) == "graph"
+    assert svi.run_mode(FitConfig(epochs=20_000, batch_size=100), 1000) == "compiled"
+    assert svi.run_mode(FitConfig(epochs=20_000, batch_size=100, compile="off"), 1000) == "eager"
+    assert svi.run_mode(FitConfig(epochs=1, batch_size=100, compile="on"), 1000) == "compiled"
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_precision(captured, tmp_path, monkeypatch):
+    """bf16 rounds products to three digits, and no sum; afterwards all is as it was."""
+    monkeypatch.setattr(svi, "CAPTURE_FROM", 0 if captured else 10**9)
+    elbos = {}
+    for precision in ("highest", "medium", "bf16"):
+        vae, splits = small("binomial", tmp_path)
+        config = FitConfig(epochs=2, batch_size=30, precision=precision)
+        elbos[precision] = list(fit(vae, splits, config))[-1].train_elbo
+        assert {p.dtype for p in vae.parameters()} == {torch.float32}
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.is_autocast_enabled("cpu")
+    assert elbos["medium"] == pytest.approx(elbos["highest"], rel=1e-2)
+    assert elbos["bf16"] == pytest.approx(elbos["highest"], rel=1e-2)
+    assert elbos["bf16"] != elbos["highest"]
