@@ -93,8 +93,11 @@ def choose_device(name: str) -> torch.device:
     import torch
 
     if name == "auto":
-        cuda = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
-        return torch.device(cuda if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if "LOCAL_RANK" in os.environ and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    elif name.startswith("cuda") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise InputError(f"several processes have a GPU each: give --device cuda, not {name}")
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):

@@ -20,7 +20,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["LostRank", "agree", "first_here", "part", "processes", "rank", "sum_tensors", "world"]
+__all__ = [
+    "LostRank",
+    "agree",
+    "anyone",
+    "first_here",
+    "part",
+    "processes",
+    "rank",
+    "share",
+    "sum_tensors",
+    "world",
+]
 
 
 class LostRank(ConnectionError):
@@ -82,6 +93,31 @@ def agree(value: Any) -> Any:
         with _others():
             dist.broadcast_object_list(values)
     return values[0]
+
+
+def anyone(flag: bool) -> bool:
+    """Whether `flag` is true on any rank.
+
+    Raises:
+        LostRank: another rank is gone.
+    """
+    flags = [flag] * world()
+    if world() > 1:
+        with _others():
+            dist.all_gather_object(flags, flag)
+    return any(flags)
+
+
+@torch.no_grad()
+def share(tensors: list[Tensor]) -> None:
+    """Put the first rank's values in the place of each tensor.
+
+    Raises:
+        LostRank: another rank is gone.
+    """
+    with _others():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 @contextmanager

@@ -39,6 +39,9 @@ from .vae import VAE
 
 __all__ = ["Diverged", "Progress", "Record", "elbo_terms", "fit"]
 
+# Objectives that are no sum over images.
+WHOLE_BATCH = ("free-bits", "beta-tc", "mmd")
+
 # Steps from which capturing the ELBO, and compiling what was captured, pays for itself.
 CAPTURE_FROM = 500
 COMPILE_FROM = 10_000
@@ -127,13 +130,15 @@ def fit(
         on_step: called after every step; a true answer ends the training there.
 
     Where torch.distributed has been set up, this is one rank of a training by all of them: each
-    takes its part of every batch, and draws its own random numbers. All of them yield the same
-    records, and stop as soon as `on_step` asks for it in one.
+    takes its part of every batch, and draws its own random numbers, from the first rank's weights.
+    All of them yield the same records but for their own speed, and stop a step after `on_step` has
+    asked for it in one. Buffers that change, such as running means, are each rank's own.
 
     Raises:
         Diverged: the loss, its gradient or the validation ELBO is not finite.
         LostRank: another rank is gone. The state before this step is kept.
-        InputError: the batch is larger than the training set.
+        InputError: the batch is larger than the training set, or the objective needs the whole
+            batch in one process.
     """
     training = _Training(vae, splits, config, seed)
     if state is not None:
@@ -271,7 +276,13 @@ class _Training:
         self.wish = False
         self.told: Tensor | None = None  # by all ranks, where there are several
         if distributed.world() > 1:
+            if config.objective in WHOLE_BATCH:
+                raise InputError(
+                    f"--objective {config.objective} looks at the batch as a whole, which several "
+                    f"processes do not have; run it in one, or choose another objective"
+                )
             self.optimizer.before = self._sum_over_ranks
+            distributed.share([*vae.parameters(), *vae.buffers()])
         self.store: Any = None  # Pyro's, of this training
         # of what is observed; of an autoencoder there is no KL
         self.terms = ("reconstruction", "kl") if isinstance(vae, VAE) else ("reconstruction",)
@@ -350,6 +361,8 @@ class _Training:
         told = self.loss.observed if self.told is None else self.told[:-1]
         for name, value in zip(self.terms, told, strict=True):
             self.sums[name] += value.item()
+        if self.told is not None and not math.isfinite(self.told.sum()):  # of any rank
+            raise self._diverged("loss")
         self.sums["images"] += len(index)
         self.step += 1
 
@@ -423,10 +436,12 @@ class _Training:
         """Validate and report."""
         started = time.perf_counter()
         self.vae.eval()
-        terms = None
+        found = None
         if distributed.rank() == 0:
             terms = elbo_terms(self.vae, self.splits.validation, self.seed)
-        reconstruction, kl = distributed.agree(terms)
+            found = (*terms, self.seconds + time.perf_counter() - started)
+        # Once, before anything changes here: a rank may be lost on the way.
+        reconstruction, kl, seconds = distributed.agree(found)
         elbo = None if kl is None else reconstruction - kl
         score = reconstruction if elbo is None else elbo
         if not math.isfinite(score):
@@ -435,8 +450,7 @@ class _Training:
         self.best = max(score, self.best)
         self.stale_epochs = 0 if is_best else self.stale_epochs + 1
         self.epoch += 1
-        self.seconds += time.perf_counter() - started
-        self.seconds = distributed.agree(self.seconds)
+        self.seconds = seconds
         progress = self.progress()
         self._clear_sums()
         return Record(

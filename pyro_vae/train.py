@@ -137,8 +137,8 @@ def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: tor
     with distributed.first_here():  # which may download them
         splits = load_data(asked.data, asked.seed).to(device)
     config = resolve(asked, splits.likelihood, len(splits.train))
-    if distributed.agree(splits.fingerprint) != splits.fingerprint:
-        raise InputError(f"the data {asked.data.source} are others than those of rank 0")
+    if distributed.anyone(distributed.agree(splits.fingerprint) != splits.fingerprint):
+        raise InputError(f"the data {asked.data.source} are not the same for all processes")
     if checkpoint is None:
         vae = build(config.model, splits, config.seed).to(device)
         # What cannot work fails before an old run is touched.
@@ -154,18 +154,18 @@ def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: tor
     run = _Run(folder, config, vae, splits, checkpoint, arguments.tensorboard)
     run.write("config.json", json.dumps(asked.to_dict(), indent=2) + "\n")
     _describe(run)
-    try:
-        with run:
+    with run:
+        try:
             for record in fit(vae, splits, config.fit, config.seed, training, run.on_step):
                 run.on_epoch(record)
             run.finish()
-    except Diverged as error:
-        kept = f"{folder / 'checkpoints'} keeps the last good state, of epoch {run.saved_epoch}"
-        return fail(f"{error}. {kept}", status=1)
-    except distributed.LostRank as error:
-        run.keep()
-        again = f"continue with the same command and --resume {folder}"
-        return fail(f"{error}; {again}", status=1)
+        except Diverged as error:
+            kept = f"{folder / 'checkpoints'} keeps the last good state, of epoch {run.saved_epoch}"
+            return fail(f"{error}. {kept}", status=1)
+        except distributed.LostRank as error:  # whereupon torchrun ends this one too, by a signal
+            run.keep()
+            again = f"continue with the same command and --resume {folder}"
+            return fail(f"{error}; {again}", status=1)
     if run.interrupted:
         print(f"stopped; continue with: python -m pyro_vae.train --resume {folder}")
         return 128 + (run.stopped or 0)
@@ -239,8 +239,7 @@ class _Run:
 
     def _on_signal(self, number: int, frame: object) -> None:
         """Finish the step, save, stop; at the second signal stop at once."""
-        # torchrun passes a signal on that its processes have had already.
-        if self.stopped is not None and "TORCHELASTIC_RUN_ID" not in os.environ:
+        if self.stopped is not None:
             raise KeyboardInterrupt
         self.stopped = number
 
@@ -383,7 +382,7 @@ def _check_resumable(arguments: TrainArguments, checkpoint: Checkpoint) -> None:
     done = len(checkpoint.history)
     if done > (arguments.fit.epochs or 0):
         raise InputError(f"--epochs expects at least the {done} that the run has; got fewer")
-    if done == arguments.fit.epochs:
+    if done == arguments.fit.epochs and os.environ.get("RANK", "0") == "0":
         print(f"the run is complete with {done} epochs, more are given by --epochs; drawing again")
 
 

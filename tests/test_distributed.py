@@ -30,7 +30,7 @@ from pyro.infer import SVI
 from torch import Tensor
 
 import pyro_vae
-from pyro_vae import FitConfig, distributed, svi, train
+from pyro_vae import FitConfig, InputError, distributed, svi, train
 from pyro_vae.capture import capture
 from pyro_vae.checkpoint import load_checkpoint
 from pyro_vae.command import choose_device
@@ -336,12 +336,6 @@ def test_parts_cover_a_batch_and_are_of_like_size(world, size, monkeypatch):
 
 # --- two processes, and the numbers of one --------------------------------------------------------
 
-BY_THE_BATCH = pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="its loss is no sum over images: each rank takes the statistics of q(z) from its part",
-)
-
 
 @pytest.mark.parametrize(
     ("name", "mode"),
@@ -349,8 +343,6 @@ BY_THE_BATCH = pytest.mark.xfail(
         ("trace", "eager"),
         ("trace", "graph"),
         ("mean-field", "eager"),
-        pytest.param("free-bits", "eager", marks=BY_THE_BATCH),
-        pytest.param("beta-tc", "eager", marks=BY_THE_BATCH),
     ],
 )
 def test_gradients_add_up_to_those_of_one_process(name, mode, found, tmp_path):
@@ -359,6 +351,18 @@ def test_gradients_add_up_to_those_of_one_process(name, mode, found, tmp_path):
     assert max(g.abs().max() for g in expected.values()) > 1
     for rank in found:
         assert distance(rank[f"gradient {name} {mode}"], expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["free-bits", "beta-tc"])
+def test_objectives_that_look_at_the_whole_batch_are_refused(name, found, tmp_path, monkeypatch):
+    """The statistics of q(z) would be those of a part: the gradients do not add up."""
+    expected = gradient(tmp_path, name, "eager")
+    for rank in found:
+        assert distance(rank[f"gradient {name} eager"], expected) > 0.1
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    vae, splits = example_vae("binomial", tmp_path)
+    with pytest.raises(InputError, match=f"--objective {name} looks at the batch as a whole"):
+        next(fit(vae, splits, FitConfig(objective=name, epochs=1, batch_size=10)))
 
 
 def test_the_gradient_of_a_part_is_another(found, tmp_path):
@@ -601,9 +605,6 @@ def test_a_rank_that_is_killed_ends_the_run_with_its_last_step_kept(network, tmp
     assert metrics(run)[-1]["step"] == 12 * (len(lines) + 1)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the handlers are those of before by then"
-)
 @pytest.mark.usefixtures("no_pictures")
 def test_torchrun_does_not_end_the_first_rank_before_the_last_step_is_kept(
     network, tmp_path, monkeypatch, capsys
@@ -626,9 +627,6 @@ def test_torchrun_does_not_end_the_first_rank_before_the_last_step_is_kept(
     assert handlers != [signal.SIG_DFL]
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the state has the epoch, the history has it not"
-)
 @pytest.mark.usefixtures("no_pictures")
 def test_a_rank_lost_at_the_end_of_an_epoch_costs_no_line(network, tmp_path, monkeypatch):
     """When validation is known to all, and before the record is."""
@@ -660,15 +658,11 @@ def test_a_mistake_is_told_and_ends_all(network, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the first rank does not hear of it in time"
-)
 def test_data_that_differ_between_ranks_leave_an_old_run_as_it_was(found):
     for rank in found:
         assert rank["other data"] == {"status": 2, "metrics": "old"}
 
 
-@pytest.mark.xfail(strict=True, reason="every rank says so")
 def test_that_a_run_is_complete_is_said_once(whole, monkeypatch, capsys):
     """Here as a second rank, which is to say nothing."""
     run, _ = whole
@@ -680,7 +674,6 @@ def test_that_a_run_is_complete_is_said_once(whole, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.xfail(strict=True, reason="it stays cuda, which torch.cuda.set_device refuses")
 def test_every_local_rank_has_a_gpu_of_its_own_when_asked_for_cuda(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch, "zeros", lambda *arguments, **options: None)  # as if there were two
