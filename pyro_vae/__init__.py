@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from .nuts import compare_with_nuts
     from .objectives import objective
     from .program import Program
+    from .records import Record
     from .refinement import gaps, refine
-    from .svi import Record, fit
+    from .svi import fit
     from .vae import VAE
 
 __all__ = [
@@ -77,7 +78,7 @@ _HOMES = {
     "DataSpec": "data",
     "LinearGaussian": "linear_gaussian",
     "Program": "program",
-    "Record": "svi",
+    "Record": "records",
     "Split": "data",
     "Splits": "data",
     "anneal": "annealing",

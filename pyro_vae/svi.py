@@ -11,13 +11,11 @@ continue with exactly the numbers of an uninterrupted run.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,6 +33,7 @@ from .data import Split, Splits
 from .objectives import objective
 from .optimizer import OneOptimizer
 from .randomness import derive, random_states
+from .records import Diverged, Progress, Record
 from .vae import VAE
 
 __all__ = ["Diverged", "Progress", "Record", "elbo_terms", "fit"]
@@ -42,72 +41,15 @@ __all__ = ["Diverged", "Progress", "Record", "elbo_terms", "fit"]
 # Objectives that are no sum over images.
 WHOLE_BATCH = ("free-bits", "beta-tc", "mmd")
 
-# Steps from which capturing the ELBO, and compiling what was captured, pays for itself.
+# Steps from which capturing the ELBO pays for itself.
 CAPTURE_FROM = 500
-COMPILE_FROM = 10_000
 
-
-@dataclass(frozen=True)
-class Progress:
-    """Where the training is, after a step. ELBO terms are nats per image, of this epoch so far.
-
-    Attributes:
-        epoch, step: counted from 1, `step` over the whole run.
-        epochs, steps_per_epoch: how many there are.
-        elbo, kl: None for an `Autoencoder`.
-        state: makes the state to resume from; to be called before the loop goes on.
-    """
-
-    epoch: int
-    step: int
-    epochs: int
-    steps_per_epoch: int
-    elbo: float | None
-    reconstruction: float
-    kl: float | None
-    images_per_second: float
-    state: Callable[[], dict[str, Any]] = dataclasses.field(repr=False)
-
-
-@dataclass(frozen=True)
-class Record:
-    """One epoch. ELBO terms are nats per image at KL weight 1, elbo = reconstruction − kl.
-
-    Attributes:
-        epoch, step: counted from 1, `step` over the whole run.
-        seconds: spent in `fit` since the run's beginning.
-        train_elbo, reconstruction, kl: means over the epoch, while the parameters moved. For an
-            `Autoencoder` ELBO and KL are None.
-        validation_elbo, validation_reconstruction, validation_kl: after the epoch, one draw of z an
-            image, the draws and any binarization the same after every epoch.
-        learning_rate: of the epoch's last step.
-        images_per_second: training speed of the epoch.
-        is_best: whether validation has never been better.
-        state: makes the state to resume from; to be called before the loop goes on.
-    """
-
-    epoch: int
-    step: int
-    seconds: float
-    train_elbo: float | None
-    validation_elbo: float | None
-    reconstruction: float
-    kl: float | None
-    validation_reconstruction: float
-    validation_kl: float | None
-    learning_rate: float
-    images_per_second: float
-    is_best: bool
-    state: Callable[[], dict[str, Any]] = dataclasses.field(repr=False)
-
-    def metrics(self) -> dict[str, Any]:
-        """A line of metrics.jsonl."""
-        names = [field.name for field in dataclasses.fields(self)]
-        return {name: getattr(self, name) for name in names if name not in ("is_best", "state")}
-
-
-class Diverged(ArithmeticError):
-    """The loss or its gradient is not finite; the parameters still are."""
+# What compiling the graph costs, and what it saves: in each step, and for each value of x that is
+# decoded in it. Seconds, on two cores; a rule rather than a measurement, so that a run is compiled
+# or not by its settings alone.
+COMPILE_SECONDS = 20.0
+SAVED_BY_STEP = 0.7e-3
+SAVED_BY_VALUE = 8e-9
 
 
 def fit(
@@ -172,12 +114,14 @@ def elbo_terms(
     return reconstruction / count, kl / count if isinstance(vae, VAE) else None
 
 
-def run_mode(config: FitConfig, num_train: int) -> Mode:
+def run_mode(config: FitConfig, train: Split) -> Mode:
     """How a run evaluates its ELBO. The same in every part of a resumed one."""
-    num_steps = resolve_epochs(config, num_train) * math.ceil(num_train / config.batch_size)
     if config.compile != "auto":
         return "compiled" if config.compile == "on" else "eager"
-    if num_steps >= COMPILE_FROM:
+    epochs = resolve_epochs(config, len(train))
+    num_steps = epochs * math.ceil(len(train) / config.batch_size)
+    num_values = epochs * len(train) * math.prod(train.spec.shape) * config.num_particles
+    if num_steps * SAVED_BY_STEP + num_values * SAVED_BY_VALUE >= COMPILE_SECONDS:
         return "compiled"
     return "graph" if num_steps >= CAPTURE_FROM else "eager"
 
@@ -260,7 +204,7 @@ class _Training:
             **config.objective_options(),
         )
         # The last batch of an epoch, of another size, is not worth compiling for.
-        mode = run_mode(config, num_train)
+        mode = run_mode(config, splits.train)
         rest: Mode = "graph" if mode == "compiled" else mode
         self.losses = [
             capture(self.elbo, m, _Terms(vae, config.num_particles)) for m in (mode, rest)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .autoencoder import Autoencoder
     from .checkpoint import Checkpoint
     from .data import Splits
-    from .svi import Progress, Record
+    from .records import Progress, Record
     from .vae import VAE
 
 # Checkpoints are written at most so often, in seconds: a kill costs no more than this.
@@ -127,7 +127,8 @@ def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: tor
     from . import distributed
     from .data import load_data
     from .factory import build
-    from .svi import Diverged, elbo_terms, fit
+    from .records import Diverged
+    from .svi import elbo_terms, fit
 
     asked = config_of(arguments)
     if checkpoint is None:
@@ -176,7 +177,7 @@ def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: tor
 def _follow(records: Iterator[Record]) -> int:
     """What every rank but the first does: train, without files. The first hears the signals."""
     from . import distributed
-    from .svi import Diverged
+    from .records import Diverged
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -417,7 +418,7 @@ def _describe(run: _Run) -> None:
         f"likelihood {model.likelihood}{binarization}, "
         f"{count:,} parameters on {next(run.vae.parameters()).device}"
     )
-    if run_mode(run.config.fit, len(splits.train)) == "compiled":
+    if run_mode(run.config.fit, splits.train) == "compiled":
         print("graph  the ELBO is captured and compiled first, some ten seconds")
     print(f"run    {run.folder}", flush=True)
 

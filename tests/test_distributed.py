@@ -126,7 +126,7 @@ def autoencoder(folder: Path, capture_from: int) -> dict[str, Any]:
     before, svi.CAPTURE_FROM = svi.CAPTURE_FROM, capture_from
     try:
         config = FitConfig(**{**ODD, "epochs": 4, "compile": "auto"})
-        assert svi.run_mode(config, 81) == ("graph" if capture_from == 0 else "eager")
+        assert svi.run_mode(config, splits.train) == ("graph" if capture_from == 0 else "eager")
         return outcome(vae, fit(vae, splits, config))
     finally:
         svi.CAPTURE_FROM = before

@@ -28,6 +28,7 @@ ORDER = [
     "distributed",
     "optimizer",
     "factory",
+    "records",
     "svi",
     "checkpoint",
     "quadrature",

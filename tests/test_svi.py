@@ -343,11 +343,11 @@ def test_the_test_split_is_never_read(tmp_path):
 def steps_of(mode: str, tmp_path, monkeypatch, **settings):
     """Records of a short run whose length is taken to ask for `mode`."""
     monkeypatch.setattr(svi, "CAPTURE_FROM", 0 if mode == "graph" else 10**9)
-    monkeypatch.setattr(svi, "COMPILE_FROM", 10**9)
+    monkeypatch.setattr(svi, "COMPILE_SECONDS", math.inf)
     vae, splits = small("binomial", tmp_path)
     compile = {"eager": "off", "graph": "auto", "compiled": "on"}[mode]
     config = FitConfig(epochs=3, batch_size=30, compile=compile, **settings)
-    assert svi.run_mode(config, len(splits.train)) == mode
+    assert svi.run_mode(config, splits.train) == mode
     metrics = [record.metrics() for record in fit(vae, splits, config)]
     return metrics, [p.detach().clone() for p in vae.parameters()]
 
@@ -397,12 +397,18 @@ def test_a_resumed_captured_run_equals_the_uninterrupted_one(tmp_path, monkeypat
         assert torch.equal(a, b)
 
 
-def test_short_runs_are_not_captured_and_long_ones_compiled():
-    assert svi.run_mode(FitConfig(epochs=1, batch_size=100), 1000) == "eager"
-    assert svi.run_mode(FitConfig(epochs=60, batch_size=100), 1000) == "graph"
-    assert svi.run_mode(FitConfig(epochs=20_000, batch_size=100), 1000) == "compiled"
-    assert svi.run_mode(FitConfig(epochs=20_000, batch_size=100, compile="off"), 1000) == "eager"
-    assert svi.run_mode(FitConfig(epochs=1, batch_size=100, compile="on"), 1000) == "compiled"
+def test_short_runs_are_not_captured_and_long_ones_compiled(digits):
+    """1,457 images of 64 values: 6 steps an epoch, of 256."""
+
+    def mode(**settings):
+        return svi.run_mode(FitConfig(**settings), digits.train)
+
+    assert mode(epochs=1) == "eager"
+    assert mode() == "graph"  # by default about 2,500 steps
+    assert mode(epochs=5000) == "compiled"
+    assert mode(num_particles=1000) == "compiled"
+    assert mode(epochs=5000, compile="off") == "eager"
+    assert mode(epochs=1, compile="on") == "compiled"
 
 
 @pytest.mark.parametrize("captured", [False, True])
