@@ -15,11 +15,9 @@ Python code reads from elsewhere, a global variable or a closure, stays as it wa
 
 from __future__ import annotations
 
-import inspect
-import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import pyro
@@ -30,13 +28,12 @@ from pyro.infer.util import torch_item
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
-from pyro.util import warn_if_inf, warn_if_nan
+from pyro.util import warn_if_nan
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from .granted import Granted, Used, is_plain, place, token
+from .graphs import Replayed, Unfit, compiled, reason, record
 from .randomness import RandomStates
 
 __all__ = ["Captured", "CapturedFunction", "Mode", "Observer", "capture"]
@@ -50,8 +47,6 @@ MOST_GRAPHS = 32
 # Largest difference of a gradient from its graph's, relative to the gradient's largest element.
 # They do the same operations in the same order: a larger one means that they do not.
 SAME = 1e-4
-
-_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 # An attribute of every ELBO that its first run fills in.
@@ -110,7 +105,7 @@ class _Graphs:
             return None
         try:
             graph = self._graphs[call.key]
-            if graph is None or graph.is_current():
+            if graph is None or graph.granted.is_current():
                 return graph
             del self._graphs[call.key]
         except KeyError:
@@ -126,8 +121,8 @@ class _Graphs:
         self.captures += 1
         try:
             graph = _capture(call, self.mode)
-            graph.register()
-        except _Unfit as unfit:
+            graph.granted.register()
+        except Unfit as unfit:
             self._warn(call, str(unfit))
             graph = None
         self._graphs[call.key] = graph
@@ -225,10 +220,6 @@ class CapturedFunction(_Graphs):
         return self.function(*args) if graph is None else graph(call)[0]
 
 
-class _Unfit(Exception):
-    """Why something cannot be captured."""
-
-
 class _Call:
     """A function and its arguments, and the key of the graph that stands for them.
 
@@ -255,8 +246,8 @@ class _Call:
         self.key = (
             programs,
             self.tree,
-            tuple(_place(x)[:-1] if isinstance(x, Tensor) else _token(x) for x in self.leaves),
-            tuple(_token(v) for k, v in getattr(owner, "__dict__", {}).items() if k not in found),
+            tuple(place(x)[:-1] if isinstance(x, Tensor) else token(x) for x in self.leaves),
+            tuple(token(v) for k, v in getattr(owner, "__dict__", {}).items() if k not in found),
             torch.is_grad_enabled(),
             torch.is_autocast_enabled("cpu"),
             torch.is_autocast_enabled("cuda"),
@@ -313,10 +304,11 @@ class _Call:
 
 
 class _Graph:
-    """A captured graph, and all that it takes for granted.
+    """A captured graph.
 
     Attributes:
         leaves: the tensors that the loss has gradients of.
+        granted: all that the graph takes for granted.
     """
 
     def __init__(
@@ -328,38 +320,9 @@ class _Graph:
     ) -> None:
         self.run = run
         self.leaves = leaves
-        self._params = params
-        # What is looked at before each use: what must be the same object, what must be equal, of
-        # how many entries, and where each tensor is.
-        parts = [part for m in modules for part in _parts(m)]
-        self._sizes = [(part, len(part)) for part in parts]
-        self._same = [(part, k, v) for part in parts for k, v in part.items()]
-        self._same += [
-            (vars(m), k, v) for m in modules for k, v in vars(m).items() if isinstance(v, Tensor)
-        ]
-        self._equal = [(vars(m), k, v) for m in modules for k, v in vars(m).items() if _is_plain(v)]
-        tensors = [*leaves, *(v for _, _, v in self._same if isinstance(v, Tensor))]
-        self._places = [(t, _place(t)) for t in {id(t): t for t in tensors}.values()]
+        self.granted = Granted(leaves, params, modules)
         # Gradients whose memory is not their own alone.
         self._shared: set[int] = set()
-
-    def is_current(self) -> bool:
-        """Whether all is as it was. The parameters are registered in Pyro's store on the way."""
-        # Plain loops: this is done at every step.
-        for part, size in self._sizes:
-            if len(part) != size:
-                return False
-        for part, name, value in self._same:
-            if part.get(name) is not value:
-                return False
-        for part, name, value in self._equal:
-            now = part.get(name)
-            if now is not value and now != value:
-                return False
-        for tensor, place in self._places:
-            if _place(tensor) != place:
-                return False
-        return self.register()
 
     def __call__(self, call: _Call) -> tuple[Tensor, tuple[Tensor | None, ...], tuple[Tensor, ...]]:
         with torch.no_grad():
@@ -386,43 +349,24 @@ class _Graph:
                 self._shared.add(i)
             taken.add(storage.data_ptr())
 
-    def register(self) -> bool:
-        """As model and guide would, for whoever traces them, and for what `SVI` optimizes.
-
-        Returns:
-            False where the store has another parameter of that name, or has lost one that it alone
-            knows how to make.
-        """
-        store = pyro.get_param_store()
-        for name, leaf, plain in self._params:
-            if name in store:
-                value = pyro.param(name)
-            elif plain:
-                value = pyro.param(name, leaf)
-            else:
-                return False
-            if value.unconstrained() is not leaf:
-                return False
-        return True
-
 
 def _capture(call: _Call, mode: Mode) -> _Graph:
     """Run the ELBO to see what takes part, then capture it. The random state is left as it was.
 
     Raises:
-        _Unfit: why it cannot be captured.
+        Unfit: why it cannot be captured.
     """
     if any(x.requires_grad for x in call.inputs):
-        raise _Unfit("an argument takes a gradient")
-    kinds = [type(x).__name__ for x in call.leaves if not (isinstance(x, Tensor) or _is_plain(x))]
+        raise Unfit("an argument takes a gradient")
+    kinds = [type(x).__name__ for x in call.leaves if not (isinstance(x, Tensor) or is_plain(x))]
     if kinds:
-        raise _Unfit(f"whether an argument has changed cannot be told of a {kinds[0]}")
+        raise Unfit(f"whether an argument has changed cannot be told of a {kinds[0]}")
     if call.function is None:
-        raise _Unfit("it has no differentiable_loss")
+        raise Unfit("it has no differentiable_loss")
     known = set(pyro.get_param_store().keys())
     states = RandomStates(_device(call))
     before = states.get()
-    used = _Used(*call.programs, call.function)
+    used = Used(*call.programs, call.function)
     with poutine.block():
         with used, poutine.trace(param_only=True) as registered:
             value, _ = call.evaluate(*call.args, **call.kwargs)
@@ -445,21 +389,21 @@ def _capture(call: _Call, mode: Mode) -> _Graph:
                 repeated = again(lambda: call.evaluate(*call.args, **call.kwargs)[0])
                 if not torch.equal(repeated, value):  # new parameters were drawn
                     before = after
-            graph = again(lambda: _recorded(run, inputs))
+            graph = again(lambda: record(run, inputs))
             result = again(lambda: graph(*inputs))
             _check(again(lambda: run(*inputs)), result)
             if leaves:
                 _check(again(lambda: _gradients_of(call, leaves)), result[1])
             if mode == "compiled":
-                graph = again(lambda: _compiled(graph, inputs))
+                graph = again(lambda: compiled(graph, inputs))
                 if _device(call).type == "cuda":
-                    graph = again(lambda: _Replayed(graph, inputs))
+                    graph = again(lambda: Replayed(graph, inputs))
             captured = _Graph(graph, leaves, params, used.modules)
             again(lambda: captured.find_shared(call))
-        except _Unfit:
+        except Unfit:
             raise
         except Exception as error:
-            raise _Unfit(_reason(error)) from None
+            raise Unfit(reason(error)) from None
         finally:
             used.restore()
             states.set(before)
@@ -479,109 +423,6 @@ def _gradients_of(call: _Call, leaves: list[Tensor]) -> tuple[Tensor | None, ...
             leaf.grad = gradient
 
 
-class _Used:
-    """The modules of the programs and all called within, and how they were before.
-
-    Attributes:
-        modules: in the order of their first use.
-    """
-
-    def __init__(self, *programs: Any) -> None:
-        self.modules: list[nn.Module] = []
-        self._buffers: list[tuple[Tensor, Tensor]] = []
-        for program in programs:
-            for value in (program, *_closed_over(program)):
-                owner = getattr(value, "__self__", value)
-                if isinstance(owner, nn.Module):
-                    self._see(owner)
-
-    def __enter__(self) -> None:
-        self._hook = nn.modules.module.register_module_forward_pre_hook(self._see)
-
-    def __exit__(self, *error: object) -> None:
-        self._hook.remove()
-
-    def _see(self, module: nn.Module, args: Any = ()) -> None:
-        for part in module.modules():
-            if not any(part is other for other in self.modules):
-                self.modules.append(part)
-                self._buffers += [(b, b.detach().clone()) for b in part.buffers(recurse=False)]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Buffers, such as the running means of a batch normalization."""
-        for buffer, value in self._buffers:
-            buffer.copy_(value)
-
-
-def _closed_over(program: Any) -> list[Any]:
-    """What a function reads from around it."""
-    try:
-        variables = inspect.getclosurevars(program)
-    except TypeError:  # it is no Python function
-        return []
-    return [*variables.nonlocals.values(), *variables.globals.values()]
-
-
-def _parts(module: nn.Module) -> list[dict[Any, Any]]:
-    """What a module is made of."""
-    return [
-        module._modules,
-        module._parameters,
-        module._buffers,
-        module._forward_hooks,
-        module._forward_pre_hooks,
-    ]
-
-
-class _Fresh(TorchDispatchMode):
-    """Refuses to read, into Python, a tensor that was there before.
-
-    Of a tensor made within, make_fx knows whether it is a constant. Of parameters it does not ask.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if torch.Tag.data_dependent_output in func.tags and any(
-            t not in self.made for t in tensors
-        ):
-            raise _Unfit(f"its course depends on the values of a tensor, through {func}")
-        if torch.Tag.dynamic_output_shape in func.tags and not _indexes(func, tensors):
-            raise _Unfit(f"a shape in it depends on the values of a tensor, through {func}")
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self.made[tensor] = True
-        return result
-
-
-class _Replayed:
-    """A graph as a CUDA graph: the inputs are copied to its own, and one launch does it all."""
-
-    def __init__(self, run: Callable[..., Any], inputs: list[Tensor]) -> None:
-        self.inputs = [x.clone() for x in inputs]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.no_grad(), torch.cuda.stream(stream):
-            for _ in range(3):  # what is set up at first use must not be captured
-                run(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self.graph):
-            self.outputs = run(*self.inputs)
-
-    def __call__(self, *inputs: Tensor) -> Any:
-        for own, new in zip(self.inputs, inputs, strict=True):
-            own.copy_(new)
-        self.graph.replay()
-        # The next replay writes over them.
-        return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.outputs)
-
-
 class _Loss(torch.autograd.Function):
     """A loss whose gradient is known already."""
 
@@ -596,63 +437,11 @@ class _Loss(torch.autograd.Function):
         return None, None, *(None if g is None else outer * g for g in ctx.gradients)
 
 
-def _recorded(run: Callable[..., Any], inputs: list[Tensor]) -> Callable[..., Any]:
-    """The graph of a function of tensors."""
-
-    def watched(*inputs: Tensor) -> Any:
-        with _Fresh():
-            return run(*inputs)
-
-    # Of their own, since make_fx knows a tensor by its identity: one that is given twice, or that a
-    # module holds too, would be taken for the same in all later calls.
-    own = [x.clone() for x in inputs]
-    with _items_stay_tensors(), pyro.validation_enabled(False):
-        return make_fx(watched)(*own)
-
-
-def _compiled(graph: Callable[..., Any], inputs: list[Tensor]) -> Callable[..., Any]:
-    """The graph compiled; the graph itself, with a warning, where the machine has no compiler."""
-    # Random numbers as eager torch draws them.
-    compiled = torch.compile(graph, dynamic=False, options={"fallback_random": True})
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of the compiler, on how it goes about it
-            compiled(*inputs)
-    except Exception as error:
-        warnings.warn(f"the captured graph runs uncompiled: {_reason(error)}", stacklevel=2)
-        return graph
-    return compiled
-
-
-@contextmanager
-def _items_stay_tensors() -> Iterator[None]:
-    """Pyro's ELBOs take the loss's value as a number, and look whether it is one."""
-    substitutes: dict[Any, Any] = {
-        torch_item: lambda x: x.detach() if isinstance(x, Tensor) else x,
-        warn_if_nan: lambda value, *args, **kwargs: value,
-        warn_if_inf: lambda value, *args, **kwargs: value,
-    }
-    names = {function.__name__: function for function in substitutes}
-    replaced = [
-        (module, name, function)
-        for module in list(sys.modules.values())
-        for name, function in names.items()
-        if getattr(module, "__dict__", {}).get(name) is function
-    ]
-    try:
-        for module, name, function in replaced:
-            setattr(module, name, substitutes[function])
-        yield
-    finally:
-        for module, name, function in replaced:
-            setattr(module, name, function)
-
-
 def _check(expected: Any, result: Any) -> None:
     """Loss, gradients and what is observed, of the graph against the ELBO's."""
     for one, other in zip(tree_leaves(expected), tree_leaves(result), strict=True):
         if not _close(one, other):
-            raise _Unfit(
+            raise Unfit(
                 "its graph gives another loss or gradient at the same random numbers, as where "
                 "particles are taken in chunks, or where a program is not the same at each run"
             )
@@ -685,50 +474,8 @@ def _leaves(loss: Tensor) -> list[Tensor]:
     return found
 
 
-def _indexes(func: Any, tensors: list[Tensor]) -> bool:
-    """Whether an operation takes elements by their numbers, whose shape is that of the numbers."""
-    integers = (torch.int64, torch.int32, torch.int16, torch.int8)
-    return func is torch.ops.aten.index.Tensor and all(t.dtype in integers for t in tensors[1:])
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is compared at a glance, and changes by being replaced alone."""
-    if isinstance(value, tuple):
-        return all(_is_plain(part) for part in value)
-    return isinstance(value, _PLAIN)
-
-
-class _Same:
-    """Stands for an object in a key: equal to itself alone."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-
-def _token(value: Any) -> Any:
-    """A value's part of a key. (0.0 equals −0.0, and True equals 1.)"""
-    return (type(value), repr(value)) if _is_plain(value) else _Same(value)
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return ": ".join([type(error).__name__, *lines[:1]])
-
-
 def _only_watches(handler: Messenger) -> bool:
     return isinstance(handler, TraceMessenger) and handler.param_only
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """All but the values; in CUDA graphs addresses are fixed."""
-    address = tensor.data_ptr() if tensor.is_cuda else None
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad, address
 
 
 def _device(call: _Call) -> torch.device:

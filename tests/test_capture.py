@@ -1058,7 +1058,7 @@ def test_errors_in_the_capturing_need_no_words(monkeypatch):
     def refuse(run: Any, inputs: list[Tensor]) -> Any:
         raise NotImplementedError
 
-    monkeypatch.setattr(captures, "_recorded", refuse)
+    monkeypatch.setattr(captures, "record", refuse)
     check_falls_back(Trace_ELBO(), toy(), rows(), reason="NotImplementedError")
 
 
@@ -1272,13 +1272,13 @@ def test_observed_takes_no_gradient():
 
 def plant(monkeypatch: pytest.MonkeyPatch, alter: Callable[..., Any]) -> None:
     """Graphs whose loss, gradients and observed are altered."""
-    recorded = captures._recorded
+    recorded = captures.record
 
     def faulty(run: Any, inputs: list[Tensor]) -> Callable[..., Any]:
         graph = recorded(run, inputs)
         return lambda *tensors: alter(*graph(*tensors))
 
-    monkeypatch.setattr(captures, "_recorded", faulty)
+    monkeypatch.setattr(captures, "record", faulty)
 
 
 def last_times(factor: float) -> Callable[[Iterable[Tensor]], tuple[Tensor, ...]]:
@@ -1312,7 +1312,7 @@ def test_graph_of_infinite_gradients_is_held_against_the_rest():
     """A tolerance in terms of the largest element is none where that is infinite."""
     expected, wrong = torch.tensor([math.inf, 1.0]), torch.tensor([math.inf, 2.0])
     captures._check((expected,), (expected,))
-    with pytest.raises(captures._Unfit):
+    with pytest.raises(captures.Unfit):
         captures._check((expected,), (wrong,))
 
 

@@ -24,6 +24,8 @@ ORDER = [
     "weighted",
     "elbos",
     "objectives",
+    "graphs",
+    "granted",
     "capture",
     "distributed",
     "optimizer",
