@@ -433,3 +433,41 @@ def test_upper_bound_refuses_no_samples():
     for num_samples in (0, -1):
         with pytest.raises(ValueError, match=f"integer of at least 1; got {num_samples}"):
             upper_bound(vae, x, z, num_samples)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "compiled"])
+def test_captured_sampling_is_exact_too(mode, monkeypatch):
+    """With the exact posterior every weight is the evidence, whatever draws and decodes."""
+    monkeypatch.setattr(evidence, "CHUNK_VALUES", 2**12)  # a graph is for a whole chunk
+    vae, x, exact = linear_gaussian()
+    result = importance_sample(vae, x[:7], 1000, mode=mode)
+    torch.testing.assert_close(result.log_evidence, exact[:7], rtol=1e-9, atol=1e-9)
+    assert mode == "eager" or evidence._captured(vae, mode).captures == 1
+    vae, x, exact = linear_gaussian(factor=1.5)
+    result = importance_sample(vae, x, 4000, mode=mode)
+    z = (result.log_evidence - exact) / result.standard_error
+    assert z.abs().max() < SIGMAS
+    assert result.standard_error.max() < 0.05
+
+
+def test_what_is_captured_is_kept_for_the_model_and_follows_its_weights(monkeypatch):
+    monkeypatch.setattr(evidence, "CHUNK_VALUES", 2**12)
+    vae, x, exact = linear_gaussian()
+    importance_sample(vae, x[:7], 1000, mode="graph")
+    kept = evidence._captured(vae, "graph")
+    assert kept.captures == 1
+    importance_sample(vae, x[7:14], 1000, mode="graph")
+    assert kept.captures == 1
+    with torch.no_grad():
+        vae.decoder.weight.mul_(1.2)
+    changed = importance_sample(vae, x[:7], 4000, mode="graph")
+    truth = importance_sample(vae, x[:7], 4000, mode="eager")
+    error = (changed.standard_error**2 + truth.standard_error**2).sqrt()
+    assert ((changed.log_evidence - truth.log_evidence) / error).abs().max() < SIGMAS
+    assert (changed.log_evidence - exact[:7]).abs().max() > 0.05  # power: the weights matter
+    assert kept.captures == 1
+
+
+def test_long_evaluations_are_compiled_and_short_ones_not():
+    assert evidence.choose_mode(179 * 5000 * 64) == "eager"
+    assert evidence.choose_mode(10_000 * 5000 * 784) == "compiled"
