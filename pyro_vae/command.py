@@ -10,9 +10,10 @@ import dataclasses
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import tyro
 
@@ -60,7 +61,9 @@ def parse(
 def run_command(work: Callable[[], int | None]) -> int:
     """Do the work of a command: a user's mistake becomes one line on stderr and status 2."""
     try:
-        return work() or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = _note
+            return work() or 0
     except InputError as error:
         return fail(str(error))
     except BrokenPipeError:  # the reader of our output has gone, as in `--help | head`
@@ -77,6 +80,21 @@ def run_command(work: Callable[[], int | None]) -> int:
         return fail(f"not enough memory for these sizes, lower them ({reason or 'out of memory'})")
     except KeyboardInterrupt:
         return fail("interrupted", status=130)
+
+
+def _note(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """This package's own warnings are for the user, and need no line of source."""
+    text = warnings.formatwarning(message, category, filename, lineno, line)
+    if Path(filename).parent == Path(__file__).parent:
+        text = f"note: {message}\n"
+    print(text, end="", file=file or sys.stderr)
 
 
 def fail(message: str, status: int = 2) -> int:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import matplotlib.image
@@ -18,8 +19,9 @@ import pytest
 import torch
 
 import pyro_vae
-from pyro_vae import encode, evaluate, generate, train
+from pyro_vae import capture, encode, evaluate, generate, train
 from pyro_vae.checkpoint import load_checkpoint
+from pyro_vae.command import run_command
 from pyro_vae.randomness import derive
 
 KEYS = {
@@ -773,3 +775,16 @@ def test_help_to_a_reader_that_has_gone(command):
         os.close(writer)
     assert done.stderr == ""
     assert done.returncode == 141
+
+
+def test_warnings_of_the_package_are_a_line_and_others_as_ever(capsys):
+    def work() -> int:
+        warnings.simplefilter("always")
+        warnings.warn_explicit("of ours", UserWarning, capture.__file__, 1)
+        warnings.warn_explicit("of others", UserWarning, "elsewhere.py", 7)
+        return 0
+
+    assert run_command(work) == 0
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first == "note: of ours"
+    assert rest[0] == "elsewhere.py:7: UserWarning: of others"
