@@ -83,7 +83,7 @@ class DataSpec:
         if self.binarizes(units):
             # Comparing uniforms takes half the time of torch.bernoulli, which draws doubles.
             uniform = torch.rand(x.shape, generator=generator, device=x.device)
-            x = (uniform < x).to(torch.float32)
+            x = torch.gt(x, uniform, out=uniform)  # 1.0 or 0.0, in one pass
         return x
 
     def from_units(self, x: Tensor, units: Units) -> Tensor:
