@@ -404,7 +404,7 @@ PRESETS = {
     "iwae-mnist": Config(
         DataConfig(source="mnist"),
         ModelConfig(latent_dim=50, hidden=(200, 200), activation="Tanh", likelihood="bernoulli"),
-        FitConfig(batch_size=100, learning_rate=1e-3, epochs=100),
+        FitConfig(batch_size=100, learning_rate=1e-3, epochs=700),
     )
 }
 
