@@ -192,12 +192,7 @@ class Captured(_Graphs, ELBO):
         self, function: Callable[..., Any], model: Any, guide: Any, args: Any, kwargs: Any
     ) -> Any:
         """The ELBO itself."""
-        if self.observer is None:
-            return function(model, guide, *args, **kwargs)
-        with self.observer:
-            value = function(model, guide, *args, **kwargs)
-        with torch.no_grad():
-            self.observed = tuple(x.detach() for x in self.observer.observed())
+        value, self.observed = _observed(self.observer, function, model, guide, *args, **kwargs)
         return value
 
 
@@ -296,11 +291,7 @@ class _Call:
     def evaluate(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Tensor, ...]]:
         """What the function returns, and what is observed."""
         assert self.function is not None
-        with self.observer or nullcontext():
-            value = self.function(*self.programs, *args, **kwargs)
-        with torch.no_grad():
-            observed = () if self.observer is None else self.observer.observed()
-            return value, tuple(x.detach() for x in observed)
+        return _observed(self.observer, self.function, *self.programs, *args, **kwargs)
 
 
 class _Graph:
@@ -408,6 +399,17 @@ def _capture(call: _Call, mode: Mode) -> _Graph:
             used.restore()
             states.set(before)
     return captured
+
+
+def _observed(
+    observer: Observer | None, function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> tuple[Any, tuple[Tensor, ...]]:
+    """What a function returns, and what the observer makes of its run."""
+    with observer or nullcontext():
+        value = function(*args, **kwargs)
+    with torch.no_grad():
+        observed = () if observer is None else observer.observed()
+        return value, tuple(x.detach() for x in observed)
 
 
 def _gradients_of(call: _Call, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:

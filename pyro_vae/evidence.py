@@ -19,13 +19,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import pyro
 import torch
 from pyro.distributions import Distribution
-from torch import Tensor
+from torch import Tensor, nn
 
 from .capture import CapturedFunction, Mode
 from .vae import LatentModel
@@ -113,15 +114,16 @@ def importance_sample(
         proposal: draws z from this, batch (B,), event (Z,), in place of q(z|x). The images then go
             through the decoder together, a few samples at a time.
         mode: whether to capture and compile drawing and decoding, see `capture.Mode`; by default
-            where there is enough of it. What is compiled is kept for later calls with this `vae`.
+            where there is enough of it and `vae` is a module. What is compiled is kept for later
+            calls with this `vae`.
 
     Raises:
         ValueError: `num_samples` is not positive, or x lies outside the likelihood's support.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples expects an integer of at least 1; got {num_samples}")
-    if proposal is not None:
-        mode = "eager"
+    if proposal is not None or not isinstance(vae, nn.Module):
+        mode = "eager"  # of other objects it could not be told whether they have changed
     elif mode is None:
         mode = choose_mode(x.numel() * num_samples)
     weigh = _captured(vae, mode) if mode != "eager" else None
@@ -232,10 +234,10 @@ def choose_mode(num_values: float) -> Mode:
 
 
 # What is compiled for each model, for as long as there is the model.
-_compiled: WeakKeyDictionary[LatentModel, dict[Mode, CapturedFunction]] = WeakKeyDictionary()
+_compiled: WeakKeyDictionary[nn.Module, dict[Mode, CapturedFunction]] = WeakKeyDictionary()
 
 
-def _captured(vae: LatentModel, mode: Mode) -> CapturedFunction:
+def _captured(vae: Any, mode: Mode) -> CapturedFunction:
     """(x (B, *data_shape), S) → log p(x|z) and log w (S, B) at draws of its own."""
     reference = ref(vae)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from typing import Any
+from weakref import ref
 
 import pyro
 import torch
@@ -126,7 +127,8 @@ def _closed_over(program: Any) -> list[Any]:
         variables = inspect.getclosurevars(program)
     except TypeError:  # it is no Python function
         return []
-    return [*variables.nonlocals.values(), *variables.globals.values()]
+    values = [*variables.nonlocals.values(), *variables.globals.values()]
+    return [value() if isinstance(value, ref) else value for value in values]
 
 
 def _parts(module: nn.Module) -> list[dict[Any, Any]]:

@@ -468,6 +468,44 @@ def test_what_is_captured_is_kept_for_the_model_and_follows_its_weights(monkeypa
     assert kept.captures == 1
 
 
+def test_what_the_model_itself_holds_is_watched_too(monkeypatch):
+    """No submodule has it, and the captured function has the model by a weak reference alone."""
+    monkeypatch.setattr(evidence, "CHUNK_VALUES", 2**12)
+
+    class Scaled(VAE):
+        plain = 1.0
+
+        def likelihood(self, z):
+            return super().likelihood(self.factor * self.plain * z)
+
+    vae, x, _ = linear_gaussian()
+    parts = (vae.prior_module, vae.encoder, vae.decoder, vae.likelihood_module)
+    for change in ("factor", "plain"):
+        scaled = Scaled(*parts)
+        scaled.factor, scaled.plain = nn.Parameter(torch.ones(()).double()), 1.0
+        importance_sample(scaled, x[:7], 1000, mode="graph")
+        zero = nn.Parameter(torch.zeros(()).double()) if change == "factor" else 0.0
+        setattr(scaled, change, zero)
+        result = importance_sample(scaled, x[:7], 1000, mode="graph")
+        expected = vae.likelihood(torch.zeros(Z).double()).log_prob(x[:7])  # whatever z is drawn
+        torch.testing.assert_close(result.reconstruction, expected)
+
+
+def test_models_that_are_no_modules_are_not_captured():
+    class Plain:
+        __slots__ = ("vae",)
+
+        def __init__(self, vae):
+            self.vae = vae
+
+        def __getattr__(self, name):
+            return getattr(self.vae, name)
+
+    vae, x, exact = linear_gaussian()
+    result = importance_sample(Plain(vae), x[:7], 100, mode="compiled")
+    torch.testing.assert_close(result.log_evidence, exact[:7], rtol=1e-9, atol=1e-9)
+
+
 def test_long_evaluations_are_compiled_and_short_ones_not():
     assert evidence.choose_mode(179 * 5000 * 64) == "eager"
     assert evidence.choose_mode(10_000 * 5000 * 784) == "compiled"
