@@ -5,6 +5,7 @@
   pyro-vae generate   new data from a run
   pyro-vae encode     posterior means and standard deviations of data
   pyro-vae diagnose   whether the posterior of a run can be believed
+  pyro-vae report     a run, or several side by side, as one HTML page
 
 `pyro-vae COMMAND --help` explains a command; python -m pyro_vae.COMMAND is the same.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-COMMANDS = ("train", "evaluate", "generate", "encode", "diagnose")
+COMMANDS = ("train", "evaluate", "generate", "encode", "diagnose", "report")
 
 
 def main() -> int:

@@ -95,6 +95,7 @@ def _main(arguments: DiagnoseArguments) -> int:
     training = _some_rows(known, units, effort.aggregate, seed)
     report: dict[str, Any] = {
         "checkpoint": str(checkpoint.path),
+        "step": checkpoint.history[-1]["step"],
         "data": splits.name,
         "held_out": len(held_out),
         "likelihood": checkpoint.config.model.likelihood,

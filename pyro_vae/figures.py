@@ -6,7 +6,9 @@ profiles. `save` writes a figure as PNG.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 __all__ = [
     "Plane",
+    "compare_curves",
     "elbo_curves",
     "image_grid",
     "in_rows",
@@ -27,6 +30,7 @@ __all__ = [
     "plain",
     "reconstructions",
     "save",
+    "svg",
 ]
 
 STYLE: Any = {
@@ -38,6 +42,8 @@ STYLE: Any = {
     "legend.frameon": False,
     "savefig.dpi": 200,
 }
+# With no interpolation an SVG holds the very pixels.
+TILES: Any = {"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "none"}
 TRAIN, VALIDATION = "#2a6f97", "#d1495b"
 
 
@@ -50,6 +56,21 @@ def save(figure: Figure, path: Path) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def svg(figure: Figure, name: str) -> str:
+    """A figure as SVG text to stand in a page, on its ground and in its ink.
+
+    Args:
+        name: keeps the identifiers in it apart from those of the page's other figures.
+    """
+    buffer = io.StringIO()
+    style = {**STYLE, "svg.fonttype": "none", "svg.hashsalt": name}
+    nothing = dict.fromkeys(["Creator", "Date", "Format", "Type"])
+    with matplotlib.rc_context(style):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    return re.sub("#000000|#666666", "currentColor", text[text.index("<svg") :])
 
 
 def image_grid(values: np.ndarray, title: str = "") -> Figure:
@@ -92,7 +113,7 @@ def manifold(values: np.ndarray, quantiles: np.ndarray, title: str = "") -> Figu
     axes = figure.add_subplot()
     axes.set_title(title)
     mosaic = _mosaic(values[::-1], gap=1)
-    axes.imshow(mosaic, cmap="gray", vmin=0, vmax=1, extent=(0, side, 0, side), aspect="auto")
+    axes.imshow(mosaic, **TILES, extent=(0, side, 0, side), aspect="auto")
     ticks = np.unique(np.linspace(0, side - 1, 5).round().astype(int))
     for axis, name in ((axes.xaxis, "$z_1$"), (axes.yaxis, "$z_2$")):
         axis.set_ticks(ticks + 0.5, [f"{quantiles[i]:.2f}" for i in ticks])
@@ -139,6 +160,41 @@ def elbo_curves(history: Sequence[dict[str, Any]], title: str = "") -> Figure:
             if name.startswith(("ELBO", "rec")):
                 _focus(axes, [line[key] for line in history for key in (train, validation)])
         figure.axes[0].legend(loc="lower right")
+    return figure
+
+
+def compare_curves(histories: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
+    """Validation ELBO, reconstruction and KL over epochs, a line for each run.
+
+    Args:
+        histories: lines of metrics.jsonl by the run's name.
+    """
+    panels = [
+        ("ELBO", "validation_elbo"),
+        ("reconstruction  $E_q[\\log p(x|z)]$", "validation_reconstruction"),
+        ("KL$(q(z|x)\\,\\|\\,p(z))$", "validation_kl"),
+    ]
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(10.1, 3.2)
+        for i, (name, key) in enumerate(panels):
+            axes = figure.add_subplot(1, len(panels), i + 1)
+            shown: list[float] = []
+            for k, (run, history) in enumerate(histories.items()):
+                lines = [line for line in history if line[key] is not None]
+                values = [line[key] for line in lines]
+                epochs = [line["epoch"] for line in lines]
+                marker = "o" if len(epochs) == 1 else None
+                axes.plot(epochs, values, color=f"C{k}", label=plain(run), marker=marker)
+                shown += values
+            axes.set_title(name)
+            axes.set_xlabel("epoch")
+            axes.set_ylabel("nats per image")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.grid(alpha=0.25)
+            if key != "validation_kl" and shown:
+                _focus(axes, shown)
+        handles = figure.axes[1].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=min(4, len(histories)))
     return figure
 
 
@@ -227,15 +283,18 @@ def _focus(axes: Any, values: Sequence[float]) -> None:
 
 
 def _mosaic(values: np.ndarray, gap: int) -> np.ndarray:
-    """(rows, columns, C, H, W) → one image (height, width) or (height, width, 3)."""
+    """(rows, columns, C, H, W) → one image: (height, width), NaN in the gaps, or RGBA."""
     rows, columns, channels, height, width = values.shape
-    sheet = np.ones((rows * (height + gap) - gap, columns * (width + gap) - gap, channels))
+    shape = (rows * (height + gap) - gap, columns * (width + gap) - gap, channels)
+    sheet = np.full(shape, np.nan)
     for i in range(rows):
         for j in range(columns):
             top, left = i * (height + gap), j * (width + gap)
             sheet[top : top + height, left : left + width] = np.moveaxis(values[i, j], 0, -1)
-    sheet = np.nan_to_num(sheet, nan=1.0)
-    return sheet[..., 0] if channels == 1 else sheet.clip(0, 1)
+    if channels == 1:
+        return sheet[..., 0]
+    opaque = np.isfinite(sheet[..., :1]).astype(float)
+    return np.concatenate([np.nan_to_num(sheet).clip(0, 1), opaque], axis=-1)
 
 
 def _draw_tiles(figure: Figure, values: np.ndarray, row_labels: Sequence[str] = ()) -> None:
@@ -244,7 +303,7 @@ def _draw_tiles(figure: Figure, values: np.ndarray, row_labels: Sequence[str] = 
         height, width = values.shape[-2:]
         gap = max(1, round(min(height, width) / 14))
         axes = figure.add_subplot()
-        axes.imshow(_mosaic(values, gap), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.imshow(_mosaic(values, gap), **TILES)
         axes.set_xticks([])
         centres = [i * (height + gap) + height / 2 - 0.5 for i in range(rows)] if row_labels else []
         axes.set_yticks(centres, row_labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,17 @@ from .data import Split, Splits
 from .randomness import random_states
 from .vae import VAE
 
-__all__ = ["draw_reconstructions", "draw_run", "generate_images", "square", "to_display"]
+__all__ = [
+    "Codes",
+    "draw_reconstructions",
+    "draw_run",
+    "generate_images",
+    "latent_codes",
+    "reconstructions",
+    "run_figures",
+    "square",
+    "to_display",
+]
 
 # Latent means are drawn for at most so many images: enough to see every cluster, and few enough for
 # t-SNE to take seconds.
@@ -39,18 +50,41 @@ def to_display(vae: VAE | Autoencoder, x: Tensor) -> np.ndarray:
     return x.cpu().numpy()
 
 
-def draw_reconstructions(
-    vae: VAE | Autoencoder, splits: Splits, folder: Path, name: str, epoch: int, seed: int
-) -> Path:
+@dataclass(frozen=True)
+class Codes:
+    """Images and their latent means.
+
+    Attributes:
+        x: (N, *data_shape), in the likelihood's units.
+        means: (N, Z), on the CPU.
+        labels: (N,) indices into the class names, or None.
+        planes: the means as they are drawn: the latents where Z ≤ 2, else projections.
+        title: what they are.
+    """
+
+    x: Tensor
+    means: np.ndarray
+    labels: np.ndarray | None
+    planes: Sequence[figures.Plane]
+    title: str
+
+
+def reconstructions(vae: VAE | Autoencoder, splits: Splits, epoch: int, seed: int) -> Figure:
     """Validation images beside their reconstructions; the same images whenever it is called."""
     x = _first(splits.validation, vae, 24, seed)
-    figure = figures.reconstructions(
+    return figures.reconstructions(
         to_display(vae, x),
         to_display(vae, vae.reconstruct(x)),
         f"{figures.plain(splits.name)}: validation images and reconstructions after epoch {epoch}",
     )
+
+
+def draw_reconstructions(
+    vae: VAE | Autoencoder, splits: Splits, folder: Path, name: str, epoch: int, seed: int
+) -> Path:
+    """Write the picture of `reconstructions`; returns the file."""
     path = folder / f"{name}.png"
-    figures.save(figure, path)
+    figures.save(reconstructions(vae, splits, epoch, seed), path)
     return path
 
 
@@ -60,27 +94,38 @@ def draw_run(
     history: Sequence[dict[str, Any]],
     folder: Path,
     seed: int,
+    codes: Codes,
 ) -> list[Path]:
-    """All pictures but the reconstructions; returns the files written.
+    """All pictures but the reconstructions; returns the files written."""
+    drawn = run_figures(vae, splits, history, seed)
+    names = [figures.plain(name) for name in splits.class_names]
+    title = f"{figures.plain(splits.name)}: {codes.title}"
+    drawn["latent"] = figures.latent_scatter(codes.planes, codes.labels, names, title)
+    if isinstance(vae, VAE) and vae.prior().event_shape[0] == 2:
+        drawn["manifold"] = _manifold(vae, splits)
+    paths = []
+    for name, figure in drawn.items():
+        paths.append(folder / f"{name}.png")
+        figures.save(figure, paths[-1])
+    return paths
+
+
+def run_figures(
+    vae: VAE | Autoencoder, splits: Splits, history: Sequence[dict[str, Any]], seed: int
+) -> dict[str, Figure]:
+    """Curves, interpolations and, of a VAE, samples.
 
     Drawn from the prior with `seed`; torch's global random state is left as it was.
     """
     with random_states(next(vae.parameters()).device, seed):
         drawn = {"elbo": figures.elbo_curves(history, f"{figures.plain(splits.name)}: training")}
-        drawn["latent"] = _latent(vae, splits, seed)
         drawn["interpolations"] = _interpolations(vae, splits, seed)
         if isinstance(vae, VAE):
             count = 100 if splits.spec.is_image else 24
             mean = to_display(vae, generate_images(vae, count)[0])
             title = f"{figures.plain(splits.name)}: means of p(x|z) at draws of z from the prior"
             drawn["samples"] = figures.image_grid(square(mean), title)
-            if vae.prior().event_shape[0] == 2:
-                drawn["manifold"] = _manifold(vae, splits)
-    paths = []
-    for name, figure in drawn.items():
-        paths.append(folder / f"{name}.png")
-        figures.save(figure, paths[-1])
-    return paths
+    return drawn
 
 
 @torch.no_grad()
@@ -110,7 +155,7 @@ def square(values: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def _latent(vae: VAE | Autoencoder, splits: Splits, seed: int) -> Figure:
+def latent_codes(vae: VAE | Autoencoder, splits: Splits, seed: int) -> Codes:
     """Latent means of the test images; of small data, of the other splits' images too."""
     used = [splits.test]
     if len(splits.test) < 1000:
@@ -126,12 +171,8 @@ def _latent(vae: VAE | Autoencoder, splits: Splits, seed: int) -> Figure:
         labels = torch.cat(parts)[:most].numpy()
     what = "codes" if isinstance(vae, Autoencoder) else "posterior means"
     which = "test" if len(used) == 1 else "test, validation and training"
-    return figures.latent_scatter(
-        _planes(means),
-        labels,
-        [figures.plain(name) for name in splits.class_names],
-        f"{figures.plain(splits.name)}: {what} of {len(means)} {which} images",
-    )
+    title = f"{what} of {len(means)} {which} images"
+    return Codes(torch.cat(batches)[:most], means, labels, _planes(means), title)
 
 
 def _planes(means: np.ndarray) -> list[figures.Plane]:

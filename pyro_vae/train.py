@@ -1,7 +1,8 @@
 """Train a variational autoencoder.
 
 With no flags it learns the embedded handwritten digits in about a minute on two cores and writes a
-run folder, runs/digits: config.json, metrics.jsonl (a line an epoch), checkpoints/ and figures/.
+run folder, runs/digits: config.json, metrics.jsonl (a line an epoch), checkpoints/, figures/ and
+report.html, a page with all of it.
 
   python -m pyro_vae.train --data mnist --epochs 20
   python -m pyro_vae.train --data photos/ --image-size 32 32 --architecture conv
@@ -43,7 +44,15 @@ if TYPE_CHECKING:
 # Checkpoints are written at most so often, in seconds: a kill costs no more than this.
 SAVE_EVERY = 15.0
 
-RUN_FILES = ("config.json", "metrics.jsonl", "checkpoints", "figures", "tensorboard")
+RUN_FILES = (
+    "config.json",
+    "metrics.jsonl",
+    "checkpoints",
+    "figures",
+    "diagnostics.json",
+    "report.html",
+    "tensorboard",
+)
 
 
 @dataclass(frozen=True)
@@ -426,14 +435,17 @@ def _describe(run: _Run) -> None:
 def _summarize(run: _Run) -> None:
     """Draw the pictures and say where everything is."""
     from .checkpoint import load_checkpoint
-    from .gallery import draw_reconstructions, draw_run
+    from .gallery import draw_reconstructions, draw_run, latent_codes
+    from .report import write_report
 
     history, figures, seed = run.history, run.folder / "figures", run.config.seed
     device = next(run.vae.parameters()).device
     last = history[-1]["epoch"]
     draw_reconstructions(run.vae, run.splits, figures, "reconstructions_last_epoch", last, seed)
     best = load_checkpoint(run.folder)
-    draw_run(best.vae.to(device), run.splits, history, figures, seed)
+    codes = latent_codes(best.vae.to(device), run.splits, seed)
+    draw_run(best.vae, run.splits, history, figures, seed, codes)
+    report = write_report(run.folder, best, run.splits, codes)
 
     line = best.history[-1]
     names = {
@@ -446,7 +458,7 @@ def _summarize(run: _Run) -> None:
         f"done   {history[-1]['seconds']:.0f} s of training; best epoch {line['epoch']} of {last}"
     )
     print(f"       validation: {terms} nats per image")
-    print(f"see    {figures}/*.png, {run.folder / 'metrics.jsonl'}")
+    print(f"see    {report}, {figures}/*.png, {run.folder / 'metrics.jsonl'}")
     print(f"next   python -m pyro_vae.evaluate {run.folder}")
 
 

@@ -763,7 +763,9 @@ def test_one_message_for_too_few_particles(tmp_path, capsys):
     assert err.count("--objective miwae") == 1
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "encode", "diagnose"])
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "generate", "encode", "diagnose", "report"]
+)
 def test_help_to_a_reader_that_has_gone(command):
     """As in `--help | head`: no traceback."""
     reader, writer = os.pipe()

@@ -85,16 +85,13 @@ def test_points_have_their_own_labels():
     assert drawn == {"x": [[1, 1], [3, 3]], "y": [[0, 0], [2, 2]]}
 
 
-def test_latent_means_and_labels_belong_together(run, monkeypatch):
+def test_latent_means_and_labels_belong_together(run):
     """Against the posterior of each image, one by one, over all splits."""
-    seen = {}
-    monkeypatch.setattr(
-        figures, "latent_scatter", lambda planes, labels, *_: seen.update(p=planes, l=labels)
-    )
     vae, splits = pyro_vae.load(run), pyro_vae.load_data("digits")
-    gallery._latent(vae, splits, 0)
-    points, labels = seen["p"][0].points, seen["l"]
-    assert len(points) == len(labels) == 1797
+    codes = gallery.latent_codes(vae, splits, 0)
+    points, labels = codes.planes[0].points, codes.labels
+    np.testing.assert_array_equal(points, codes.means)
+    assert len(codes.x) == len(points) == len(labels) == 1797
     for part, offset in [(splits.test, 0), (splits.validation, 179), (splits.train, 179 + 161)]:
         x = part.take(torch.tensor([5]), "count")
         np.testing.assert_allclose(

@@ -47,7 +47,11 @@ ORDER = [
     "posterior_figures",
     "gallery",
     "studies",
+    "explorer",
+    "page",
+    "overview",
     "command",
+    "report",
     "train",
     "evaluate",
     "generate",
@@ -87,7 +91,7 @@ def test_figures_know_no_model():
 
 
 def test_help_does_not_wait_for_torch():
-    for command in ("train", "evaluate", "generate", "encode", "diagnose"):
+    for command in ("train", "evaluate", "generate", "encode", "diagnose", "report"):
         code = (
             f"import sys; from pyro_vae.{command} import main\n"
             "try: main(['--help'])\nexcept SystemExit: pass\n"

@@ -1,0 +1,165 @@
+"""What the decoder makes of planes of two latents, computed in advance for a page without one.
+
+On a plane two latents take the values of a grid while the others stay at an anchor, the code of an
+image. The decoded means of p(x|z) are the tiles of a sheet, one PNG for each anchor and pair of
+latents, at 8 bits a value: column by column the first latent grows, row by row the second.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .autoencoder import Autoencoder
+from .gallery import Codes, to_display
+from .vae import VAE
+
+__all__ = ["Explorer", "explore", "png", "tiles"]
+
+# Latents to choose from, anchors, points a side: the first plan whose sheets fit is taken.
+PLANS = [(4, 4, 15), (4, 3, 13), (3, 3, 13), (3, 2, 11), (2, 2, 11), (2, 1, 9), (2, 1, 5)]
+# Where there are two latents at most, one sheet shows all there is.
+WHOLE = [(2, 1, 41), (2, 1, 33), (2, 1, 25), (2, 1, 17), (2, 1, 9), (2, 1, 5)]
+
+MAX_PIXELS = 64  # a side of a tile; larger images are reduced
+
+
+@dataclass(frozen=True)
+class Explorer:
+    """Planes of a latent space with their decoded sheets.
+
+    Attributes:
+        latents: (L,) indices of those that vary on some plane, the most used first.
+        grid: (L, n) the values that each takes.
+        anchors: (M,) indices into `Codes` of the images whose codes the other latents stay at.
+        sheets: PNG of each (anchor, first latent, second latent), by positions in `anchors` and
+            `latents`; of a single latent, that latent twice.
+        tile: height, width and channels of a tile; a table's row is one pixel high.
+        span: the values that black and white stand for.
+        reduced: whether the tiles are smaller than the images.
+    """
+
+    latents: list[int]
+    grid: np.ndarray
+    anchors: list[int]
+    sheets: dict[tuple[int, int, int], bytes]
+    tile: tuple[int, int, int]
+    span: tuple[float, float]
+    reduced: bool
+
+
+def explore(vae: VAE | Autoencoder, codes: Codes, budget: int) -> Explorer:
+    """Decode the planes of the latents whose means vary most, around codes of several classes.
+
+    A VAE's latents run from −3 to 3, where its prior has all but 0.3% of each; an autoencoder's
+    over the middle 98% of its codes.
+
+    Args:
+        codes: of the images that may be anchors.
+        budget: bytes that the sheets may take; fewer latents, anchors and points make them fit.
+    """
+    spread = codes.means.std(0)
+    order = np.argsort(-spread, kind="stable").tolist()
+    plans = PLANS if len(order) > 2 else WHOLE
+    for plan in plans:
+        num_latents, num_anchors, side = plan
+        latents = sorted(order[:num_latents])
+        anchors = _of_several_classes(codes, num_anchors)
+        grid = _grid(vae, codes.means[:, latents], side)
+        keys = [
+            (m, i, j)
+            for m in range(len(anchors))
+            for i, j in (combinations(range(len(latents)), 2) if len(latents) > 1 else [(0, 0)])
+        ]
+        first, span = _sheet(vae, codes, latents, grid, anchors, keys[0])
+        if len(png(first)) * len(keys) <= budget or plan == plans[-1]:
+            break
+    drawn = {}
+    if codes.x.ndim != 4:  # one scale for all rows of a table
+        spans = [_sheet(vae, codes, latents, grid, anchors, key)[1] for key in keys]
+        span = min(low for low, _ in spans), max(high for _, high in spans)
+    for key in keys:
+        drawn[key] = png(_sheet(vae, codes, latents, grid, anchors, key, span)[0])
+    height, width, *channels = tiles(vae, codes.x[:1], span)[0].shape
+    tile = (height, width, channels[0] if channels else 1)
+    reduced = codes.x.ndim == 4 and (height, width) != tuple(codes.x.shape[-2:])
+    return Explorer(latents, grid, anchors, drawn, tile, span, reduced)
+
+
+def tiles(
+    vae: VAE | Autoencoder,
+    x: Tensor,
+    span: tuple[float, float] = (0, 1),
+    largest: int = MAX_PIXELS,
+) -> np.ndarray:
+    """x (N, *data_shape) → (N, H, W) or (N, H, W, 3) of 8 bits.
+
+    Images with a side of more than `largest` pixels are reduced to it. Rows of a table become
+    (N, 1, D), `span` being black and white.
+    """
+    values = torch.as_tensor(to_display(vae, x))
+    if values.ndim != 4:
+        values = (values[:, None, None] - span[0]) / (span[1] - span[0] or 1)
+    longest = max(values.shape[-2:])
+    if x.ndim == 4 and longest > largest:
+        size = [max(1, round(side * largest / longest)) for side in values.shape[-2:]]
+        values = torch.nn.functional.interpolate(values, size, mode="area")
+    bits = (255 * values.clamp(0, 1)).round().to(torch.uint8).movedim(1, -1)
+    return (bits[..., 0] if bits.shape[-1] == 1 else bits).numpy()
+
+
+def png(sheet: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(sheet).save(buffer, "png", optimize=True)
+    return buffer.getvalue()
+
+
+def _of_several_classes(codes: Codes, count: int) -> list[int]:
+    """The first images, each of another class where there are labels."""
+    if codes.labels is None:
+        return list(range(min(count, len(codes.means))))
+    firsts = np.unique(codes.labels, return_index=True)[1]
+    return sorted(firsts.tolist())[:count]
+
+
+def _grid(vae: VAE | Autoencoder, means: np.ndarray, side: int) -> np.ndarray:
+    """(L, n) values of each latent."""
+    if isinstance(vae, VAE):
+        ends = np.array([[-3.0, 3.0]] * means.shape[1])
+    else:
+        ends = np.percentile(means, [1, 99], axis=0).T
+    return np.linspace(ends[:, 0], ends[:, 1], side, axis=1).astype(np.float32)
+
+
+@torch.no_grad()
+def _sheet(
+    vae: VAE | Autoencoder,
+    codes: Codes,
+    latents: list[int],
+    grid: np.ndarray,
+    anchors: list[int],
+    key: tuple[int, int, int],
+    span: tuple[float, float] | None = None,
+) -> tuple[np.ndarray, tuple[float, float]]:
+    """The tiles of one plane as one image, and the least and largest value in them."""
+    anchor, first, second = key
+    side = grid.shape[1]
+    rows = side if first != second else 1
+    z = torch.as_tensor(codes.means[anchors[anchor]]).repeat(rows, side, 1)
+    z[..., latents[second]] = torch.as_tensor(grid[second])[:rows, None]
+    z[..., latents[first]] = torch.as_tensor(grid[first])
+    z = z.flatten(0, 1).to(next(vae.parameters()).device)
+    x = torch.cat([vae.likelihood(part).mean for part in z.split(256)])
+    if span is None:
+        shown = to_display(vae, x)
+        span = (0.0, 1.0) if x.ndim == 4 else (float(shown.min()), float(shown.max()))
+    parts = tiles(vae, x, span)
+    height, width = parts.shape[1:3]
+    sheet = parts.reshape(rows, side, *parts.shape[1:]).swapaxes(1, 2)
+    return sheet.reshape(rows * height, side * width, *parts.shape[3:]), span
