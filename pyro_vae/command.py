@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import sys
 import warnings
@@ -60,6 +61,7 @@ def parse(
 
 def run_command(work: Callable[[], int | None]) -> int:
     """Do the work of a command: a user's mistake becomes one line on stderr and status 2."""
+    logging.getLogger("pyro.infer").setLevel(logging.WARNING)  # below that Pyro tells its guesses
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _note

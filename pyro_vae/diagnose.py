@@ -3,7 +3,8 @@
 Held-out rows, and data simulated from the model itself, whose true latents are known, put the guide
 q(z|x) and the numbers made from it to the test. A line is sound where the error is shown to be
 small, wrong where it is shown to be large, and doubtful otherwise; sizes come with 95% confidence
-intervals. RUN/diagnostics.json holds all numbers, RUN/figures/diagnose_*.png show them.
+intervals. RUN/diagnostics.json holds all numbers, RUN/figures/diagnose_*.png show them, and
+RUN/report.html is written anew with the verdicts in it.
 
   python -m pyro_vae.diagnose runs/digits
   python -m pyro_vae.diagnose runs/digits --quick
@@ -71,7 +72,9 @@ def _main(arguments: DiagnoseArguments) -> int:
 
     from .checkpoint import load_checkpoint
     from .figures import save
+    from .gallery import latent_codes
     from .randomness import derive, random_states
+    from .report import write_report
     from .studies import FULL, QUICK, studies
     from .vae import VAE
 
@@ -126,6 +129,9 @@ def _main(arguments: DiagnoseArguments) -> int:
             bar.update(100 - bar.n)
         report["complete"] = True
         _write(run / "diagnostics.json", report)
+        if arguments.data is None:
+            codes = latent_codes(vae, splits, checkpoint.config.seed)
+            write_report(run, checkpoint, splits, codes)
     finally:
         if report["findings"] and not arguments.json:
             print(_table(report, run))

@@ -57,8 +57,8 @@ class Explorer:
 def explore(vae: VAE | Autoencoder, codes: Codes, budget: int) -> Explorer:
     """Decode the planes of the latents whose means vary most, around codes of several classes.
 
-    A VAE's latents run from −3 to 3, where its prior has all but 0.3% of each; an autoencoder's
-    over the middle 98% of its codes.
+    A VAE's latents run over −3 to 3, where its prior has all but 0.3% of each, and as far beyond as
+    98% of the means go; an autoencoder's over the middle 98% of its codes.
 
     Args:
         codes: of the images that may be anchors.
@@ -130,11 +130,11 @@ def _of_several_classes(codes: Codes, count: int) -> list[int]:
 
 def _grid(vae: VAE | Autoencoder, means: np.ndarray, side: int) -> np.ndarray:
     """(L, n) values of each latent."""
+    low, high = np.percentile(means, [1, 99], axis=0)
     if isinstance(vae, VAE):
-        ends = np.array([[-3.0, 3.0]] * means.shape[1])
-    else:
-        ends = np.percentile(means, [1, 99], axis=0).T
-    return np.linspace(ends[:, 0], ends[:, 1], side, axis=1).astype(np.float32)
+        high = np.maximum(3, np.maximum(-low, high))
+        low = -high
+    return np.linspace(low, high, side, axis=1).astype(np.float32)
 
 
 @torch.no_grad()

@@ -124,10 +124,11 @@ def _history(run: Path, best: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _sentence(checkpoint: Checkpoint, splits: Splits) -> str:
     model, fit = checkpoint.config.model, checkpoint.config.fit
-    kind = "An autoencoder" if model.kind == "autoencoder" else "A variational autoencoder"
+    is_vae = isinstance(checkpoint.vae, VAE)
+    kind = "A variational autoencoder" if is_vae else "An autoencoder"
     sizes = " ".join(map(str, model.hidden or ()))
     particles = f" with {fit.num_particles} particles" if fit.num_particles > 1 else ""
-    objective = f" by the objective {fit.objective}{particles}" if model.kind == "vae" else ""
+    objective = f" by the objective {fit.objective}{particles}" if is_vae else ""
     shape = "×".join(map(str, splits.spec.shape))
     return (
         f"{kind} of {model.latent_dim} latents ({model.architecture} {sizes}, {model.likelihood} "

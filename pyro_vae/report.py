@@ -145,7 +145,7 @@ def _settings(views: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     from .overview import flat
 
     default = flat(Config().to_dict())
-    flags = {"source": "data", "root": "data-root"}
+    flags = {"source": "data", "root": "data-root", "kind": "model"}
     rows = []
     for name in views[0]["settings"]:
         values = [view["settings"][name] for view in views]
