@@ -240,7 +240,7 @@ class _Call:
         found = (*self.schedules, _FOUND)
         self.key = (
             programs,
-            self.tree,
+            repr(self.tree),  # which has a hash in newer versions of torch only
             tuple(place(x)[:-1] if isinstance(x, Tensor) else token(x) for x in self.leaves),
             tuple(token(v) for k, v in getattr(owner, "__dict__", {}).items() if k not in found),
             torch.is_grad_enabled(),

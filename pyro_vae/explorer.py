@@ -57,8 +57,8 @@ class Explorer:
 def explore(vae: VAE | Autoencoder, codes: Codes, budget: int) -> Explorer:
     """Decode the planes of the latents whose means vary most, around codes of several classes.
 
-    A VAE's latents run over −3 to 3, where its prior has all but 0.3% of each, and as far beyond as
-    98% of the means go; an autoencoder's over the middle 98% of its codes.
+    A VAE's latents run from −3 to 3, where its prior has all but 0.3% of each, or as far beyond as 98%
+    of some latent's means go; an autoencoder's over the middle 98% of its codes.
 
     Args:
         codes: of the images that may be anchors.
@@ -132,7 +132,7 @@ def _grid(vae: VAE | Autoencoder, means: np.ndarray, side: int) -> np.ndarray:
     """(L, n) values of each latent."""
     low, high = np.percentile(means, [1, 99], axis=0)
     if isinstance(vae, VAE):
-        high = np.maximum(3, np.maximum(-low, high))
+        high = np.full_like(high, max(3, high.max(), -low.min()))
         low = -high
     return np.linspace(low, high, side, axis=1).astype(np.float32)
 
