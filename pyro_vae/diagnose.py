@@ -98,7 +98,8 @@ def _main(arguments: DiagnoseArguments) -> int:
     training = _some_rows(known, units, effort.aggregate, seed)
     report: dict[str, Any] = {
         "checkpoint": str(checkpoint.path),
-        "step": checkpoint.history[-1]["step"],
+        "step": checkpoint.history[-1]["step"] if checkpoint.history else 0,
+        "fingerprint": splits.fingerprint,
         "data": splits.name,
         "held_out": len(held_out),
         "likelihood": checkpoint.config.model.likelihood,
@@ -129,7 +130,7 @@ def _main(arguments: DiagnoseArguments) -> int:
             bar.update(100 - bar.n)
         report["complete"] = True
         _write(run / "diagnostics.json", report)
-        if arguments.data is None:
+        if arguments.data is None and checkpoint.history:
             codes = latent_codes(vae, splits, checkpoint.config.seed)
             write_report(run, checkpoint, splits, codes)
     finally:

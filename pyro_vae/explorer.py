@@ -57,8 +57,8 @@ class Explorer:
 def explore(vae: VAE | Autoencoder, codes: Codes, budget: int) -> Explorer:
     """Decode the planes of the latents whose means vary most, around codes of several classes.
 
-    A VAE's latents run from −3 to 3, where its prior has all but 0.3% of each, or as far beyond as 98%
-    of some latent's means go; an autoencoder's over the middle 98% of its codes.
+    A VAE's latents run from −3 to 3, where its prior has all but 0.3% of each, or as far beyond as
+    98% of some latent's means go; an autoencoder's over the middle 98% of its codes.
 
     Args:
         codes: of the images that may be anchors.
@@ -69,7 +69,7 @@ def explore(vae: VAE | Autoencoder, codes: Codes, budget: int) -> Explorer:
     plans = PLANS if len(order) > 2 else WHOLE
     for plan in plans:
         num_latents, num_anchors, side = plan
-        latents = sorted(order[:num_latents])
+        latents = order[:num_latents]
         anchors = _of_several_classes(codes, num_anchors)
         grid = _grid(vae, codes.means[:, latents], side)
         keys = [
@@ -77,15 +77,20 @@ def explore(vae: VAE | Autoencoder, codes: Codes, budget: int) -> Explorer:
             for m in range(len(anchors))
             for i, j in (combinations(range(len(latents)), 2) if len(latents) > 1 else [(0, 0)])
         ]
-        first, span = _sheet(vae, codes, latents, grid, anchors, keys[0])
-        if len(png(first)) * len(keys) <= budget or plan == plans[-1]:
+        span = (0.0, 1.0)
+        if codes.x.ndim != 4:  # one scale for all rows of a table
+            shown = [to_display(vae, _decoded(vae, codes, latents, grid, anchors, k)) for k in keys]
+            span = (
+                min(float(part.min()) for part in shown),
+                max(float(part.max()) for part in shown),
+            )
+        drawn: dict[tuple[int, int, int], bytes] = {}
+        for key in keys:
+            drawn[key] = png(_sheet(vae, codes, latents, grid, anchors, key, span))
+            if sum(map(len, drawn.values())) > budget and plan != plans[-1]:
+                break
+        else:
             break
-    drawn = {}
-    if codes.x.ndim != 4:  # one scale for all rows of a table
-        spans = [_sheet(vae, codes, latents, grid, anchors, key)[1] for key in keys]
-        span = min(low for low, _ in spans), max(high for _, high in spans)
-    for key in keys:
-        drawn[key] = png(_sheet(vae, codes, latents, grid, anchors, key, span)[0])
     height, width, *channels = tiles(vae, codes.x[:1], span)[0].shape
     tile = (height, width, channels[0] if channels else 1)
     reduced = codes.x.ndim == 4 and (height, width) != tuple(codes.x.shape[-2:])
@@ -116,7 +121,7 @@ def tiles(
 
 def png(sheet: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(sheet).save(buffer, "png", optimize=True)
+    Image.fromarray(sheet).save(buffer, "png")
     return buffer.getvalue()
 
 
@@ -134,20 +139,20 @@ def _grid(vae: VAE | Autoencoder, means: np.ndarray, side: int) -> np.ndarray:
     if isinstance(vae, VAE):
         high = np.full_like(high, max(3, high.max(), -low.min()))
         low = -high
+    high = np.maximum(high, low + 0.01 * (1 + abs(low)))  # of codes that are all equal
     return np.linspace(low, high, side, axis=1).astype(np.float32)
 
 
 @torch.no_grad()
-def _sheet(
+def _decoded(
     vae: VAE | Autoencoder,
     codes: Codes,
     latents: list[int],
     grid: np.ndarray,
     anchors: list[int],
     key: tuple[int, int, int],
-    span: tuple[float, float] | None = None,
-) -> tuple[np.ndarray, tuple[float, float]]:
-    """The tiles of one plane as one image, and the least and largest value in them."""
+) -> Tensor:
+    """Means of p(x|z) on one plane, row by row of the second latent."""
     anchor, first, second = key
     side = grid.shape[1]
     rows = side if first != second else 1
@@ -155,11 +160,20 @@ def _sheet(
     z[..., latents[second]] = torch.as_tensor(grid[second])[:rows, None]
     z[..., latents[first]] = torch.as_tensor(grid[first])
     z = z.flatten(0, 1).to(next(vae.parameters()).device)
-    x = torch.cat([vae.likelihood(part).mean for part in z.split(256)])
-    if span is None:
-        shown = to_display(vae, x)
-        span = (0.0, 1.0) if x.ndim == 4 else (float(shown.min()), float(shown.max()))
-    parts = tiles(vae, x, span)
-    height, width = parts.shape[1:3]
-    sheet = parts.reshape(rows, side, *parts.shape[1:]).swapaxes(1, 2)
-    return sheet.reshape(rows * height, side * width, *parts.shape[3:]), span
+    return torch.cat([vae.likelihood(part).mean for part in z.split(256)])
+
+
+def _sheet(
+    vae: VAE | Autoencoder,
+    codes: Codes,
+    latents: list[int],
+    grid: np.ndarray,
+    anchors: list[int],
+    key: tuple[int, int, int],
+    span: tuple[float, float],
+) -> np.ndarray:
+    """The tiles of one plane as one image."""
+    parts = tiles(vae, _decoded(vae, codes, latents, grid, anchors, key), span)
+    width, side = parts.shape[2], grid.shape[1]
+    sheet = parts.reshape(-1, side, *parts.shape[1:]).swapaxes(1, 2)
+    return sheet.reshape(-1, side * width, *parts.shape[3:])

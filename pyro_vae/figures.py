@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,19 +59,20 @@ def save(figure: Figure, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def svg(figure: Figure, name: str) -> str:
-    """A figure as SVG text to stand in a page, on its ground and in its ink.
+def svg(figure: Figure) -> str:
+    """A figure as SVG text to stand in a page, on its ground and in its ink and font.
 
-    Args:
-        name: keeps the identifiers in it apart from those of the page's other figures.
+    The identifiers in it are made of what they name, so figures may share those of equal things.
     """
     buffer = io.StringIO()
-    style = {**STYLE, "svg.fonttype": "none", "svg.hashsalt": name}
+    style = {**STYLE, "svg.fonttype": "none", "svg.hashsalt": "pyro_vae"}
     nothing = dict.fromkeys(["Creator", "Date", "Format", "Type"])
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the page's font may have it
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
-    return re.sub("#000000|#666666", "currentColor", text[text.index("<svg") :])
+    text = re.sub("(stroke|fill): #(?:000000|666666)", r"\1: currentColor", text)
+    return re.sub('<g id="[^"]*"', "<g", text[text.index("<svg") :])
 
 
 def image_grid(values: np.ndarray, title: str = "") -> Figure:

@@ -7,9 +7,11 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
 from . import figures, gallery
@@ -25,10 +27,11 @@ from .vae import VAE
 
 __all__ = ["flat", "overview"]
 
-# Bytes that the sheets of all explorers may take, and those of the hovering thumbnails; the page
-# stays below 5 MB with the third more that base64 takes.
-EXPLORER_BYTES = 1_800_000
-THUMBNAIL_BYTES = 600_000
+# Bytes that the sheets of all explorers may take, those of the hovering thumbnails, and a picture
+# in all runs; the page stays below 5 MB with the third more that base64 takes.
+EXPLORER_BYTES = 1_500_000
+THUMBNAIL_BYTES = 400_000
+PICTURE_BYTES = 400_000  # of each, as text
 
 # The pictures that `diagnose` leaves, and what each shows.
 CAPTIONS = {
@@ -83,9 +86,7 @@ def overview(
     pictures = []
     for name, (caption, alt) in captions.items():
         if name in drawn:
-            drawn[name].suptitle("")
-            svg = figures.svg(drawn[name], f"{run}/{name}")
-            pictures.append({"caption": caption, "svg": svg, "alt": alt})
+            pictures.append({"caption": caption, "alt": alt, **_drawing(drawn[name], num_runs)})
     drawn["elbo"].suptitle("")
     key = "validation_reconstruction" if best["kl"] is None else "validation_elbo"
     interactive, explorer_words = _interactive(checkpoint, splits, codes, num_runs)
@@ -97,7 +98,7 @@ def overview(
         "numbers": _numbers(checkpoint, whole, codes, trust),
         "trust": trust,
         "pictures": pictures,
-        "curves": figures.svg(drawn["elbo"], f"{run}/elbo"),
+        "curves": figures.svg(drawn["elbo"]),
         "curves_alt": f"Curves over {len(whole)} epochs; best epoch {best['epoch']}, "
         f"{'ELBO' if best['kl'] is not None else 'reconstruction'} {best[key]:.2f} nats per {row}",
         "history": whole,
@@ -107,9 +108,21 @@ def overview(
         "settings": flat(config.to_dict()),
         "asked": flat(read_config(run / "config.json").to_dict()),
         "fingerprint": checkpoint.fingerprint,
-        "origin": f"Model of {checkpoint.path}, epoch {best['epoch']}; the same again: "
-        f"python -m pyro_vae.train --config {run / 'config.json'}",
+        "validation": splits.validation.rows.numpy().tobytes(),
+        "origin": f"Model of {checkpoint.path}, epoch {best['epoch']}; the same again:",
+        "command": f"python -m pyro_vae.train --config {quote(str(run / 'config.json'))}",
     }
+
+
+def _drawing(figure: Figure, num_runs: int) -> dict[str, str]:
+    """A figure as SVG, or as WebP where its images would take too much room."""
+    figure.suptitle("")
+    svg = figures.svg(figure)
+    if len(svg) <= PICTURE_BYTES // num_runs:
+        return {"svg": svg}
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return {"src": _webp(Image.open(buffer), 60)}
 
 
 def _history(run: Path, best: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -119,7 +132,9 @@ def _history(run: Path, best: list[dict[str, Any]]) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in text.splitlines()]
     except (OSError, ValueError):
         return best
-    return lines if lines[: len(best)] == best else best
+    names = best[-1].keys()
+    whole = all(isinstance(line, dict) and line.keys() == names for line in lines)
+    return lines if whole and lines[: len(best)] == best else best
 
 
 def _sentence(checkpoint: Checkpoint, splits: Splits) -> str:
@@ -132,7 +147,7 @@ def _sentence(checkpoint: Checkpoint, splits: Splits) -> str:
     shape = "×".join(map(str, splits.spec.shape))
     return (
         f"{kind} of {model.latent_dim} latents ({model.architecture} {sizes}, {model.likelihood} "
-        f"likelihood), trained on {len(splits.train):,} rows of {splits.name}, {shape}"
+        f"likelihood), trained on {len(splits.train):,} rows of {splits.name}, {shape},"
         f"{objective}; {len(splits.validation):,} rows chose the epoch."
     )
 
@@ -144,20 +159,19 @@ def _numbers(
     trust: dict[str, Any],
 ) -> dict[str, tuple[str, str]]:
     """Label → the number and a remark."""
-    best, details = checkpoint.history[-1], trust["details"]
+    best = checkpoint.history[-1]
     found = {}
     names = {"ELBO": "elbo", "Reconstruction": "reconstruction", "KL": "kl"}
     for label, name in names.items():
         value = best[f"validation_{name}"]
         if value is not None:
-            found[label] = (_number(value), "nats, validation rows")
-    if details.get("log_evidence") is not None:
-        remark = f"nats, {trust['held_out']:,} held-out rows"
-        found["log p(x)"] = (_number(details["log_evidence"]), remark)
+            found[f"{label}, validation"] = (_number(value), "nats each")
+    if trust["log_evidence"] is not None:
+        found["log p(x), held out"] = (_number(trust["log_evidence"]), "nats each")
     if best["kl"] is not None:
         active = int((codes.means.var(0, ddof=1) > ACTIVE_VARIANCE).sum())
-        found["Active latents"] = (str(active), f"of {codes.means.shape[1]}: their means move")
-    found["Best epoch"] = (str(best["epoch"]), f"of {len(history)}")
+        found["Active latents"] = (f"{active} of {codes.means.shape[1]}", "have means that move")
+    found["Best epoch"] = (f"{best['epoch']} of {len(history)}", "by validation")
     seconds = history[-1]["seconds"]
     time = f"{seconds:.0f} s" if seconds < 300 else f"{seconds / 60:.0f} min"
     found["Training"] = (time, f"at {history[-1]['images_per_second']:,.0f} rows a second")
@@ -168,64 +182,76 @@ def _numbers(
 
 def _trust(run: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     """The verdicts of `diagnose` in plain words."""
-    trust: dict[str, Any] = dict.fromkeys(("command", "stale"), "")
-    trust |= {"findings": [], "by_check": {}, "pictures": [], "details": {}, "held_out": 0}
+    trust: dict[str, Any] = dict.fromkeys(("words", "command", "stale"), "")
+    trust |= {"findings": [], "by_check": {}, "pictures": [], "log_evidence": None}
     if not isinstance(checkpoint.vae, VAE):
         trust["words"] = "An autoencoder has no posterior, and no density of data, to be tested."
         return trust
+    command = f"python -m pyro_vae.diagnose {quote(str(run))}"
     try:
         report = json.loads((run / "diagnostics.json").read_text(encoding="utf-8"))
-        order = ["wrong", "doubtful", "sound"]
-        findings = sorted(report["findings"], key=lambda f: order.index(f["verdict"]))
-        counts = {}
-        for verdict in reversed(order):
-            counts[verdict] = [f["check"] for f in findings if f["verdict"] == verdict]
-        trust["details"], trust["held_out"] = report["details"], report["held_out"]
-        for finding in findings:
-            estimate, low, high = (_number(finding[key]) for key in ("estimate", "low", "high"))
-            numbers = f"{estimate} [{low}, {high}]"
-            shown = {**finding, "numbers": numbers, "ideal": f"{finding['ideal']:g}"}
-            trust["findings"].append(shown)
-            trust["by_check"][finding["check"]] = shown
-    except (OSError, ValueError, KeyError, TypeError):
-        trust["words"] = "Not tested yet. This tests it, then write the report again:"
-        trust["command"] = f"python -m pyro_vae.diagnose {run}"
-        return trust
+        findings = [_finding(finding) for finding in report["findings"]]
+        words = _in_words(report, findings)
+        evidence = report["details"]["log_evidence"]
+        state = (report.get("step"), report.get("fingerprint"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return trust | {"words": "Not tested yet. This tests it:", "command": command}
+    if state == (checkpoint.history[-1]["step"], checkpoint.fingerprint):
+        trust["log_evidence"] = evidence
+    else:
+        trust["stale"] = (
+            "These verdicts are of an earlier state of the run, or of other data than its own. For "
+            "those of its best epoch now:"
+        )
+        trust["command"] = command
+    for path in sorted((run / "figures").glob("diagnose_*.png")):
+        name = path.stem.removeprefix("diagnose_")
+        caption = CAPTIONS.get(name, name)
+        with Image.open(path) as image:
+            source = _webp(image, 80)
+        trust["pictures"].append({"caption": caption, "alt": caption, "src": source})
+    order = ["wrong", "doubtful", "sound"]
+    findings.sort(key=lambda finding: order.index(finding["verdict"]))
+    by_check = {finding["check"]: finding for finding in findings}
+    return trust | {"words": words, "findings": findings, "by_check": by_check}
+
+
+def _finding(finding: dict[str, Any]) -> dict[str, str]:
+    """A line of the diagnosis, as the page shows it."""
+    if finding["verdict"] not in ("sound", "doubtful", "wrong"):
+        raise ValueError(f"expected a verdict; got {finding['verdict']!r}")
+    estimate, low, high = (_number(finding[key]) for key in ("estimate", "low", "high"))
+    names = ("check", "verdict", "effect", "meaning", "advice")
+    shown = {name: str(finding[name]) for name in names}
+    return {**shown, "numbers": f"{estimate} [{low}, {high}]", "ideal": f"{finding['ideal']:g}"}
+
+
+def _in_words(report: dict[str, Any], findings: Sequence[dict[str, str]]) -> str:
+    checks: dict[str, list[str]] = {"sound": [], "doubtful": [], "wrong": []}
+    for finding in findings:
+        checks[finding["verdict"]].append(finding["check"])
     quick = "quickly, on" if report["effort"]["quick"] else "on"
     words = [
         f"{len(findings)} checks were made, {quick} {report['held_out']:,} held-out rows of "
         f"{report['data']} and on rows drawn from the model itself, whose latents are known: "
-        + ", ".join(f"{len(checks)} {verdict}" for verdict, checks in counts.items())
+        + ", ".join(f"{len(names)} {verdict}" for verdict, names in checks.items())
         + "."
     ]
-    if counts["wrong"]:
-        words.append(f"An error is shown to be large in: {'; '.join(counts['wrong'])}.")
-    if counts["doubtful"]:
-        words.append(f"Neither shown small nor large: {'; '.join(counts['doubtful'])}.")
-    if not counts["wrong"] and not counts["doubtful"]:
+    if checks["wrong"]:
+        words.append(f"An error is shown to be large in: {'; '.join(checks['wrong'])}.")
+    elif not checks["doubtful"]:
         words.append("Every error that they look for is shown to be small.")
     if not report["complete"]:
         words.append("The diagnosis was interrupted: the checks that follow were not made.")
-    trust["words"] = " ".join(words)
-    if report.get("step") != checkpoint.history[-1]["step"]:
-        trust["stale"] = (
-            f"These verdicts are of an earlier state of the run; for those of its best epoch now, "
-            f"run python -m pyro_vae.diagnose {run} again."
-        )
-    for path in sorted((run / "figures").glob("diagnose_*.png")):
-        name = path.stem.removeprefix("diagnose_")
-        caption = CAPTIONS.get(name, name)
-        trust["pictures"].append({"caption": caption, "alt": caption, "src": _picture(path)})
-    return trust
+    return " ".join(words)
 
 
-def _picture(path: Path) -> str:
-    """A PNG file as the data URL of a WebP picture of a screen's width."""
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
-        picture.thumbnail((1400, 1400))
+def _webp(image: Image.Image, quality: int) -> str:
+    """A picture as the data URL of one of a screen's width."""
+    picture = image.convert("RGB")
+    picture.thumbnail((1400, 1400))
     buffer = io.BytesIO()
-    picture.save(buffer, "webp", quality=80)
+    picture.save(buffer, "webp", quality=quality)
     return data_url(buffer.getvalue(), "image/webp")
 
 
@@ -258,7 +284,7 @@ def _interactive(
             "anchors": found.anchors,
             "sheets": {" ".join(map(str, k)): data_url(v) for k, v in found.sheets.items()},
             "images": data_url(png(_side_by_side(anchors))),
-            "tile": found.tile,
+            "tile": found.tile[:2],
             "codes": _rounded(codes.means[:, found.latents]),
             "more": more,
         },

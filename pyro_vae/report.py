@@ -57,11 +57,9 @@ def _main(arguments: ReportArguments) -> None:
     for run in runs:
         if not run.is_dir():
             raise InputError(f"expected a run folder, as python -m pyro_vae.train makes; got {run}")
-    out = arguments.out
-    if out is None and len(runs) == 1:
-        out = runs[0] / "report.html"
-    else:
-        out = out or Path("comparison.html")
+    own = runs[0] / "report.html" if len(runs) == 1 else None
+    out = arguments.out or own or Path("comparison.html")
+    if own is None or out.resolve() != own.resolve():
         refuse_existing(out, arguments.overwrite, (".html",))
 
     from tqdm import tqdm
@@ -74,6 +72,11 @@ def _main(arguments: ReportArguments) -> None:
     with tqdm(total=len(runs), disable=None, unit="run") as bar:
         for run in runs:
             checkpoint = load_checkpoint(run)
+            if not checkpoint.history:
+                raise InputError(
+                    f"{run} was stopped within its first epoch, there is nothing to report yet; "
+                    f"continue it by python -m pyro_vae.train --resume {run}"
+                )
             splits = load_run_data(checkpoint, None, arguments.data_root)
             codes = latent_codes(checkpoint.vae, splits, checkpoint.config.seed)
             views.append(overview(run, checkpoint, splits, codes, len(runs)))
@@ -109,13 +112,14 @@ def _write(out: Path, views: Sequence[dict[str, Any]]) -> None:
         view["name"] = name
     if several:
         curves = figures.compare_curves({view["name"]: view["history"] for view in views})
-        svg, best = figures.svg(curves, "curves"), ", ".join(names)
+        svg, best = figures.svg(curves), ", ".join(names)
         alt = f"ELBO, reconstruction and KL on validation data over epochs, of {best}"
     else:
         svg, alt = views[0]["curves"], views[0]["curves_alt"]
     checks = dict.fromkeys(check for view in views for check in view["trust"]["by_check"])
     numbers = dict.fromkeys(label for view in views for label in view["numbers"])
     rows = {view["row"] for view in views}
+    which = "validation" if several else "training and validation"
     row = rows.pop() if len(rows) == 1 else "row"
     page = render(
         {
@@ -126,18 +130,22 @@ def _write(out: Path, views: Sequence[dict[str, Any]]) -> None:
             "checks": list(checks),
             "warnings": _warnings(views),
             "settings": _settings(views),
-            "curves": {"caption": f"Nats per {row}, over epochs", "svg": svg, "alt": alt},
+            "curves": {"caption": f"By epoch, {which} {row}s", "svg": svg, "alt": alt},
             "row": row,
             "views": {str(k): view["interactive"] for k, view in enumerate(views)},
         }
     )
-    write_atomically(out, page.encode())
+    write_atomically(out, page.encode(errors="replace"))  # a folder's name may be no UTF-8
 
 
 def _distinct(paths: Sequence[Path]) -> list[str]:
     """Names of runs: the folder's, or as much of the path as tells them apart."""
     names = [path.resolve().name for path in paths]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"{name} ({k})" for k, name in enumerate(names, 1)]
+    return [name.encode(errors="replace").decode() for name in names]
 
 
 def _settings(views: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -164,7 +172,12 @@ def _warnings(views: Sequence[dict[str, Any]]) -> list[str]:
     """What stands in the way of comparing these runs."""
     found = []
     if len({view["fingerprint"] for view in views}) > 1:
-        found.append("These runs are of different data or splits: their numbers do not compare.")
+        found.append("These runs are of different data: their numbers do not compare.")
+    elif len({view["validation"] for view in views}) > 1:
+        found.append(
+            "These runs hold other rows of the data back for validation, which is a difference "
+            "between their numbers too."
+        )
     if len({view["settings"]["likelihood"] for view in views}) > 1:
         found.append("Their likelihoods differ: densities of one do not compare with the other's.")
     return found

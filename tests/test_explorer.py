@@ -67,7 +67,7 @@ def at(found, codes: Codes, key: tuple[int, int, int]) -> torch.Tensor:
         ("bernoulli", (1, 4, 5), 1),
         ("continuous-bernoulli", (3, 4, 5), 1),
         ("binomial", (1, 6, 2), 16),
-        ("discretized-logistic", (3, 2, 3), 255),
+        ("discretized-logistic", (3, 2, 4), 255),
     ],
 )
 @pytest.mark.parametrize("latent_dim", [1, 2, 5])
@@ -129,7 +129,6 @@ def test_the_most_varied_latents_are_offered(tmp_path):
     assert len(found.sheets) == 4 * 6
 
 
-@pytest.mark.xfail(strict=True, reason="Explorer.latents are sorted by index, not by their use")
 def test_the_most_used_latent_comes_first(tmp_path):
     """As `Explorer` documents; the page opens on the plane of the first two."""
     vae, splits = example_vae("bernoulli", tmp_path, latent_dim=3)
@@ -156,7 +155,7 @@ def test_anchors_are_of_several_classes(labels, anchors, tmp_path):
 
 @pytest.mark.parametrize("latent_dim", [1, 2, 7])
 def test_plans_shrink_with_the_budget(latent_dim, tmp_path):
-    """The whole first plan where there is room, the last where there is none, and what fits between."""
+    """The first plan where there is room, the last where there is none, and what fits between."""
     vae, splits = example_vae("bernoulli", tmp_path, latent_dim=latent_dim)
     codes = random_codes(splits, "binary", latent_dim)
     vivid(vae)
@@ -166,7 +165,6 @@ def test_plans_shrink_with_the_budget(latent_dim, tmp_path):
         found = explore(vae, codes, budget)
         side = found.grid.shape[1]
         sides.append(side)
-        assert (min(latent_dim, plans[0][0]), side) != (len(found.latents), 0)
         if side != plans[-1][2]:
             assert sum(map(len, found.sheets.values())) <= budget
     assert sides[0] == plans[0][2]
@@ -179,11 +177,11 @@ class OneDullPlane(nn.Module):
 
     def forward(self, z):
         pixels = torch.arange(1.0, 145.0, dtype=z.dtype)
-        noise = 20 * torch.sin(1e4 * (z[..., :1] + z[..., 1:2] + 7) * pixels)
-        return (noise * (z[..., 2:3] != 0) - 30 * (z[..., 2:3] == 0)).unflatten(-1, (1, 12, 12))
+        weights = torch.tensor([1.0, 1.3, 1.7], dtype=z.dtype)
+        noise = 2 * torch.sin(1e3 * ((z * weights).sum(-1, keepdim=True) + 7) * pixels.sqrt())
+        return (noise * (z[..., 2:3] != 0) - 30 * (z[..., 2:3] == 0)).unflatten(-1, (1, 1, 12, 12))
 
 
-@pytest.mark.xfail(strict=True, reason="the budget is held against the size of the first sheet")
 def test_no_plane_escapes_the_budget():
     """Also where the first sheet is the smallest: a page of many of the others is to stay small."""
     spec = DataSpec((1, 12, 12), 1, discrete=True)
@@ -191,21 +189,25 @@ def test_no_plane_escapes_the_budget():
     vae = VAE(StandardNormal(3), nn.Linear(144, 6), OneDullPlane(), likelihood)
     means = np.random.default_rng(0).standard_normal((10, 3)).astype(np.float32)
     means[0] = 0
-    found = explore(vae, codes_of(torch.rand(10, 1, 12, 12), means), 200_000)
-    assert sum(map(len, found.sheets.values())) <= 200_000
+    found = explore(vae, codes_of(torch.rand(10, 1, 12, 12), means), 100_000)
+    assert sum(map(len, found.sheets.values())) <= 100_000
 
 
 @pytest.mark.parametrize("latent_dim", [1, 2, 4])
 def test_grids(latent_dim, tmp_path):
-    """From −3 to 3 of a VAE; of an autoencoder over the middle 98% of its codes."""
+    """A VAE's run from −3 to 3, or as far as most of the codes go; an autoencoder's over 98%."""
     vae, splits = example_vae("bernoulli", tmp_path, latent_dim=latent_dim)
     codes = random_codes(splits, "binary", latent_dim)
-    grid = explore(vae, codes, 10_000).grid
-    assert grid.shape[0] == latent_dim
-    np.testing.assert_array_equal(grid[:, 0], -3)
-    np.testing.assert_array_equal(grid[:, -1], 3)
+    for factor in (0.1, 10):
+        means = factor * codes.means
+        reach = max(3, np.abs(np.percentile(means, [1, 99], axis=0)).max())
+        grid = explore(vae, codes_of(codes.x, means), PLENTY).grid
+        assert len(grid) == latent_dim
+        np.testing.assert_allclose(grid[:, 0], -reach, rtol=1e-6)
+        np.testing.assert_allclose(grid[:, -1], reach, rtol=1e-6)
+    assert reach > 3
     plain = Autoencoder(vae.encoder, vae.decoder, vae.likelihood_module)
-    found = explore(plain, codes, 10_000)
+    found = explore(plain, codes, PLENTY)
     for latent, line in zip(found.latents, found.grid, strict=True):
         ordered = np.sort(codes.means[:, latent])  # of 10 codes the 1st percentile is 0.09 steps in
         ends = ordered[0] + 0.09 * np.ptp(ordered[:2]), ordered[-1] - 0.09 * np.ptp(ordered[-2:])
@@ -226,15 +228,15 @@ def test_collapsed_latents_have_a_plane_all_the_same(tmp_path):
 
 def test_large_images_are_reduced_by_averages(tmp_path):
     """To 64 pixels the longer side; of whole blocks the mean, to the rounding of 8 bits."""
-    vae, _ = example_vae("continuous-bernoulli", tmp_path, (3, 128, 96), hidden=(2,))
-    x = torch.rand(2, 3, 128, 96, generator=torch.Generator().manual_seed(0))
+    vae, _ = example_vae("continuous-bernoulli", tmp_path, (3, 128, 16), hidden=(2,))
+    x = torch.rand(2, 3, 128, 16, generator=torch.Generator().manual_seed(0))
     small = tiles(vae, x)
-    assert small.shape == (2, 64, 48, 3)
-    wanted = 255 * x.unflatten(2, (64, 2)).unflatten(4, (48, 2)).mean((3, 5)).permute(0, 2, 3, 1)
+    assert small.shape == (2, 64, 8, 3)
+    wanted = 255 * x.unflatten(2, (64, 2)).unflatten(4, (8, 2)).mean((3, 5)).permute(0, 2, 3, 1)
     assert np.abs(small - wanted.numpy()).max() <= 0.5 + 1e-3
-    assert tiles(vae, x, largest=128).shape == (2, 128, 96, 3)
+    assert tiles(vae, x, largest=128).shape == (2, 128, 16, 3)
     found = explore(vae.float(), codes_of(x, np.zeros((2, 3), np.float32)), 1)
-    assert (found.tile, found.reduced) == ((64, 48, 3), True)
+    assert (found.tile, found.reduced) == ((64, 8, 3), True)
 
 
 def test_a_flat_table_is_drawn_without_a_division_by_zero(tmp_path):

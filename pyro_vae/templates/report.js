@@ -51,6 +51,7 @@
       [this.low, this.high] = [limits.map((l) => l[0]), limits.map((l) => l[1])];
       this.points = points;
       for (const [axis, name] of names.entries()) {
+        if (!name) continue; // there is a single latent
         for (const value of ticks(this.low[axis], this.high[axis])) {
           const [x, y] = this.place(axis === 0 ? [value, this.low[1]] : [this.low[0], value]);
           const end = axis === 0 ? { x2: x, y2: TOP } : { x2: SIZE - RIGHT, y2: y };
@@ -115,9 +116,11 @@
     return sheets.get(source);
   }
 
-  /** Draw a tile of a sheet; a row of a table, one pixel high, as a profile. */
-  function drawTile(canvas, image, [height, width], column, row) {
-    const profile = height === 1;
+  const profiles = new Map(); // canvas → what is drawn on it, in the ink of the theme
+
+  /** Draw a tile of a sheet; a row of a table as a profile. */
+  function drawTile(canvas, image, [height, width], column, row, profile = false) {
+    if (profile) profiles.set(canvas, [image, [height, width], column, row, true]);
     canvas.width = profile ? 300 : width;
     canvas.height = profile ? 150 : height;
     const context = canvas.getContext("2d", { willReadFrequently: true });
@@ -144,7 +147,7 @@
 
   function explorer(host, view) {
     const data = view.explorer;
-    const single = data.latents.length === 1;
+    const single = data.latents.length === 1, table = view.row === "row";
     const find = (selector) => host.querySelector(selector);
     const canvas = find(".decoded canvas"), output = find("output");
     const plane = new Plane(
@@ -155,6 +158,9 @@
 
     async function show() {
       const [first, second] = state.pair, [i, j] = state.node;
+      // The sheets hold each pair once, the earlier of the two across.
+      const [key, column, row] = first <= second
+        ? [`${first} ${second}`, i, j] : [`${second} ${first}`, j, i];
       const point = [data.grid[first][i], single ? 0 : data.grid[second][j]];
       const [x, y] = plane.place(point);
       marks[0].setAttribute("x1", x);
@@ -164,9 +170,9 @@
       const names = single ? [first] : [first, second];
       const text = names.map((k, n) => `${latent(data.latents[k])} = ${signed(point[n])}`).join(", ");
       const number = ++state.drawing;
-      const image = await sheet(data.sheets[`${state.anchor} ${first} ${second}`]);
+      const image = await sheet(data.sheets[`${state.anchor} ${key}`]);
       if (number !== state.drawing) return; // the pointer has gone on
-      drawTile(canvas, image, data.tile, i, j);
+      drawTile(canvas, image, data.tile, column, row, table);
       output.textContent = text;
       canvas.setAttribute("aria-label", `Decoded ${view.row} at ${text}`);
       Object.assign(host.dataset, { first, second, i, j, anchor: state.anchor });
@@ -229,8 +235,6 @@
           chosen[1 - axis] = state.pair[axis]; // they change places
         }
         state.pair = chosen;
-        // The sheets hold each pair once, the earlier latent across.
-        if (chosen[0] > chosen[1]) state.pair = [chosen[1], chosen[0]];
         selects.forEach((one, k) => { one.value = state.pair[k]; });
         redraw();
       }));
@@ -244,7 +248,7 @@
         const button = element("button", { type: "button", "aria-label": name, title: name,
           "aria-pressed": m === 0 }, row);
         const small = element("canvas", {}, button);
-        sheet(data.images).then((image) => drawTile(small, image, data.tile, m, 0));
+        sheet(data.images).then((image) => drawTile(small, image, data.tile, m, 0, table));
         button.addEventListener("click", () => {
           row.querySelectorAll("button").forEach((one) =>
             one.setAttribute("aria-pressed", one === button));
@@ -362,6 +366,7 @@
       });
     }
     const legend = find(".legend");
+    legend.hidden = !view.classes.length;
     view.classes.forEach((name, label) => {
       const button = element("button", { type: "button", "aria-pressed": "false" }, legend);
       element("span", { class: "swatch" }, button).style.background =
@@ -390,7 +395,12 @@
   button.hidden = false;
   button.addEventListener("click", () => {
     document.documentElement.style.colorScheme = dark() ? "light" : "dark";
-    name();
+    follow();
   });
+  const follow = () => {
+    name();
+    profiles.forEach((drawn, canvas) => drawTile(canvas, ...drawn));
+  };
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", follow);
   name();
 })();
