@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -46,3 +47,41 @@ def test_what_is_committed_is_a_whole_run(path):
         assert output.get("name") != "stderr", output.text
     assert pictures(notebook) >= 2
     assert path.stat().st_size < 1_000_000
+
+
+TABLE = (FOLDER / "README.md").read_text(encoding="utf-8")
+claims = [
+    [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+    for line in TABLE.splitlines()
+    if re.search(r"§\d+ \|$", line)
+]
+
+
+def section(name, number):
+    """All that the cells of a numbered section put out, as text."""
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    found, inside = [], False
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            for heading in re.findall(r"^## (.*)$", cell.source, re.MULTILINE):
+                inside = heading.startswith(f"{number}. ")
+        elif inside:
+            found += [str(output.get("text", output.get("data"))) for output in cell.outputs]
+    return " ".join(found)
+
+
+def test_there_are_claims_of_every_note():
+    assert len(claims) > 50
+    assert {note for claim in claims for note in claim[0].split(", ")} == {"", *"12345"}
+    assert {claim[2] for claim in claims} == {"holds", "imprecise", "not here", ""}
+
+
+@pytest.mark.parametrize("claim", claims, ids=lambda claim: claim[1][:40])
+def test_numbers_of_a_claim_are_in_its_section(claim):
+    """Every number in the table with a decimal point, an exponent or a sign, as it stands there."""
+    *_, measured, where = claim
+    name, number = where.split(" §")
+    text = section(name, number)
+    numbers = re.findall(r"(?<![\w.])[-+]?\d[\d,]*\.\d+(?:e-\d+)?%?|\d+e-\d+|\d+,\d{3}", measured)
+    for value in numbers:
+        assert re.search(rf"(?<![\d.]){re.escape(value)}(?!\d)", text), value
