@@ -301,6 +301,10 @@ def test_compiled_particles_and_convolutions(tmp_path):
     check(objective("dreg", 8, 1), *small_vae(tmp_path, **settings), mode="compiled")
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15),
+    reason="compiled by torch 2.11 and earlier, a graph with several kinds of draws has other ones",
+)
 def test_compiled_dropout_and_batch_normalization():
     """Draws in the networks and from the prior, and buffers that the graph writes to."""
     elbo = objective("mmd", 1, 1, mmd_weight=1.0)
