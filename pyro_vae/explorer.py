@@ -8,6 +8,7 @@ latents, at 8 bits a value: column by column the first latent grows, row by row 
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -72,24 +73,9 @@ def explore(vae: VAE | Autoencoder, codes: Codes, budget: int) -> Explorer:
         latents = order[:num_latents]
         anchors = _of_several_classes(codes, num_anchors)
         grid = _grid(vae, codes.means[:, latents], side)
-        keys = [
-            (m, i, j)
-            for m in range(len(anchors))
-            for i, j in (combinations(range(len(latents)), 2) if len(latents) > 1 else [(0, 0)])
-        ]
-        span = (0.0, 1.0)
-        if codes.x.ndim != 4:  # one scale for all rows of a table
-            shown = [to_display(vae, _decoded(vae, codes, latents, grid, anchors, k)) for k in keys]
-            span = (
-                min(float(part.min()) for part in shown),
-                max(float(part.max()) for part in shown),
-            )
-        drawn: dict[tuple[int, int, int], bytes] = {}
-        for key in keys:
-            drawn[key] = png(_sheet(vae, codes, latents, grid, anchors, key, span))
-            if sum(map(len, drawn.values())) > budget and plan != plans[-1]:
-                break
-        else:
+        most = budget if plan != plans[-1] else math.inf
+        drawn, span = _sheets(vae, codes, latents, grid, anchors, most)
+        if drawn:
             break
     height, width, *channels = tiles(vae, codes.x[:1], span)[0].shape
     tile = (height, width, channels[0] if channels else 1)
@@ -144,36 +130,39 @@ def _grid(vae: VAE | Autoencoder, means: np.ndarray, side: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def _decoded(
+def _sheets(
     vae: VAE | Autoencoder,
     codes: Codes,
     latents: list[int],
     grid: np.ndarray,
     anchors: list[int],
-    key: tuple[int, int, int],
-) -> Tensor:
-    """Means of p(x|z) on one plane, row by row of the second latent."""
-    anchor, first, second = key
+    budget: float,
+) -> tuple[dict[tuple[int, int, int], bytes], tuple[float, float]]:
+    """All planes' sheets, none where they exceed the budget; the values of black and white."""
+    device = next(vae.parameters()).device
     side = grid.shape[1]
-    rows = side if first != second else 1
-    z = torch.as_tensor(codes.means[anchors[anchor]]).repeat(rows, side, 1)
-    z[..., latents[second]] = torch.as_tensor(grid[second])[:rows, None]
-    z[..., latents[first]] = torch.as_tensor(grid[first])
-    z = z.flatten(0, 1).to(next(vae.parameters()).device)
-    return torch.cat([vae.likelihood(part).mean for part in z.split(256)])
 
+    def decoded(key: tuple[int, int, int]) -> Tensor:
+        """Means of p(x|z) on a plane, row by row of its second latent."""
+        anchor, first, second = key
+        rows = side if first != second else 1
+        z = torch.as_tensor(codes.means[anchors[anchor]]).repeat(rows, side, 1)
+        z[..., latents[second]] = torch.as_tensor(grid[second])[:rows, None]
+        z[..., latents[first]] = torch.as_tensor(grid[first])
+        parts = z.flatten(0, 1).to(device).split(256)
+        return torch.cat([vae.likelihood(part).mean for part in parts])
 
-def _sheet(
-    vae: VAE | Autoencoder,
-    codes: Codes,
-    latents: list[int],
-    grid: np.ndarray,
-    anchors: list[int],
-    key: tuple[int, int, int],
-    span: tuple[float, float],
-) -> np.ndarray:
-    """The tiles of one plane as one image."""
-    parts = tiles(vae, _decoded(vae, codes, latents, grid, anchors, key), span)
-    width, side = parts.shape[2], grid.shape[1]
-    sheet = parts.reshape(-1, side, *parts.shape[1:]).swapaxes(1, 2)
-    return sheet.reshape(-1, side * width, *parts.shape[3:])
+    pairs = list(combinations(range(len(latents)), 2)) or [(0, 0)]
+    keys = [(m, *pair) for m in range(len(anchors)) for pair in pairs]
+    span = (0.0, 1.0)
+    if codes.x.ndim != 4:  # one scale for all rows of a table
+        shown = [to_display(vae, decoded(key)) for key in keys]
+        span = float(min(part.min() for part in shown)), float(max(part.max() for part in shown))
+    drawn: dict[tuple[int, int, int], bytes] = {}
+    for key in keys:
+        parts = tiles(vae, decoded(key), span)
+        sheet = parts.reshape(-1, side, *parts.shape[1:]).swapaxes(1, 2)
+        drawn[key] = png(sheet.reshape(-1, side * parts.shape[2], *parts.shape[3:]))
+        if sum(map(len, drawn.values())) > budget:
+            return {}, span
+    return drawn, span
