@@ -192,7 +192,7 @@ def check_reparameterized(latents: dict[str, dict[str, Any]]) -> None:
             kind = type(getattr(site["fn"], "base_dist", site["fn"])).__name__
             raise ValueError(
                 f"this objective expects a guide with reparameterized samplers; site {name!r} is "
-                f"a {kind}, which has none. Use trace, score-function or wake-sleep"
+                f"a {kind}, which has none. Use trace, score-function, score-baseline or wake-sleep"
             )
 
 
