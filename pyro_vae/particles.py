@@ -191,8 +191,8 @@ def check_reparameterized(latents: dict[str, dict[str, Any]]) -> None:
         if not getattr(site["fn"], "has_rsample", False):
             kind = type(getattr(site["fn"], "base_dist", site["fn"])).__name__
             raise ValueError(
-                f"this objective expects a guide with reparameterized samplers; site {name!r} is "
-                f"a {kind}, which has none. Use trace, score-function, score-baseline or wake-sleep"
+                f"this objective expects a guide with reparameterized samplers; site {name!r} is a "
+                f"{kind}, which has none. Use trace, score-function, score-baseline or wake-sleep"
             )
 
 
