@@ -85,6 +85,7 @@ def test_a_run_is_complete(run, capsys):
         "metrics.jsonl",
         "checkpoints",
         "figures",
+        "report.html",
     }
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.pt", "last.pt"}
     assert {p.stem for p in (run / "figures").glob("*.png")} == PICTURES | {"manifold"}
