@@ -539,6 +539,7 @@ def test_torchrun_writes_one_run(whole):
         "metrics.jsonl",
         "checkpoints",
         "figures",
+        "report.html",
     }
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.pt", "last.pt"}
     assert (run / "figures" / "elbo.png").is_file()
