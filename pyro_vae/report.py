@@ -38,7 +38,11 @@ class ReportArguments:
         data_root: Folder of torchvision's data sets.
     """
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    runs: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint=""),
+    ]
     out: Annotated[
         Path | None, auto("FILE", "RUN/report.html; comparison.html of several runs")
     ] = None
