@@ -183,6 +183,8 @@ def _plain(values: Any) -> Any:
 
 def _table(report: dict[str, Any], run: Path) -> str:
     """Verdicts with their numbers; meaning and advice where there is something to do."""
+    from .verdicts import number
+
     details = report["details"]
     lines = [
         report["checkpoint"],
@@ -193,7 +195,7 @@ def _table(report: dict[str, Any], run: Path) -> str:
         "",
     ]
     for finding in report["findings"]:
-        estimate, low, high = (_number(finding[key]) for key in ("estimate", "low", "high"))
+        estimate, low, high = (number(finding[key]) for key in ("estimate", "low", "high"))
         numbers = f"{estimate} [{low}, {high}]"
         lines.append(f"{finding['verdict']:<9} {finding['check']:<21} {numbers}")
         lines.append(f"{'':10}{finding['effect']}; ideal {finding['ideal']:g}")
@@ -208,10 +210,6 @@ def _table(report: dict[str, Any], run: Path) -> str:
     if not report["complete"]:
         lines.append("interrupted: the studies that follow were not made")
     return "\n".join(lines)
-
-
-def _number(value: float) -> str:
-    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from .explorer import explore, png, tiles
 from .gallery import Codes
 from .page import data_url
 from .vae import VAE
+from .verdicts import number
 
 __all__ = ["flat", "overview"]
 
@@ -345,4 +346,4 @@ def flat(values: dict[str, Any]) -> dict[str, str]:
 def _number(value: float | None) -> str:
     if value is None:
         return "–"
-    return (f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}").replace("-", "−")
+    return number(value).replace("-", "−")

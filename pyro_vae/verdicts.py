@@ -49,9 +49,15 @@ __all__ = [
     "about_predictions",
     "about_spread",
     "about_weights",
+    "number",
 ]
 
 Verdict = Literal["sound", "doubtful", "wrong"]
+
+
+def number(value: float) -> str:
+    """A size as it is shown: to two places, below 1 to three."""
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
 
 
 @dataclass(frozen=True)

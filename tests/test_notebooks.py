@@ -78,7 +78,7 @@ def test_there_are_claims_of_every_note():
 
 @pytest.mark.parametrize("claim", claims, ids=lambda claim: claim[1][:40])
 def test_numbers_of_a_claim_are_in_its_section(claim):
-    """Every number in the table with a decimal point, an exponent or a sign, as it stands there."""
+    """Every number with a decimal point, an exponent or thousands, as it stands there."""
     *_, measured, where = claim
     name, number = where.split(" §")
     text = section(name, number)
