@@ -15,50 +15,20 @@ Python code reads from elsewhere, a global variable or a closure, stays as it wa
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
-from pyro.infer import ELBO
+from pyro.infer import ELBO, SVI
 from pyro.infer.util import torch_item
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _PYRO_STACK
-from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.util import warn_if_nan
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch import Tensor
 
-from .granted import Granted, Used, is_plain, place, token
-from .graphs import Replayed, Unfit, compiled, reason, record
-from .randomness import RandomStates
+from .calls import Call, Graphs, Mode, Observer, observing
+from .optimizer import OneOptimizer
 
-__all__ = ["Captured", "CapturedFunction", "Mode", "Observer", "capture"]
-
-Mode = Literal["compiled", "graph", "eager"]
-
-# Graphs that one `Captured` keeps. A program that needs more (a new function at every step, batches
-# of any size) is faster without.
-MOST_GRAPHS = 32
-
-# Largest difference of a gradient from its graph's, relative to the gradient's largest element.
-# They do the same operations in the same order: a larger one means that they do not.
-SAME = 1e-4
-
-
-# An attribute of every ELBO that its first run fills in.
-_FOUND = "max_plate_nesting"
-
-
-class Observer(Messenger):
-    """Sees the sites of guide and model, and computes something of them in the same graph."""
-
-    def observed(self) -> tuple[Tensor, ...]:
-        """What becomes `Captured.observed`; called once after the loss, without gradient."""
-        raise NotImplementedError
+__all__ = ["Captured", "CapturedFunction", "CapturedSVI", "Mode", "Observer", "capture"]
 
 
 def capture(elbo: ELBO, mode: Mode = "compiled", observer: Observer | None = None) -> Captured:
@@ -78,82 +48,26 @@ def capture(elbo: ELBO, mode: Mode = "compiled", observer: Observer | None = Non
     return Captured(elbo, mode, observer)
 
 
-class _Graphs:
-    """Graphs of one function for arguments of several shapes.
-
-    Attributes:
-        observed: what the observer made of the last run.
-        captures: number of graphs captured so far.
-    """
-
-    def __init__(self, mode: Mode, observer: Observer | None) -> None:
-        self.mode = mode
-        self.observer = observer
-        self.observed: tuple[Tensor, ...] = ()
-        self.captures = 0
-        self._graphs: dict[Any, _Graph | None] = {}  # None: cannot be captured
-        self._warned = False
-
-    def _graph(self, call: _Call) -> _Graph | None:
-        """The graph of a call; None where there can be none."""
-        if self.mode == "eager":
-            return None
-        if not all(map(_only_watches, _PYRO_STACK)):
-            # The graph would do without them, or never again without them.
-            handlers = ", ".join(type(h).__name__ for h in _PYRO_STACK if not _only_watches(h))
-            self._warn(call, f"it runs within other handlers: {handlers}")
-            return None
-        try:
-            graph = self._graphs[call.key]
-            if graph is None or graph.granted.is_current():
-                return graph
-            del self._graphs[call.key]
-        except KeyError:
-            pass
-        except TypeError as error:
-            self._warn(call, f"the arguments, model and guide must be hashable: {error}")
-            return None
-        if self.captures >= MOST_GRAPHS:
-            self._warn(
-                call, f"it was captured {MOST_GRAPHS} times, for other arguments or programs"
-            )
-            return None
-        self.captures += 1
-        try:
-            graph = _capture(call, self.mode)
-            graph.granted.register()
-        except Unfit as unfit:
-            self._warn(call, str(unfit))
-            graph = None
-        self._graphs[call.key] = graph
-        return graph
-
-    def _warn(self, call: _Call, reason: str) -> None:
-        if not self._warned:
-            warnings.warn(f"{call.name} runs uncaptured: {reason}", stacklevel=3)
-            self._warned = True
-
-
-class Captured(_Graphs, ELBO):
+class Captured(Graphs, ELBO):
     """See `capture`. Pyro's checks of shapes and supports are made when a shape is first seen.
 
     Attributes:
         elbo: what is captured.
-        observed, captures: see `_Graphs`.
+        observed, captures: see `Graphs`.
     """
 
     def __init__(self, elbo: ELBO, mode: Mode, observer: Observer | None) -> None:
         ELBO.__init__(
             self, num_particles=elbo.num_particles, max_plate_nesting=elbo.max_plate_nesting
         )
-        _Graphs.__init__(self, mode, observer)
+        Graphs.__init__(self, mode, observer)
         self.elbo = elbo
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The loss, of draws of its own."""
         with torch.no_grad():
-            call = self._call(model, guide, args, kwargs)
-            graph = self._graph(call)
+            call = self.call(model, guide, args, kwargs)
+            graph = self.graph_of(call)
             if graph is None:
                 return self._observing(self.elbo.loss, model, guide, args, kwargs)
             loss, _, self.observed = graph(call)
@@ -162,8 +76,8 @@ class Captured(_Graphs, ELBO):
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The loss, and its gradient added to that of the parameters."""
         with torch.enable_grad():
-            call = self._call(model, guide, args, kwargs)
-            graph = self._graph(call)
+            call = self.call(model, guide, args, kwargs)
+            graph = self.graph_of(call)
             if graph is None:
                 return self._observing(self.elbo.loss_and_grads, model, guide, args, kwargs)
         loss, gradients, self.observed = graph(call)
@@ -174,8 +88,8 @@ class Captured(_Graphs, ELBO):
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The loss, (), that may be differentiated once."""
-        call = self._call(model, guide, args, kwargs)
-        graph = self._graph(call)
+        call = self.call(model, guide, args, kwargs)
+        graph = self.graph_of(call)
         if graph is None:
             return self._observing(self.elbo.differentiable_loss, model, guide, args, kwargs)
         loss, gradients, self.observed = graph(call)
@@ -184,19 +98,27 @@ class Captured(_Graphs, ELBO):
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError("a captured ELBO has no trace")
 
-    def _call(self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: Any) -> _Call:
+    def call(
+        self,
+        model: Any,
+        guide: Any,
+        args: tuple[Any, ...],
+        kwargs: Any,
+        optimizer: OneOptimizer | None = None,
+    ) -> Call:
+        """The ELBO's run with these arguments."""
         function = getattr(self.elbo, "differentiable_loss", None)
-        return _Call(self.elbo, function, (model, guide), args, kwargs, self.observer)
+        return Call(self.elbo, function, (model, guide), args, kwargs, self.observer, optimizer)
 
     def _observing(
         self, function: Callable[..., Any], model: Any, guide: Any, args: Any, kwargs: Any
     ) -> Any:
         """The ELBO itself."""
-        value, self.observed = _observed(self.observer, function, model, guide, *args, **kwargs)
+        value, self.observed = observing(self.observer, function, model, guide, *args, **kwargs)
         return value
 
 
-class CapturedFunction(_Graphs):
+class CapturedFunction(Graphs):
     """A function of tensors, without gradients, captured as an ELBO is.
 
     Args:
@@ -210,219 +132,47 @@ class CapturedFunction(_Graphs):
 
     @torch.no_grad()
     def __call__(self, *args: Any) -> Any:
-        call = _Call(self.function, self.function, (), args, {}, None)
-        graph = self._graph(call)
+        call = Call(self.function, self.function, (), args, {}, None)
+        graph = self.graph_of(call)
         return self.function(*args) if graph is None else graph(call)[0]
 
 
-class _Call:
-    """A function and its arguments, and the key of the graph that stands for them.
+class CapturedSVI(SVI):
+    """`pyro.infer.SVI` whose whole step is one graph: loss, gradient and the optimizer's update.
+
+    The graph is held against the ELBO's gradient and the optimizer's own step when it is captured.
+    The update is Adam's; with another optimizer, or where a gradient is there already or the ELBO
+    cannot be captured, the step is SVI's, of the ELBO captured alone, if it can be.
 
     Args:
-        owner: the ELBO whose method the function is, or the function.
-        programs: the first arguments: model and guide.
+        model, guide: see `pyro.infer.SVI`.
+        optim: of all parameters.
+        loss: the ELBO; its `observed` is that of the last step.
     """
 
-    def __init__(
-        self,
-        owner: Any,
-        function: Callable[..., Any] | None,
-        programs: tuple[Any, ...],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        observer: Observer | None,
-    ) -> None:
-        self.owner, self.function, self.programs = owner, function, programs
-        self.args, self.kwargs, self.observer = args, kwargs, observer
-        self.leaves, self.tree = tree_flatten((args, kwargs))
-        self.inputs = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
-        self.schedules: tuple[str, ...] = getattr(owner, "schedules", ())
-        found = (*self.schedules, _FOUND)
-        self.key = (
-            programs,
-            repr(self.tree),  # which has a hash in newer versions of torch only
-            tuple(place(x)[:-1] if isinstance(x, Tensor) else token(x) for x in self.leaves),
-            tuple(token(v) for k, v in getattr(owner, "__dict__", {}).items() if k not in found),
-            torch.is_grad_enabled(),
-            torch.is_autocast_enabled("cpu"),
-            torch.is_autocast_enabled("cuda"),
-            torch.get_default_dtype(),
-        )
+    def __init__(self, model: Any, guide: Any, optim: OneOptimizer, loss: Captured) -> None:
+        super().__init__(model, guide, optim, loss)
+        self.captured = loss
+        self.graphs = Graphs(loss.mode, loss.observer, warns=False)
 
-    @property
-    def name(self) -> str:
-        return getattr(self.owner, "__name__", type(self.owner).__name__)
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """Make a step.
 
-    def graph_inputs(self) -> list[Tensor]:
-        """The arguments' tensors, then the scheduled attributes."""
-        if not self.schedules:
-            return self.inputs
-        device = self.inputs[0].device if self.inputs else None
-        return [
-            *self.inputs,
-            *(
-                torch.full((), getattr(self.owner, name), dtype=torch.float64, device=device)
-                for name in self.schedules
-            ),
-        ]
+        Returns:
+            The loss.
 
-    def program(self, parameters: list[Tensor]) -> Callable[..., Any]:
-        """What is captured: tensors → loss, gradients of `parameters`, what is observed."""
-
-        def run(*inputs: Tensor) -> tuple[Any, ...]:
-            tensors = iter(inputs)
-            leaves = [next(tensors) if isinstance(x, Tensor) else x for x in self.leaves]
-            args, kwargs = tree_unflatten(leaves, self.tree)
-            before = {name: getattr(self.owner, name) for name in self.schedules}
-            try:
-                for name, value in zip(self.schedules, tensors, strict=True):
-                    setattr(self.owner, name, value)
-                value, observed = self.evaluate(*args, **kwargs)
-            finally:
-                for name, number in before.items():
-                    setattr(self.owner, name, number)
-            if not parameters:
-                return value, (), observed
-            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
-            return value.detach(), gradients, observed
-
-        return run
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Tensor, ...]]:
-        """What the function returns, and what is observed."""
-        assert self.function is not None
-        return _observed(self.observer, self.function, *self.programs, *args, **kwargs)
-
-
-class _Graph:
-    """A captured graph.
-
-    Attributes:
-        leaves: the tensors that the loss has gradients of.
-        granted: all that the graph takes for granted.
-    """
-
-    def __init__(
-        self,
-        run: Callable[..., Any],
-        leaves: list[Tensor],
-        params: list[tuple[str, Tensor, bool]],
-        modules: list[nn.Module],
-    ) -> None:
-        self.run = run
-        self.leaves = leaves
-        self.granted = Granted(leaves, params, modules)
-        # Gradients whose memory is not their own alone.
-        self._shared: set[int] = set()
-
-    def __call__(self, call: _Call) -> tuple[Tensor, tuple[Tensor | None, ...], tuple[Tensor, ...]]:
-        with torch.no_grad():
-            value, gradients, observed = self.run(*call.graph_inputs())
-        if self._shared:
-            gradients = tuple(
-                g.clone(memory_format=torch.contiguous_format) if i in self._shared else g
-                for i, g in enumerate(gradients)
-            )
-        return value, gradients, observed
-
-    def find_shared(self, call: _Call) -> None:
-        """Look at a run's gradients: who changes one in place must not change another."""
-        inputs = call.graph_inputs()
-        with torch.no_grad():
-            _, gradients, observed = self.run(*inputs)
-        taken = {t.untyped_storage().data_ptr() for t in (*inputs, *self.leaves, *observed)}
-        for i, gradient in enumerate(gradients):
-            if gradient is None:
-                continue
-            storage = gradient.untyped_storage()
-            overlaps = storage.nbytes() < gradient.numel() * gradient.element_size()
-            if overlaps or storage.data_ptr() in taken:
-                self._shared.add(i)
-            taken.add(storage.data_ptr())
-
-
-def _capture(call: _Call, mode: Mode) -> _Graph:
-    """Run the ELBO to see what takes part, then capture it. The random state is left as it was.
-
-    Raises:
-        Unfit: why it cannot be captured.
-    """
-    if any(x.requires_grad for x in call.inputs):
-        raise Unfit("an argument takes a gradient")
-    kinds = [type(x).__name__ for x in call.leaves if not (isinstance(x, Tensor) or is_plain(x))]
-    if kinds:
-        raise Unfit(f"whether an argument has changed cannot be told of a {kinds[0]}")
-    if call.function is None:
-        raise Unfit("it has no differentiable_loss")
-    known = set(pyro.get_param_store().keys())
-    states = RandomStates(_device(call))
-    before = states.get()
-    used = Used(*call.programs, call.function)
-    with poutine.block():
-        with used, poutine.trace(param_only=True) as registered:
-            value, _ = call.evaluate(*call.args, **call.kwargs)
-        params = [
-            (name, leaf, leaf is site["value"] and isinstance(leaf, nn.Parameter))
-            for name, site in registered.trace.nodes.items()
-            for leaf in [site["value"].unconstrained()]
-        ]
-        leaves = _leaves(value) if torch.is_grad_enabled() else []
-        run, inputs = call.program(leaves), call.graph_inputs()
-
-        def again(function: Callable[..., Any]) -> Any:
-            used.restore()
-            states.set(before)
-            return function()
-
-        try:
-            if any(name not in known and not plain for name, _, plain in params):
-                after = states.get()
-                repeated = again(lambda: call.evaluate(*call.args, **call.kwargs)[0])
-                if not torch.equal(repeated, value):  # new parameters were drawn
-                    before = after
-            graph = again(lambda: record(run, inputs))
-            result = again(lambda: graph(*inputs))
-            _check(again(lambda: run(*inputs)), result)
-            if leaves:
-                _check(again(lambda: _gradients_of(call, leaves)), result[1])
-            if mode == "compiled":
-                graph = again(lambda: compiled(graph, inputs))
-                if _device(call).type == "cuda":
-                    graph = again(lambda: Replayed(graph, inputs))
-            captured = _Graph(graph, leaves, params, used.modules)
-            again(lambda: captured.find_shared(call))
-        except Unfit:
-            raise
-        except Exception as error:
-            raise Unfit(reason(error)) from None
-        finally:
-            used.restore()
-            states.set(before)
-    return captured
-
-
-def _observed(
-    observer: Observer | None, function: Callable[..., Any], *args: Any, **kwargs: Any
-) -> tuple[Any, tuple[Tensor, ...]]:
-    """What a function returns, and what the observer makes of its run."""
-    with observer or nullcontext():
-        value = function(*args, **kwargs)
-    with torch.no_grad():
-        observed = () if observer is None else observer.observed()
-        return value, tuple(x.detach() for x in observed)
-
-
-def _gradients_of(call: _Call, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
-    """What the ELBO's own `loss_and_grads` leaves in the parameters."""
-    kept = [leaf.grad for leaf in leaves]
-    try:
-        for leaf in leaves:
-            leaf.grad = None
-        call.owner.loss_and_grads(*call.programs, *call.args, **call.kwargs)
-        return tuple(leaf.grad for leaf in leaves)
-    finally:
-        for leaf, gradient in zip(leaves, kept, strict=True):
-            leaf.grad = gradient
+        Raises:
+            RuntimeError: the gradient is not finite; parameters and moments are as they were.
+        """
+        with torch.enable_grad():
+            call = self.captured.call(self.model, self.guide, args, kwargs, self.optim)
+            graph = self.graphs.graph_of(call)
+        if graph is None or any(leaf.grad is not None for leaf in graph.leaves):
+            return super().step(*args, **kwargs)
+        loss, norm, self.captured.observed = graph(call)
+        if not math.isfinite(norm.item()):
+            raise RuntimeError("the norm of the gradient is non-finite; no step was made")
+        return _number(loss)
 
 
 class _Loss(torch.autograd.Function):
@@ -437,52 +187,6 @@ class _Loss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, outer: Tensor) -> Any:
         return None, None, *(None if g is None else outer * g for g in ctx.gradients)
-
-
-def _check(expected: Any, result: Any) -> None:
-    """Loss, gradients and what is observed, of the graph against the ELBO's."""
-    for one, other in zip(tree_leaves(expected), tree_leaves(result), strict=True):
-        if not _close(one, other):
-            raise Unfit(
-                "its graph gives another loss or gradient at the same random numbers, as where "
-                "particles are taken in chunks, or where a program is not the same at each run"
-            )
-
-
-def _close(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    finite = one.isfinite()
-    if one.shape != other.shape or not finite.equal(other.isfinite()):
-        return False
-    if not torch.equal(one[~finite].nan_to_num(), other[~finite].nan_to_num()):
-        return False
-    one, other = one[finite], other[finite]
-    return one.numel() == 0 or bool((one - other).abs().max() <= SAME * one.abs().max())
-
-
-def _leaves(loss: Tensor) -> list[Tensor]:
-    """Every tensor that a backward pass would leave a gradient in."""
-    found: list[Tensor] = []
-    nodes, seen = [loss.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        nodes.extend(following for following, _ in node.next_functions)
-    return found
-
-
-def _only_watches(handler: Messenger) -> bool:
-    return isinstance(handler, TraceMessenger) and handler.param_only
-
-
-def _device(call: _Call) -> torch.device:
-    """Of the draws."""
-    return call.inputs[0].device if call.inputs else torch.device(torch.get_default_device())
 
 
 def _number(loss: Tensor) -> float:

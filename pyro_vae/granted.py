@@ -27,6 +27,7 @@ class Granted:
         params: of Pyro's store: name, unconstrained value, and whether that is a module's parameter
             as it stands.
         modules: those that take part.
+        parts: dictionaries that must hold the same object under a name.
     """
 
     def __init__(
@@ -34,13 +35,14 @@ class Granted:
         leaves: list[Tensor],
         params: list[tuple[str, Tensor, bool]],
         modules: list[nn.Module],
+        parts: list[tuple[dict[Any, Any], Any, Any]],
     ) -> None:
         self._params = params
         # What is looked at before each use: what must be the same object, what must be equal, of
         # how many entries, and where each tensor is.
-        parts = [part for m in modules for part in _parts(m)]
-        self._sizes = [(part, len(part)) for part in parts]
-        self._same = [(part, k, v) for part in parts for k, v in part.items()]
+        made_of = [part for m in modules for part in _parts(m)]
+        self._sizes = [(part, len(part)) for part in made_of]
+        self._same = [*parts, *((part, k, v) for part in made_of for k, v in part.items())]
         self._same += [
             (vars(m), k, v) for m in modules for k, v in vars(m).items() if isinstance(v, Tensor)
         ]

@@ -46,16 +46,21 @@ def record(run: Callable[..., Any], inputs: list[Tensor]) -> Callable[..., Any]:
 
 
 def compiled(graph: Callable[..., Any], inputs: list[Tensor]) -> Callable[..., Any]:
-    """The graph compiled; the graph itself, with a warning, where the machine has no compiler."""
-    # Random numbers as eager torch draws them.
-    compiled = torch.compile(graph, dynamic=False, options={"fallback_random": True})
+    """The graph compiled.
+
+    Raises:
+        Unfit: it cannot be, as where the machine has no compiler.
+    """
+    options: dict[str, Any] = {"fallback_random": True}  # random numbers as eager torch draws them
+    if hasattr(torch.compiler, "skip_all_guards_unsafe"):  # whoever calls it looks for changes
+        options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
+    compiled = torch.compile(graph, dynamic=False, options=options)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of the compiler, on how it goes about it
             compiled(*inputs)
     except Exception as error:
-        warnings.warn(f"the captured graph runs uncompiled: {reason(error)}", stacklevel=2)
-        return graph
+        raise Unfit(reason(error)) from None
     return compiled
 
 

@@ -27,7 +27,7 @@ from torch.distributions import kl_divergence
 
 from . import distributed
 from .autoencoder import Autoencoder
-from .capture import Mode, Observer, capture
+from .capture import CapturedSVI, Mode, Observer, capture
 from .config import KL_WEIGHTED, FitConfig, InputError, resolve_epochs
 from .data import Split, Splits
 from .objectives import objective
@@ -210,7 +210,12 @@ class _Training:
             capture(self.elbo, m, _Terms(vae, config.num_particles)) for m in (mode, rest)
         ]
         self.loss = self.losses[0]
-        self.svis = [SVI(vae.model, vae.guide, self.optimizer, loss=loss) for loss in self.losses]
+        # A graph of the whole step leaves no place for the ranks' exchange, and pays if compiled.
+        whole = mode == "compiled" and distributed.world() == 1
+        self.svis = [
+            kind(vae.model, vae.guide, self.optimizer, loss)
+            for kind, loss in zip((CapturedSVI if whole else SVI, SVI), self.losses, strict=True)
+        ]
         self.epoch = 0  # complete ones
         self.step = 0
         self.seconds = 0.0

@@ -40,13 +40,13 @@ from torch import Tensor, nn
 
 import pyro_vae
 from pyro_vae import particles, weighted
-from pyro_vae.capture import Captured, Observer, capture
+from pyro_vae.capture import Captured, CapturedFunction, Observer, capture
 from pyro_vae.config import KL_WEIGHTED, Objective
 from pyro_vae.linear_gaussian import LinearGaussian
 from pyro_vae.objectives import objective
 from pyro_vae.optimizer import OneOptimizer
 
-captures = importlib.import_module("pyro_vae.capture")
+captures = importlib.import_module("pyro_vae.calls")
 
 ROWS = 6
 
@@ -1339,7 +1339,7 @@ def test_gradient_that_is_no_number_at_first():
 def test_function_is_captured_as_an_elbo_is(name, digits):
     vae, x = digits_vae(digits)
     function = getattr(vae, name)
-    captured = captures.CapturedFunction(function, "graph")
+    captured = CapturedFunction(function, "graph")
     results = []
     for seed, count in ((1, 16), (2, 16), (1, 5), (3, 16)):
         found = []
@@ -1357,7 +1357,7 @@ def test_function_that_cannot_be_captured():
     def positive(x: Tensor) -> Tensor:
         return x[x > 0]
 
-    captured = captures.CapturedFunction(positive, "graph")
+    captured = CapturedFunction(positive, "graph")
     with pytest.warns(UserWarning, match="positive runs uncaptured: a shape in it") as all_:
         assert torch.equal(captured(rows()), positive(rows()))
     assert len(all_) == 1
