@@ -303,6 +303,10 @@ class _Update:
         for x, value in self._kept:
             x.copy_(value)
 
+    def forget(self) -> None:
+        """How things were before, once they are restored: another copy of all parameters."""
+        self._kept.clear()
+
     @torch.no_grad()
     def changed(self, step: Callable[[], Any]) -> list[Tensor]:
         """What a step makes of parameters and moments, which are as before then."""
@@ -396,6 +400,8 @@ def _capture(call: Call, mode: Mode) -> Graph:
             raise Unfit(reason(error)) from None
         finally:
             again(lambda: None)
+            if update is not None:
+                update.forget()
     return captured
 
 

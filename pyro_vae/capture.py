@@ -5,7 +5,7 @@
 Pyro runs model and guide in Python at every step; at small batches that costs more than the
 arithmetic. A `Captured` ELBO runs them when it first sees arguments of some shape, records loss and
 gradient as one graph, random draws included, holds the graph against the ELBO itself at the same
-random numbers, and compiles it.
+random numbers, and compiles it. In a `CapturedSVI` the graph holds the optimizer's update too.
 
 What a graph takes for granted is looked at before each use: the shapes of the arguments, the
 parameters and buffers and where they are, and every plain attribute (training mode, the p of a

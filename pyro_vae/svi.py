@@ -48,7 +48,7 @@ CAPTURE_FROM = 500
 # decoded in it. Seconds, on two cores; a rule rather than a measurement, so that a run is compiled
 # or not by its settings alone.
 COMPILE_SECONDS = 20.0
-SAVED_BY_STEP = 0.7e-3
+SAVED_BY_STEP = 2e-3
 SAVED_BY_VALUE = 8e-9
 
 

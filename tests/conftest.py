@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +91,26 @@ def example_vae(name: str, tmp_path: Path, shape: tuple[int, ...] = (1, 4, 5), *
 def batch(splits: pyro_vae.Splits, name: str, count: int = 8) -> torch.Tensor:
     """The first training rows as x, in float64."""
     return next(splits.train.fixed(LIKELIHOODS[name].units, seed=0, num_images=count)).double()
+
+
+def without_a_compiler(code: str, tmp_path: Path) -> str:
+    """What Python code prints, in a process that finds no C++ compiler, in the project's folder."""
+    environment = {
+        **os.environ,
+        "CXX": str(tmp_path / "no-such-compiler"),
+        "PATH": str(tmp_path),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 all_likelihoods = pytest.mark.parametrize("name", sorted(LIKELIHOODS))
