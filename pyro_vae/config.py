@@ -277,9 +277,10 @@ class FitConfig:
         patience: Stop after this many epochs without a better validation ELBO.
         compile: Whether to capture the ELBO as a graph and compile it, some ten seconds before the
             first step: auto, where the run is long enough to gain by it.
-        precision: Of matrix products: highest, high and medium as torch has them (medium rounds
-            their factors to bfloat16); bf16, whatever can be computed in bfloat16. Parameters and
-            sums stay in float32.
+        precision: Of matrix products. highest: float32. high, medium: as torch allows it, down to
+            TF32 and bfloat16 factors, where the processor has such products (GPUs, CPUs with AMX;
+            on others nothing changes). bf16: whatever can be, is computed in bfloat16. Parameters
+            and sums stay in float32.
     """
 
     objective: Objective = "trace"
