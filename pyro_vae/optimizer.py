@@ -111,7 +111,8 @@ class OneOptimizer(PyroOptim):
             The norm of the gradient, ().
         """
         size, correction, max_norm = numbers.unbind()
-        beta1, beta2, eps = self.settings() or ()
+        group = self.optimizer.param_groups[0]
+        (beta1, beta2), eps = group["betas"], group["eps"]
         norms = [torch.linalg.vector_norm(g) for g in gradients]
         norm = torch.linalg.vector_norm(torch.stack(norms))
         finite = norm.isfinite()
