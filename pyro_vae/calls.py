@@ -25,6 +25,7 @@ from .granted import Granted, Used, is_plain, place, token
 from .graphs import Replayed, Unfit, compiled, reason, record
 from .optimizer import OneOptimizer
 from .randomness import RandomStates
+from .updates import Update, gradients_aside
 
 __all__ = ["Call", "Graph", "Graphs", "Mode", "Observer", "observing"]
 
@@ -57,14 +58,11 @@ class Graphs:
         warns: whether to say, once, why a call has no graph.
 
     Attributes:
-        observed: what the observer made of the last run.
         captures: number of graphs captured so far.
     """
 
-    def __init__(self, mode: Mode, observer: Observer | None, warns: bool = True) -> None:
+    def __init__(self, mode: Mode, warns: bool = True) -> None:
         self.mode = mode
-        self.observer = observer
-        self.observed: tuple[Tensor, ...] = ()
         self.captures = 0
         self._graphs: dict[Any, Graph | None] = {}  # None: cannot be captured
         self._warned = not warns
@@ -207,7 +205,7 @@ class Graph:
         leaves: list[Tensor],
         params: list[tuple[str, Tensor, bool]],
         modules: list[nn.Module],
-        update: _Update | None,
+        update: Update | None,
     ) -> None:
         self.run = run
         self.leaves = leaves
@@ -246,88 +244,6 @@ class Graph:
             taken.add(storage.data_ptr())
 
 
-class _Update:
-    """An optimizer's step behind a graph of loss and gradient, with which it makes one graph.
-
-    Args:
-        graph: inputs → loss, gradients of the leaves, what is observed.
-        gradients: of a run; None for a leaf that has none.
-
-    Raises:
-        Unfit: why the optimizer's step cannot be a part of a graph.
-    """
-
-    def __init__(
-        self,
-        optimizer: OneOptimizer,
-        graph: Callable[..., Any],
-        leaves: list[Tensor],
-        gradients: tuple[Tensor | None, ...],
-    ) -> None:
-        self.optimizer, self.graph = optimizer, graph
-        self.taken = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        self.leaves = [leaves[i] for i in self.taken]
-        known = {id(p) for p in optimizer.parameters}
-        if optimizer.settings() is None or not {id(leaf) for leaf in self.leaves} <= known:
-            raise Unfit("its optimizer is not plain Adam over all parameters")
-        self.states = optimizer.moments(self.leaves)
-        if len({(leaf.dtype, leaf.device) for leaf in self.leaves}) != 1:
-            raise Unfit("its parameters are of several types or on several devices")
-        if len({state["step"].item() for state in self.states}) != 1:
-            raise Unfit("its parameters have been updated some more often than others")
-        changed = [*self.leaves, *(x for state in self.states for x in state.values())]
-        self._kept = [(x, x.detach().clone()) for x in changed]
-
-    def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
-        """(*inputs, numbers) → loss, norm of the gradient, what is observed."""
-        with torch.no_grad(), torch.autocast(self.leaves[0].device.type, enabled=False):
-            value, gradients, observed = self.graph(*inputs[:-1])
-            gradients = [gradients[i] for i in self.taken]
-            return value, self.optimizer.update(self.leaves, gradients, inputs[-1]), observed
-
-    def numbers(self) -> Tensor:
-        return self.optimizer.numbers(self.leaves[0])
-
-    def parts(self) -> list[tuple[dict[Any, Any], Any, Any]]:
-        """Where the optimizer holds the tensors that the graph changes."""
-        state = self.optimizer.optimizer.state
-        places: list[tuple[dict[Any, Any], Any, Any]] = [
-            (vars(self.optimizer.optimizer), "state", state)
-        ]
-        for leaf, part in zip(self.leaves, self.states, strict=True):
-            places += [(state, leaf, part), *((part, name, x) for name, x in part.items())]
-        return places
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for x, value in self._kept:
-            x.copy_(value)
-
-    def forget(self) -> None:
-        """How things were before, once they are restored: another copy of all parameters."""
-        self._kept.clear()
-
-    @torch.no_grad()
-    def changed(self, step: Callable[[], Any]) -> list[Tensor]:
-        """What a step makes of parameters and moments, which are as before then."""
-        self.restore()
-        step()
-        return [x.detach().clone() for x, _ in self._kept]
-
-    def own_step(self, gradients: tuple[Any, ...]) -> None:
-        """The optimizer's, by the same gradients."""
-        kept = [p.grad for p in self.optimizer.parameters]
-        try:
-            for p in self.optimizer.parameters:
-                p.grad = None
-            for leaf, i in zip(self.leaves, self.taken, strict=True):
-                leaf.grad = gradients[i].clone()
-            self.optimizer(self.leaves)
-        finally:
-            for p, gradient in zip(self.optimizer.parameters, kept, strict=True):
-                p.grad = gradient
-
-
 def _capture(call: Call, mode: Mode) -> Graph:
     """Run the ELBO to see what takes part, then capture it. The random state is left as it was.
 
@@ -356,7 +272,7 @@ def _capture(call: Call, mode: Mode) -> Graph:
         leaves = _leaves(value) if torch.is_grad_enabled() else []
         run, inputs = call.program(leaves), call.graph_inputs()
 
-        update: _Update | None = None
+        update: Update | None = None
 
         def again(function: Callable[..., Any]) -> Any:
             used.restore()
@@ -377,11 +293,11 @@ def _capture(call: Call, mode: Mode) -> Graph:
             if leaves:
                 _check(again(lambda: _gradients_of(call, leaves)), result[1])
             if call.optimizer is not None:
-                update = _Update(call.optimizer, graph, leaves, result[1])
+                update = Update(call.optimizer, graph, leaves, result[1])
                 inputs = [*inputs, update.numbers()]
                 graph = again(lambda: record(update, inputs))
-                own = update.changed(lambda: update.own_step(result[1]))
-                _check(own, update.changed(lambda: again(lambda: graph(*inputs))))
+                own = again(lambda: update.changed(lambda: update.own_step(result[1])))
+                _check(own, again(lambda: update.changed(lambda: graph(*inputs))))
             if mode == "compiled":
                 try:
                     graph = again(lambda: compiled(graph, inputs))
@@ -418,15 +334,9 @@ def observing(
 
 def _gradients_of(call: Call, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
     """What the ELBO's own `loss_and_grads` leaves in the parameters."""
-    kept = [leaf.grad for leaf in leaves]
-    try:
-        for leaf in leaves:
-            leaf.grad = None
+    with gradients_aside(leaves):
         call.owner.loss_and_grads(*call.programs, *call.args, **call.kwargs)
         return tuple(leaf.grad for leaf in leaves)
-    finally:
-        for leaf, gradient in zip(leaves, kept, strict=True):
-            leaf.grad = gradient
 
 
 def _check(expected: Any, result: Any) -> None:

@@ -53,15 +53,18 @@ class Captured(Graphs, ELBO):
 
     Attributes:
         elbo: what is captured.
-        observed, captures: see `Graphs`.
+        observed: what the observer made of the last run.
+        captures: number of graphs captured so far.
     """
 
     def __init__(self, elbo: ELBO, mode: Mode, observer: Observer | None) -> None:
         ELBO.__init__(
             self, num_particles=elbo.num_particles, max_plate_nesting=elbo.max_plate_nesting
         )
-        Graphs.__init__(self, mode, observer)
+        Graphs.__init__(self, mode)
         self.elbo = elbo
+        self.observer = observer
+        self.observed: tuple[Tensor, ...] = ()
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The loss, of draws of its own."""
@@ -127,7 +130,7 @@ class CapturedFunction(Graphs):
     """
 
     def __init__(self, function: Callable[..., Any], mode: Mode = "compiled") -> None:
-        super().__init__(mode, None)
+        super().__init__(mode)
         self.function = function
 
     @torch.no_grad()
@@ -153,7 +156,7 @@ class CapturedSVI(SVI):
     def __init__(self, model: Any, guide: Any, optim: OneOptimizer, loss: Captured) -> None:
         super().__init__(model, guide, optim, loss)
         self.captured = loss
-        self.graphs = Graphs(loss.mode, loss.observer, warns=False)
+        self.graphs = Graphs(loss.mode, warns=False)
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Make a step.

@@ -27,6 +27,7 @@ ORDER = [
     "graphs",
     "granted",
     "optimizer",
+    "updates",
     "calls",
     "capture",
     "distributed",
