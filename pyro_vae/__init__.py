@@ -2,8 +2,7 @@
 
     splits = pyro_vae.load_data(pyro_vae.DataConfig("digits"))
     vae = pyro_vae.build(pyro_vae.ModelConfig(latent_dim=2), splits)
-    for record in pyro_vae.fit(vae, splits, pyro_vae.FitConfig(epochs=50)):
-        print(record.epoch, record.validation_elbo)
+    records = pyro_vae.fit(vae, splits, pyro_vae.FitConfig(epochs=50))
     pyro_vae.log_evidence(vae, x, num_samples=5000)
     pyro_vae.miscalibration(pyro_vae.simulate(vae))
 
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from .program import Program
     from .records import Record
     from .refinement import gaps, refine
-    from .svi import fit
+    from .svi import fit, iterate
     from .vae import VAE
 
 __all__ = [
@@ -59,6 +58,7 @@ __all__ = [
     "fit",
     "gaps",
     "importance_sample",
+    "iterate",
     "latent_use",
     "load",
     "load_data",
@@ -88,6 +88,7 @@ _HOMES = {
     "fit": "svi",
     "gaps": "refinement",
     "importance_sample": "evidence",
+    "iterate": "svi",
     "latent_use": "diagnostics",
     "load": "checkpoint",
     "load_data": "data",

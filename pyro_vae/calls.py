@@ -47,7 +47,7 @@ class Observer(Messenger):
     """Sees the sites of guide and model, and computes something of them in the same graph."""
 
     def observed(self) -> tuple[Tensor, ...]:
-        """What becomes `Captured.observed`; called once after the loss, without gradient."""
+        """Tensors that a step returns beside its loss; called once after it, without gradient."""
         raise NotImplementedError
 
 
@@ -131,13 +131,11 @@ class Call:
         self.args, self.kwargs, self.observer = args, kwargs, observer
         self.leaves, self.tree = tree_flatten((args, kwargs))
         self.inputs = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
-        self.schedules: tuple[str, ...] = getattr(owner, "schedules", ())
-        found = (*self.schedules, _FOUND)
         self.key = (
             programs,
             repr(self.tree),  # which has a hash in newer versions of torch only
             tuple(place(x)[:-1] if isinstance(x, Tensor) else token(x) for x in self.leaves),
-            tuple(token(v) for k, v in getattr(owner, "__dict__", {}).items() if k not in found),
+            tuple(token(v) for k, v in getattr(owner, "__dict__", {}).items() if k != _FOUND),
             torch.is_grad_enabled(),
             torch.is_autocast_enabled("cpu"),
             torch.is_autocast_enabled("cuda"),
@@ -149,19 +147,6 @@ class Call:
     def name(self) -> str:
         return getattr(self.owner, "__name__", type(self.owner).__name__)
 
-    def graph_inputs(self) -> list[Tensor]:
-        """The arguments' tensors, then the scheduled attributes."""
-        if not self.schedules:
-            return [*self.inputs]
-        device = self.inputs[0].device if self.inputs else None
-        return [
-            *self.inputs,
-            *(
-                torch.full((), getattr(self.owner, name), dtype=torch.float64, device=device)
-                for name in self.schedules
-            ),
-        ]
-
     def program(self, parameters: list[Tensor]) -> Callable[..., Any]:
         """What is captured: tensors → loss, gradients of `parameters`, what is observed."""
 
@@ -169,14 +154,7 @@ class Call:
             tensors = iter(inputs)
             leaves = [next(tensors) if isinstance(x, Tensor) else x for x in self.leaves]
             args, kwargs = tree_unflatten(leaves, self.tree)
-            before = {name: getattr(self.owner, name) for name in self.schedules}
-            try:
-                for name, value in zip(self.schedules, tensors, strict=True):
-                    setattr(self.owner, name, value)
-                value, observed = self.evaluate(*args, **kwargs)
-            finally:
-                for name, number in before.items():
-                    setattr(self.owner, name, number)
+            value, observed = self.evaluate(*args, **kwargs)
             if not parameters:
                 return value, (), observed
             gradients = torch.autograd.grad(value, parameters, allow_unused=True)
@@ -216,7 +194,7 @@ class Graph:
 
     def __call__(self, call: Call) -> tuple[Tensor, Any, tuple[Tensor, ...]]:
         """Value, gradients (or None) of the leaves, or after an update their norm, observed."""
-        inputs = call.graph_inputs()
+        inputs = [*call.inputs]
         if self.update is not None:
             inputs.append(self.update.numbers())
         with torch.no_grad():
@@ -230,7 +208,7 @@ class Graph:
 
     def find_shared(self, call: Call) -> None:
         """Look at a run's gradients: who changes one in place must not change another."""
-        inputs = call.graph_inputs()
+        inputs = [*call.inputs]
         with torch.no_grad():
             _, gradients, observed = self.run(*inputs)
         taken = {t.untyped_storage().data_ptr() for t in (*inputs, *self.leaves, *observed)}
@@ -270,7 +248,7 @@ def _capture(call: Call, mode: Mode) -> Graph:
             for leaf in [site["value"].unconstrained()]
         ]
         leaves = _leaves(value) if torch.is_grad_enabled() else []
-        run, inputs = call.program(leaves), call.graph_inputs()
+        run, inputs = call.program(leaves), [*call.inputs]
 
         update: Update | None = None
 

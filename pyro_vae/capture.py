@@ -26,7 +26,7 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 
 from .calls import Call, Graphs, Mode, Observer, observing
-from .optimizer import OneOptimizer
+from .optimizer import NonFiniteGradient, OneOptimizer
 
 __all__ = ["Captured", "CapturedFunction", "CapturedSVI", "Mode", "Observer", "capture"]
 
@@ -36,11 +36,12 @@ def capture(elbo: ELBO, mode: Mode = "compiled", observer: Observer | None = Non
 
     Args:
         elbo: any with a `differentiable_loss`: the objectives of this package and most of Pyro's.
-            Attributes that it names in `schedules` are inputs of the graph, and may change between
-            steps; where any other changes, it is captured anew.
+            Where an attribute of it changes, it is captured anew. A value that changes from step to
+            step is an argument: a tensor, such as `kl_weight` of `elbos.Sampled`.
         mode: compiled, by torch.compile, which takes some ten seconds for each shape of the
             arguments; graph: captured but not compiled, a fraction of a second; eager: neither.
-        observer: a messenger around guide and model.
+        observer: a messenger around guide and model. With one, the loss comes in a tuple, followed
+            by what the observer makes of the run, as Pyro's `SVI.step` allows.
 
     Enumerated sites and code whose course depends on the values of tensors cannot be captured. They
     run as they are, after one warning that says why. Without a compiler, compiled is as graph.
@@ -53,7 +54,6 @@ class Captured(Graphs, ELBO):
 
     Attributes:
         elbo: what is captured.
-        observed: what the observer made of the last run.
         captures: number of graphs captured so far.
     """
 
@@ -64,39 +64,39 @@ class Captured(Graphs, ELBO):
         Graphs.__init__(self, mode)
         self.elbo = elbo
         self.observer = observer
-        self.observed: tuple[Tensor, ...] = ()
 
-    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss, of draws of its own."""
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss, of draws of its own; with an observer, a tuple."""
         with torch.no_grad():
             call = self.call(model, guide, args, kwargs)
             graph = self.graph_of(call)
             if graph is None:
-                return self._observing(self.elbo.loss, model, guide, args, kwargs)
-            loss, _, self.observed = graph(call)
-        return _number(loss)
+                return self._uncaptured(self.elbo.loss, model, guide, args, kwargs)
+            loss, _, observed = graph(call)
+        return self._with(_number(loss), observed)
 
-    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss, and its gradient added to that of the parameters."""
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss, and its gradient added to that of the parameters; with an observer, a tuple."""
         with torch.enable_grad():
             call = self.call(model, guide, args, kwargs)
             graph = self.graph_of(call)
             if graph is None:
-                return self._observing(self.elbo.loss_and_grads, model, guide, args, kwargs)
-        loss, gradients, self.observed = graph(call)
+                return self._uncaptured(self.elbo.loss_and_grads, model, guide, args, kwargs)
+        loss, gradients, observed = graph(call)
         for leaf, gradient in zip(graph.leaves, gradients, strict=True):
             if gradient is not None:
                 leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
-        return _number(loss)
+        return self._with(_number(loss), observed)
 
-    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss, (), that may be differentiated once."""
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss, (), that may be differentiated once; with an observer, a tuple."""
         call = self.call(model, guide, args, kwargs)
         graph = self.graph_of(call)
         if graph is None:
-            return self._observing(self.elbo.differentiable_loss, model, guide, args, kwargs)
-        loss, gradients, self.observed = graph(call)
-        return _Loss.apply(loss, gradients, *graph.leaves) if graph.leaves else loss
+            return self._uncaptured(self.elbo.differentiable_loss, model, guide, args, kwargs)
+        loss, gradients, observed = graph(call)
+        value = _Loss.apply(loss, gradients, *graph.leaves) if graph.leaves else loss
+        return self._with(value, observed)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError("a captured ELBO has no trace")
@@ -113,12 +113,15 @@ class Captured(Graphs, ELBO):
         function = getattr(self.elbo, "differentiable_loss", None)
         return Call(self.elbo, function, (model, guide), args, kwargs, self.observer, optimizer)
 
-    def _observing(
+    def _uncaptured(
         self, function: Callable[..., Any], model: Any, guide: Any, args: Any, kwargs: Any
     ) -> Any:
         """The ELBO itself."""
-        value, self.observed = observing(self.observer, function, model, guide, *args, **kwargs)
-        return value
+        value, observed = observing(self.observer, function, model, guide, *args, **kwargs)
+        return self._with(value, observed)
+
+    def _with(self, loss: Any, observed: tuple[Tensor, ...]) -> Any:
+        return loss if self.observer is None else (loss, *observed)
 
 
 class CapturedFunction(Graphs):
@@ -150,7 +153,7 @@ class CapturedSVI(SVI):
     Args:
         model, guide: see `pyro.infer.SVI`.
         optim: of all parameters.
-        loss: the ELBO; its `observed` is that of the last step.
+        loss: the ELBO.
     """
 
     def __init__(self, model: Any, guide: Any, optim: OneOptimizer, loss: Captured) -> None:
@@ -158,24 +161,26 @@ class CapturedSVI(SVI):
         self.captured = loss
         self.graphs = Graphs(loss.mode, warns=False)
 
-    def step(self, *args: Any, **kwargs: Any) -> float:
+    def step(self, *args: Any, **kwargs: Any) -> Any:
         """Make a step.
 
         Returns:
-            The loss.
+            The loss; with an observer, a tuple of numbers that begins with it.
 
         Raises:
-            RuntimeError: the gradient is not finite; parameters and moments are as they were.
+            NonFiniteGradient: parameters and moments are unchanged.
         """
         with torch.enable_grad():
             call = self.captured.call(self.model, self.guide, args, kwargs, self.optim)
             graph = self.graphs.graph_of(call)
         if graph is None or any(leaf.grad is not None for leaf in graph.leaves):
             return super().step(*args, **kwargs)
-        loss, norm, self.captured.observed = graph(call)
+        loss, norm, observed = graph(call)
         if not math.isfinite(norm.item()):
-            raise RuntimeError("the norm of the gradient is non-finite; no step was made")
-        return _number(loss)
+            raise NonFiniteGradient("the norm of the gradient is not finite; no step was made")
+        if self.captured.observer is None:
+            return _number(loss)
+        return _number(loss), *(x.item() for x in observed)
 
 
 class _Loss(torch.autograd.Function):

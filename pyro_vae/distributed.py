@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pyro.infer import SVI
 from torch import Tensor
 
 __all__ = [
@@ -29,9 +30,14 @@ __all__ = [
     "processes",
     "rank",
     "share",
+    "step",
     "sum_tensors",
     "world",
 ]
+
+
+# Numbers that a step of training sums over its rows: loss, reconstruction and KL.
+TERMS = 3
 
 
 class LostRank(ConnectionError):
@@ -67,6 +73,39 @@ def processes(device: torch.device) -> Iterator[None]:
 def part(index: Tensor) -> Tensor:
     """This rank's part of a batch; parts differ in size by one at most, and may be empty."""
     return index.tensor_split(world())[rank()]
+
+
+def step(svi: SVI, x: Tensor, stop: bool, **kwargs: Any) -> tuple[list[float], bool]:
+    """A step of `svi` on the rows of all ranks, of which `x` are this one's, perhaps none.
+
+    Gradients, what the loss returns, and the wish to stop are summed over the ranks in one message.
+
+    Args:
+        svi: with a loss that returns a tuple of at most `TERMS` numbers, and a `OneOptimizer`.
+        stop: whether this rank asks to stop.
+        kwargs: of the loss.
+
+    Returns:
+        The `TERMS` numbers, summed over the ranks, 0 where the loss returned fewer; whether any
+        rank asks to stop.
+
+    Raises:
+        LostRank: another rank is gone.
+        NonFiniteGradient: in all ranks at once.
+    """
+    optimizer = svi.optim
+    found = svi.loss_and_grads(svi.model, svi.guide, x, **kwargs) if len(x) else ()
+    sums = torch.zeros(TERMS + 1, device=x.device)
+    for i, value in enumerate(found):
+        sums[i] = value
+    sums[-1] = float(stop)
+    for parameter in optimizer.parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    sum_tensors([*(p.grad for p in optimizer.parameters), sums])
+    optimizer(optimizer.parameters)
+    *terms, wishes = sums.tolist()
+    return terms, wishes > 0
 
 
 def sum_tensors(tensors: list[Tensor]) -> None:

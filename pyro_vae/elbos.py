@@ -46,13 +46,13 @@ __all__ = ["BetaTC", "FreeBits", "MaximumMeanDiscrepancy", "MeanField", "Sampled
 class Sampled(Trace_ELBO):
     """trace, beta: the ELBO, all of it sampled. With a KL weight, and particles in chunks.
 
-    Attributes:
-        kl_weight: β. Scales the latent sites of model and guide alike; scaled in one of them alone,
-            the value would be wrong. May be changed between steps.
-        schedules: names of attributes that may be, for who captures a step (see `capture`).
-    """
+    A step may have a KL weight of its own, `svi.step(x, kl_weight=...)`, which model and guide do
+    not see. As a tensor, (), it is an input of a captured step (see `capture`).
 
-    schedules = ("kl_weight",)
+    Attributes:
+        kl_weight: β where a step gives none. It scales the latent sites of model and guide alike;
+            scaled in one of them alone, the value would be wrong.
+    """
 
     def __init__(
         self, num_particles: int = 1, max_plate_nesting: float = math.inf, kl_weight: float = 1.0
@@ -65,7 +65,8 @@ class Sampled(Trace_ELBO):
         self.kl_weight = kl_weight
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
-        with _ScaledLatents(self.kl_weight):
+        kwargs = dict(kwargs)
+        with _ScaledLatents(kwargs.pop("kl_weight", self.kl_weight)):
             return super()._get_trace(model, guide, args, kwargs)
 
     def _get_traces(
@@ -75,8 +76,9 @@ class Sampled(Trace_ELBO):
         if self.num_particles == 1:
             yield self._get_trace(model, guide, args, kwargs)
             return
-        know_plate_nesting(self, model, guide, args, kwargs)
-        for size in chunk_sizes(self.num_particles, args, kwargs):
+        own = {name: value for name, value in kwargs.items() if name != "kl_weight"}
+        know_plate_nesting(self, model, guide, args, own)
+        for size in chunk_sizes(self.num_particles, args, own):
             nesting = int(self.max_plate_nesting) - 1  # which counts the particles' plate
             model_size, guide_size = (in_particles(f, size, nesting) for f in (model, guide))
             yield self._get_trace(model_size, guide_size, args, kwargs)
@@ -259,7 +261,7 @@ class MaximumMeanDiscrepancy(_Replaced):
 class _ScaledLatents(Messenger):
     """Multiplies the scale of every latent site."""
 
-    def __init__(self, factor: float) -> None:
+    def __init__(self, factor: float | Tensor) -> None:
         super().__init__()
         self.factor = factor
 

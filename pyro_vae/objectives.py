@@ -94,8 +94,8 @@ def objective(
 
     A `weighted.WeightedELBO` weighs each datum of the plate by itself, scaled and subsampled plates
     included. Where there are more particles than memory allows at once, they are taken in chunks.
-    trace, mean-field, beta, score-function and free-bits have a `kl_weight` (1) that may be
-    changed between steps.
+    trace, mean-field, beta, score-function and free-bits take a KL weight with each step,
+    `svi.step(x, kl_weight=...)`; without one it is their attribute `kl_weight` (1, or `beta`).
 
     Args:
         name: one of the above.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-__all__ = ["OneOptimizer"]
+__all__ = ["NonFiniteGradient", "OneOptimizer"]
 
 # Settings of torch.optim.Adam under which `OneOptimizer.update` does what Adam does.
 _PLAIN = {
@@ -20,6 +20,10 @@ _PLAIN = {
     "maximize": False,
     "differentiable": False,
 }
+
+
+class NonFiniteGradient(ArithmeticError):
+    """The norm of the gradient is not finite; parameters and moments are unchanged."""
 
 
 class OneOptimizer(PyroOptim):
@@ -33,28 +37,27 @@ class OneOptimizer(PyroOptim):
 
     Attributes:
         max_norm: largest norm of the gradient; inf for no clipping.
-        before: called before the gradients are used, to change them.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.max_norm = math.inf
-        self.before: Callable[[], None] | None = None
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Step, given the parameters that took part in the loss.
 
         Raises:
-            RuntimeError: a gradient is not finite, or a parameter is not the optimizer's.
+            NonFiniteGradient: no step was made.
+            RuntimeError: a parameter is not the optimizer's.
         """
         if not {id(p) for p in params} <= {id(p) for p in self.parameters}:
             # Pyro copies a parameter that is not contiguous, and would train the copy.
             raise RuntimeError("model or guide registered a parameter that the optimizer lacks")
-        if self.before is not None:
-            self.before()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, error_if_nonfinite=True)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not math.isfinite(norm):
+            raise NonFiniteGradient("the norm of the gradient is not finite; no step was made")
         if norm > self.max_norm:  # clipping costs a pass over all of them
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, norm)
         self.optimizer.step()
@@ -63,7 +66,7 @@ class OneOptimizer(PyroOptim):
     def settings(self) -> tuple[Any, ...] | None:
         """What `update` takes for constant; None where it cannot stand for the optimizer's step."""
         groups = self.optimizer.param_groups
-        if type(self.optimizer) is not torch.optim.Adam or len(groups) > 1 or self.before:
+        if type(self.optimizer) is not torch.optim.Adam or len(groups) > 1:
             return None
         if any(groups[0].get(name, plain) != plain for name, plain in _PLAIN.items()):
             return None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
+import pyro
 import torch
 from torch import Tensor
 
-__all__ = ["RandomStates", "derive", "random_states"]
+__all__ = ["OwnState", "RandomStates", "derive", "random_states"]
 
 
 class RandomStates:
@@ -64,3 +66,34 @@ def random_states(device: torch.device, seed: int | None = None) -> Iterator[Ran
         yield states
     finally:
         states.set(outer)
+
+
+class OwnState:
+    """A random state and a Pyro parameter store that are in place while `active()` runs.
+
+    Torch's global random states and Pyro's store are the caller's again afterwards. Where the block
+    raises, the own random state stays what it was before it.
+
+    Attributes:
+        random: the random states between two blocks.
+    """
+
+    def __init__(self, device: torch.device, seed: int) -> None:
+        self.device = device
+        with random_states(device, seed) as states:
+            self.random = states.get()
+        self._store: Any = None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        with (
+            random_states(self.device) as states,
+            pyro.get_param_store().scope(self._store) as self._store,
+        ):
+            states.set(self.random)
+            yield
+            self.random = states.get()
+
+    def seed(self, purpose: str, seed: int) -> None:
+        """Within `active()`: go on from the seed of one purpose."""
+        RandomStates(self.device).seed(derive(seed, purpose))

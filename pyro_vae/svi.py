@@ -1,12 +1,13 @@
 """Stochastic variational inference: the training loop.
 
-    for record in fit(vae, splits, FitConfig(epochs=20)):
-        print(record.epoch, record.validation_elbo)
+    svi = SVI(vae.model, vae.guide, optimizer, loss=elbo)
+    for x in batches:
+        loss = svi.step(x)
 
-The loop writes no files and prints nothing. It leaves Pyro's parameter store and torch's global
-random state as it found them, between any two records too, so the consumer of the records may draw
-what it likes without changing the training. `record.state()` is all that a later call needs to
-continue with exactly the numbers of an uninterrupted run.
+`fit` trains to the end, `iterate` yields a record after each epoch. The loop writes no files and
+prints nothing. Between two steps Pyro's parameter store and torch's global random state are the
+caller's, who may draw and train other models without changing this training. `record.state()` is
+all that a later call needs to continue with exactly the numbers of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -14,31 +15,33 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
-from pyro.infer import SVI
+from pyro.infer import ELBO, SVI
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from . import distributed
+from . import distributed, schedules
 from .autoencoder import Autoencoder
 from .capture import CapturedSVI, Mode, Observer, capture
 from .config import KL_WEIGHTED, FitConfig, InputError, resolve_epochs
 from .data import Split, Splits
 from .objectives import objective
-from .optimizer import OneOptimizer
-from .randomness import derive, random_states
-from .records import Diverged, Progress, Record
+from .optimizer import NonFiniteGradient, OneOptimizer
+from .randomness import OwnState, derive, random_states
+from .records import Diverged, Position, Progress, Record, Sums, pack, unpack
 from .vae import VAE
 
-__all__ = ["Diverged", "Progress", "Record", "elbo_terms", "fit"]
+__all__ = ["Diverged", "Progress", "Record", "elbo_terms", "fit", "iterate", "run_mode"]
 
-# Objectives that are no sum over images.
+# Objectives that are no sum over rows.
 WHOLE_BATCH = ("free-bits", "beta-tc", "mmd")
 
 # Steps from which capturing the ELBO pays for itself.
@@ -51,8 +54,29 @@ COMPILE_SECONDS = 20.0
 SAVED_BY_STEP = 2e-3
 SAVED_BY_VALUE = 8e-9
 
+# Rows on which model, guide and objective are checked before the first step.
+CHECKED_ROWS = 8
+
 
 def fit(
+    vae: VAE | Autoencoder,
+    splits: Splits,
+    config: FitConfig = FitConfig(),  # noqa: B008 (frozen)
+    seed: int = 0,
+    state: dict[str, Any] | None = None,
+    on_step: Callable[[Progress], bool | None] | None = None,
+) -> list[Record]:
+    """Train `vae` in place to the end of the run.
+
+    See `iterate` for the arguments and errors.
+
+    Returns:
+        A record for each epoch.
+    """
+    return list(iterate(vae, splits, config, seed, state, on_step))
+
+
+def iterate(
     vae: VAE | Autoencoder,
     splits: Splits,
     config: FitConfig = FitConfig(),  # noqa: B008 (frozen)
@@ -62,56 +86,239 @@ def fit(
 ) -> Iterator[Record]:
     """Train `vae` in place and yield a record after each epoch.
 
-    Args:
-        vae: the model, on the device on which `splits` deliver their batches.
-        splits: training and validation rows; the test split is not touched.
-        config: objective, schedule and length.
-        seed: of the order of the images and all draws.
-        state: of an earlier `Record.state()` or `Progress.state()`, with the weights of that moment
-            in `vae`: the run continues from there.
-        on_step: called after every step; a true answer ends the training there.
-
     Where torch.distributed has been set up, this is one rank of a training by all of them: each
     takes its part of every batch, and draws its own random numbers, from the first rank's weights.
     All of them yield the same records but for their own speed, and stop a step after `on_step` has
     asked for it in one. Buffers that change, such as running means, are each rank's own.
 
+    Args:
+        vae: the model, on the device on which `splits` deliver their batches.
+        splits: training and validation rows; the test split is not touched.
+        config: objective, schedules and length.
+        seed: of the order of the rows and all draws.
+        state: of an earlier `Record.state()` or `Progress.state()`, with the weights of that moment
+            in `vae`: the run continues from there.
+        on_step: called after every step; a true answer ends the training there.
+
     Raises:
         Diverged: the loss, its gradient or the validation ELBO is not finite.
         LostRank: another rank is gone. The state before this step is kept.
-        InputError: the batch is larger than the training set, or the objective needs the whole
-            batch in one process.
+        InputError: the batch is larger than the training set, the model does not fit the data, or
+            the objective needs the whole batch in one process.
     """
-    training = _Training(vae, splits, config, seed)
+    run = _setup(vae, splits, config, seed)
+    position, sums = Position(), Sums()
     if state is not None:
-        training.load(state)
+        position, sums, run.own.random, moments = unpack(state)
+        run.optimizer.optimizer.load_state_dict(moments)
     try:
-        while training.epoch < training.epochs and not training.is_stale():
-            for _ in training.epoch_steps():
-                wish = on_step is not None and bool(on_step(training.progress()))
-                if training.is_to_stop(wish):
-                    return
-            yield training.end_epoch()
+        while position.epoch < run.epochs and not _is_stale(position, config):
+            position, sums, stopped = _epoch(run, position, sums, on_step)
+            if stopped:
+                return
+            position, record = _end_of_epoch(run, position, sums)
+            sums = Sums()
+            yield record
     finally:
         vae.eval()
 
 
-def elbo_terms(
-    vae: VAE | Autoencoder, split: Split, seed: int = 0, num_images: int | None = None
-) -> tuple[float, float | None]:
-    """Mean reconstruction and KL over a split, nats per image, one draw of z an image.
+@dataclass(frozen=True)
+class _Run:
+    """All that stays the same through a training. `own` and `optimizer` hold its mutable state."""
 
-    Draws and binarization are fixed by `seed`; torch's global random state is left as it was.
-    The KL of an `Autoencoder` is None.
+    vae: VAE | Autoencoder
+    splits: Splits
+    config: FitConfig
+    seed: int
+    epochs: int
+    steps_per_epoch: int
+    optimizer: OneOptimizer
+    svi: SVI
+    svi_of_rest: SVI  # for the last batch of an epoch, of another size
+    own: OwnState
+
+    @property
+    def device(self) -> torch.device:
+        return self.own.device
+
+
+def _setup(vae: VAE | Autoencoder, splits: Splits, config: FitConfig, seed: int) -> _Run:
+    epochs = resolve_epochs(config, len(splits.train))
+    alone = distributed.world() == 1
+    if not alone and config.objective in WHOLE_BATCH:
+        raise InputError(
+            f"--objective {config.objective} looks at the batch as a whole, which several "
+            f"processes do not have; run it in one, or choose another objective"
+        )
+    optimizer = OneOptimizer(
+        torch.optim.Adam(vae.parameters(), lr=config.learning_rate, fused=True)
+    )
+    loss = objective(
+        config.objective, config.num_particles, max_plate_nesting=1, **config.objective_options()
+    )
+    _check(vae, splits, loss)
+    mode = run_mode(config, splits.train)
+    elbo = capture(loss, mode, _Terms(vae, config.num_particles))
+    # A batch that comes once an epoch is not worth compiling for.
+    rest = capture(loss, "graph" if mode == "compiled" else mode, _Terms(vae, config.num_particles))
+    svi = SVI(vae.model, vae.guide, optimizer, loss=elbo)
+    if mode == "compiled" and alone:  # the update in the graph leaves no place for an exchange
+        svi = CapturedSVI(vae.model, vae.guide, optimizer, loss=elbo)
+    if not alone:
+        distributed.share([*vae.parameters(), *vae.buffers()])
+    return _Run(
+        vae,
+        splits,
+        config,
+        seed,
+        epochs,
+        steps_per_epoch=math.ceil(len(splits.train) / config.batch_size),
+        optimizer=optimizer,
+        svi=svi,
+        svi_of_rest=SVI(vae.model, vae.guide, optimizer, loss=rest),
+        own=OwnState(_device(vae), derive(seed, "training")),
+    )
+
+
+def _check(vae: VAE | Autoencoder, splits: Splits, loss: ELBO) -> None:
+    """Evaluate the objective once with Pyro's checks of shapes and supports.
+
+    Raises:
+        InputError: they fail.
     """
-    reconstruction, kl, count = 0.0, 0.0, 0
-    with random_states(_device(vae), derive(seed, "posterior")):
-        for x in split.fixed(vae.likelihood_module.units, seed, num_images):
-            reconstructions, kls = vae.elbo_terms(x)
-            reconstruction += reconstructions.double().sum().item()
-            kl += 0.0 if kls is None else kls.double().sum().item()
-            count += len(x)
-    return reconstruction / count, kl / count if isinstance(vae, VAE) else None
+    own = OwnState(_device(vae), seed=0)
+    x = next(splits.train.fixed(vae.likelihood_module.units, 0, CHECKED_ROWS))
+    try:
+        with own.active(), _settings("highest", own.device, validate=True):
+            loss.loss(vae.model, vae.guide, x)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"model and data do not fit together: {reason}") from None
+
+
+def _epoch(
+    run: _Run,
+    position: Position,
+    sums: Sums,
+    on_step: Callable[[Progress], bool | None] | None,
+) -> tuple[Position, Sums, bool]:
+    """Make the steps that are left of an epoch.
+
+    Returns:
+        Position and sums after them, and whether `on_step` has asked to stop.
+    """
+    config, train, units = run.config, run.splits.train, run.vae.likelihood_module.units
+    alone = distributed.world() == 1
+    wish = stop = False
+    run.vae.train()
+    for index in _batches(run, position):
+        started = time.perf_counter()
+        weights = _set_schedules(run, position.step, len(index))
+        svi = run.svi if len(index) == config.batch_size else run.svi_of_rest
+        with run.own.active(), _settings(config.precision, run.device):
+            try:
+                if alone:
+                    loss, *terms = svi.step(train.take(index, units), **weights)
+                else:  # this rank's rows; then one sum over the ranks, of gradients and terms
+                    run.own.seed(f"training {distributed.rank()} {position.step}", run.seed)
+                    x = train.take(distributed.part(index), units)
+                    (loss, *terms), stop = distributed.step(svi, x, wish, **weights)
+            except NonFiniteGradient:
+                raise _diverged("gradient", config, position) from None
+            if not math.isfinite(loss):
+                raise _diverged("loss", config, position)
+        elapsed = time.perf_counter() - started
+        position = position.after_step(elapsed)
+        sums = sums.after_step(len(index), elapsed, terms)
+        wish = on_step is not None and bool(on_step(_progress(run, position, sums)))
+        if stop or (wish and alone):
+            return position, sums, True
+    return position, sums, False
+
+
+def _batches(run: _Run, position: Position) -> Sequence[Tensor]:
+    """The rows of each step that is left of an epoch, in an order of seed and epoch."""
+    order = np.random.default_rng([run.seed, position.epoch]).permutation(len(run.splits.train))
+    done = position.step - position.epoch * run.steps_per_epoch
+    return torch.from_numpy(order).split(run.config.batch_size)[done:]
+
+
+def _set_schedules(run: _Run, step: int, num_rows: int) -> dict[str, Tensor]:
+    """Set learning rate and clip norm of a step; return its KL weight, where the ELBO takes one."""
+    config, num_steps = run.config, run.epochs * run.steps_per_epoch
+    rate = schedules.learning_rate(config, step, num_steps)
+    for group in run.optimizer.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.max_norm = config.gradient_clip * num_rows
+    if config.objective not in KL_WEIGHTED:
+        return {}
+    weight = schedules.kl_weight(config, step, num_steps)
+    return {"kl_weight": torch.tensor(weight, dtype=torch.float64, device=run.device)}
+
+
+def _end_of_epoch(run: _Run, position: Position, sums: Sums) -> tuple[Position, Record]:
+    """Validate, in the first rank, and report."""
+    started = time.perf_counter()
+    run.vae.eval()
+    found = None
+    if distributed.rank() == 0:
+        terms = elbo_terms(run.vae, run.splits.validation, run.seed)
+        found = (*terms, position.seconds + time.perf_counter() - started)
+    reconstruction, kl, seconds = distributed.agree(found)
+    elbo = None if kl is None else reconstruction - kl
+    score = reconstruction if elbo is None else elbo
+    if not math.isfinite(score):
+        raise _diverged("validation ELBO", run.config, position)
+    is_best = score > position.best
+    position = position.after_epoch(score, seconds)
+    train_elbo, train_reconstruction, train_kl = sums.means(isinstance(run.vae, VAE))
+    return position, Record(
+        epoch=position.epoch,
+        step=position.step,
+        seconds=seconds,
+        train_elbo=train_elbo,
+        validation_elbo=elbo,
+        reconstruction=train_reconstruction,
+        kl=train_kl,
+        validation_reconstruction=reconstruction,
+        validation_kl=kl,
+        learning_rate=run.optimizer.optimizer.param_groups[0]["lr"],
+        images_per_second=sums.rate,
+        is_best=is_best,
+        state=_state(run, position, Sums()),
+    )
+
+
+def _progress(run: _Run, position: Position, sums: Sums) -> Progress:
+    elbo, reconstruction, kl = sums.means(isinstance(run.vae, VAE))
+    return Progress(
+        epoch=position.epoch + 1,
+        step=position.step,
+        epochs=run.epochs,
+        steps_per_epoch=run.steps_per_epoch,
+        elbo=elbo,
+        reconstruction=reconstruction,
+        kl=kl,
+        images_per_second=sums.rate,
+        state=_state(run, position, sums),
+    )
+
+
+def _state(run: _Run, position: Position, sums: Sums) -> Callable[[], dict[str, Any]]:
+    return partial(pack, position, sums, run.own.random, run.optimizer.optimizer)
+
+
+def _is_stale(position: Position, config: FitConfig) -> bool:
+    return config.patience is not None and position.stale_epochs >= config.patience
+
+
+def _diverged(what: str, config: FitConfig, position: Position) -> Diverged:
+    return Diverged(
+        f"the {what} is not finite in epoch {position.epoch + 1}, step {position.step + 1}. Likely "
+        f"causes: --learning-rate {config.learning_rate:g} is too high, --learning-rate-warmup or "
+        f"--kl-warmup too short, --gradient-clip too loose, or the data hold extreme values"
+    )
 
 
 def run_mode(config: FitConfig, train: Split) -> Mode:
@@ -126,31 +333,26 @@ def run_mode(config: FitConfig, train: Split) -> Mode:
     return "graph" if num_steps >= CAPTURE_FROM else "eager"
 
 
-@contextmanager
-def _precision(precision: str, device: torch.device) -> Iterator[None]:
-    """Of products within; see `FitConfig.precision`."""
-    if precision == "bf16":
-        with torch.autocast(device.type, torch.bfloat16):
-            yield
-        return
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision(precision)
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def elbo_terms(
+    vae: VAE | Autoencoder, split: Split, seed: int = 0, num_images: int | None = None
+) -> tuple[float, float | None]:
+    """Mean reconstruction and KL over a split, nats per row, one draw of z a row.
 
-
-@contextmanager
-def _no_nan_warning() -> Iterator[None]:
-    """Pyro warns of a loss that is not finite; here it is an error, with its likely causes."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Encountered NaN")
-        yield
+    Draws and binarization are fixed by `seed`; torch's global random state is left as it was.
+    The KL of an `Autoencoder` is None.
+    """
+    reconstruction, kl, count = 0.0, 0.0, 0
+    with random_states(_device(vae), derive(seed, "posterior")):
+        for x in split.fixed(vae.likelihood_module.units, seed, num_images):
+            reconstructions, kls = vae.elbo_terms(x)
+            reconstruction += reconstructions.double().sum().item()
+            kl += 0.0 if kls is None else kls.double().sum().item()
+            count += len(x)
+    return reconstruction / count, kl / count if isinstance(vae, VAE) else None
 
 
 class _Terms(Observer):
-    """The ELBO's two terms, summed over the images of a step, whatever is maximized.
+    """The ELBO's two terms, summed over the rows of a step, whatever is maximized.
 
     Every ELBO of Pyro runs the guide first, so "z" is kept with q(z|x), and "x" with p(x|z).
     """
@@ -169,9 +371,9 @@ class _Terms(Observer):
         self.sites.setdefault(msg["name"], (msg["fn"], msg["value"]))
 
     def observed(self) -> tuple[Tensor, ...]:
-        """Reconstruction and, of a VAE, KL: ()."""
+        """Reconstruction and, for a VAE, KL: ()."""
         likelihood, x = self.sites["x"]
-        if self.num_particles > 1:  # one of them tells enough
+        if self.num_particles > 1:  # one particle suffices for monitoring
             likelihood = self.vae.likelihood(self.sites["z"][1][:1])
         reconstruction = likelihood.log_prob(x).sum()
         if isinstance(self.vae, Autoencoder):
@@ -181,255 +383,25 @@ class _Terms(Observer):
         return reconstruction, kl.mean(0).sum()
 
 
-class _Training:
-    """The state of a run, and its two moves: a step and the end of an epoch."""
+@contextmanager
+def _settings(precision: str, device: torch.device, validate: bool = False) -> Iterator[None]:
+    """Global settings of Pyro and torch during a step.
 
-    def __init__(
-        self, vae: VAE | Autoencoder, splits: Splits, config: FitConfig, seed: int
-    ) -> None:
-        self.vae, self.splits, self.config, self.seed = vae, splits, config, seed
-        num_train = len(splits.train)
-        self.device = _device(vae)
-        self.units = vae.likelihood_module.units
-        self.steps_per_epoch = math.ceil(num_train / config.batch_size)
-        self.epochs = resolve_epochs(config, num_train)
-        self.num_steps = self.epochs * self.steps_per_epoch
-        self.optimizer = OneOptimizer(
-            torch.optim.Adam(vae.parameters(), lr=config.learning_rate, fused=True)
-        )
-        self.elbo = objective(
-            config.objective,
-            config.num_particles,
-            max_plate_nesting=1,
-            **config.objective_options(),
-        )
-        # The last batch of an epoch, of another size, is not worth compiling for.
-        mode = run_mode(config, splits.train)
-        rest: Mode = "graph" if mode == "compiled" else mode
-        self.losses = [
-            capture(self.elbo, m, _Terms(vae, config.num_particles)) for m in (mode, rest)
-        ]
-        self.loss = self.losses[0]
-        # A graph of the whole step leaves no place for the ranks' exchange, and pays if compiled.
-        whole = mode == "compiled" and distributed.world() == 1
-        self.svis = [
-            kind(vae.model, vae.guide, self.optimizer, loss)
-            for kind, loss in zip((CapturedSVI if whole else SVI, SVI), self.losses, strict=True)
-        ]
-        self.epoch = 0  # complete ones
-        self.step = 0
-        self.seconds = 0.0
-        self.best = -math.inf
-        self.stale_epochs = 0
-        self.random: dict[str, Tensor] | None = None
-        self.wish = False
-        self.told: Tensor | None = None  # by all ranks, where there are several
-        if distributed.world() > 1:
-            if config.objective in WHOLE_BATCH:
-                raise InputError(
-                    f"--objective {config.objective} looks at the batch as a whole, which several "
-                    f"processes do not have; run it in one, or choose another objective"
-                )
-            self.optimizer.before = self._sum_over_ranks
-            distributed.share([*vae.parameters(), *vae.buffers()])
-        self.store: Any = None  # Pyro's, of this training
-        # of what is observed; of an autoencoder there is no KL
-        self.terms = ("reconstruction", "kl") if isinstance(vae, VAE) else ("reconstruction",)
-        self._clear_sums()
-
-    def _clear_sums(self) -> None:
-        self.sums = {"images": 0.0, "seconds": 0.0, "reconstruction": 0.0, "kl": 0.0}
-
-    def state(self) -> dict[str, Any]:
-        """All but the weights; its tensors are live, valid until the next step."""
-        names = ("epoch", "step", "seconds", "best", "stale_epochs", "random")
-        return {
-            **{name: getattr(self, name) for name in names},
-            "sums": dict(self.sums),
-            "optimizer": self.optimizer.optimizer.state_dict(),
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        if set(state) != set(self.state()):
-            raise InputError(
-                f"a training's state expects {', '.join(self.state())}; got {', '.join(state)}"
-            )
-        state = dict(state)
-        self.optimizer.optimizer.load_state_dict(state.pop("optimizer"))
-        for name, value in state.items():
-            setattr(self, name, dict(value) if name == "sums" else value)
-
-    def is_stale(self) -> bool:
-        return self.config.patience is not None and self.stale_epochs >= self.config.patience
-
-    def epoch_steps(self) -> Iterator[None]:
-        """The steps of one epoch, or what is left of it."""
-        self.vae.train()
-        order = torch.from_numpy(
-            np.random.default_rng([self.seed, self.epoch]).permutation(len(self.splits.train))
-        )
-        first = self.step - self.epoch * self.steps_per_epoch
-        for index in order.split(self.config.batch_size)[first:]:
-            started = time.perf_counter()
-            self._one_step(index)
-            elapsed = time.perf_counter() - started
-            self.seconds += elapsed
-            self.sums["seconds"] += elapsed
+    Pyro's checks of shapes and supports cost a tenth of a step, and are made once before the first.
+    Its warning about a loss that is not finite is an error here (`Diverged`).
+    """
+    before = torch.get_float32_matmul_precision()
+    with (
+        pyro.validation_enabled(validate),
+        warnings.catch_warnings(),
+        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        warnings.filterwarnings("ignore", message="Encountered NaN")
+        try:
+            torch.set_float32_matmul_precision("highest" if precision == "bf16" else precision)
             yield
-
-    def _one_step(self, index: Tensor) -> None:
-        for group in self.optimizer.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
-        self.optimizer.max_norm = self.config.gradient_clip * len(index)
-        if self.config.objective in KL_WEIGHTED:
-            self.elbo.kl_weight = self._kl_weight()
-        size = 0 if len(index) == self.config.batch_size else 1
-        rows, self.loss = distributed.part(index), self.losses[size]
-        with self._randomness(), pyro.get_param_store().scope(self.store) as self.store:
-            # Pyro's checks of shapes and supports, once: they cost a tenth of a step.
-            with (
-                pyro.validation_enabled(self.step == 0),
-                _precision(self.config.precision, self.device),
-                _no_nan_warning(),
-            ):
-                try:
-                    if len(rows) > 0:
-                        loss = self.svis[size].step(self.splits.train.take(rows, self.units))
-                    else:  # the ranks outnumber the images of a last batch
-                        loss, self.loss.observed = 0.0, ()
-                        self.optimizer(self.optimizer.parameters)
-                except ValueError as error:  # of the checks of the first step
-                    reason = str(error).splitlines()[0]
-                    raise InputError(f"model and data do not fit together: {reason}") from None
-                except RuntimeError as error:
-                    if "non-finite" not in str(error):
-                        raise
-                    raise self._diverged("gradient") from None
-            if not math.isfinite(loss):
-                raise self._diverged("loss")
-        told = self.loss.observed if self.told is None else self.told[:-1]
-        for name, value in zip(self.terms, told, strict=True):
-            self.sums[name] += value.item()
-        if self.told is not None and not math.isfinite(self.told.sum()):  # of any rank
-            raise self._diverged("loss")
-        self.sums["images"] += len(index)
-        self.step += 1
-
-    def _tell(self) -> Tensor:
-        """The sums of this rank's images, and whether it wants to stop."""
-        told = torch.zeros(len(self.terms) + 1, device=self.device)
-        for i, value in enumerate(self.loss.observed):
-            told[i] = value
-        told[-1] = float(self.wish)
-        return told
-
-    def _sum_over_ranks(self) -> None:
-        """Before the optimizer's step: gradients, and what there is to tell, in one message."""
-        for parameter in self.optimizer.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self.told = self._tell()
-        gradients = [p.grad for p in self.optimizer.parameters if p.grad is not None]
-        distributed.sum_tensors([*gradients, self.told])
-
-    def is_to_stop(self, wish: bool) -> bool:
-        """Whether any rank wants to. The others hear of it with the next step's gradients."""
-        self.wish = wish
-        return wish if self.told is None else bool(self.told[-1] > 0)
-
-    def _diverged(self, what: str) -> Diverged:
-        return Diverged(
-            f"the {what} is not finite in epoch {self.epoch + 1}, step {self.step + 1}. Likely "
-            f"causes: --learning-rate {self.config.learning_rate:g} is too high, "
-            f"--learning-rate-warmup or --kl-warmup too short, --gradient-clip too loose, or the "
-            f"data hold extreme values"
-        )
-
-    def _learning_rate(self) -> float:
-        """Linear warm-up, then constant or half a cosine down to zero."""
-        warmup = self.config.learning_rate_warmup * self.num_steps
-        if self.step < warmup:
-            return self.config.learning_rate * (self.step + 1) / (warmup + 1)
-        if self.config.schedule == "constant":
-            return self.config.learning_rate
-        part = (self.step - warmup) / (self.num_steps - warmup)
-        return self.config.learning_rate * (1 + math.cos(math.pi * part)) / 2
-
-    def _kl_weight(self) -> float:
-        warmup = self.config.kl_warmup * self.num_steps
-        return self.config.kl_weight * min(1.0, (self.step + 1) / (warmup + 1))
-
-    def _train_terms(self) -> tuple[float | None, float, float | None]:
-        """ELBO, reconstruction and KL of this epoch so far, nats per image."""
-        reconstruction = self.sums["reconstruction"] / self.sums["images"]
-        if isinstance(self.vae, Autoencoder):
-            return None, reconstruction, None
-        kl = self.sums["kl"] / self.sums["images"]
-        return reconstruction - kl, reconstruction, kl
-
-    def progress(self) -> Progress:
-        elbo, reconstruction, kl = self._train_terms()
-        return Progress(
-            epoch=self.epoch + 1,
-            step=self.step,
-            epochs=self.epochs,
-            steps_per_epoch=self.steps_per_epoch,
-            elbo=elbo,
-            reconstruction=reconstruction,
-            kl=kl,
-            images_per_second=self.sums["images"] / max(self.sums["seconds"], 1e-9),
-            state=self.state,
-        )
-
-    def end_epoch(self) -> Record:
-        """Validate and report."""
-        started = time.perf_counter()
-        self.vae.eval()
-        found = None
-        if distributed.rank() == 0:
-            terms = elbo_terms(self.vae, self.splits.validation, self.seed)
-            found = (*terms, self.seconds + time.perf_counter() - started)
-        # Once, before anything changes here: a rank may be lost on the way.
-        reconstruction, kl, seconds = distributed.agree(found)
-        elbo = None if kl is None else reconstruction - kl
-        score = reconstruction if elbo is None else elbo
-        if not math.isfinite(score):
-            raise self._diverged("validation ELBO")
-        is_best = score > self.best
-        self.best = max(score, self.best)
-        self.stale_epochs = 0 if is_best else self.stale_epochs + 1
-        self.epoch += 1
-        self.seconds = seconds
-        progress = self.progress()
-        self._clear_sums()
-        return Record(
-            epoch=self.epoch,
-            step=self.step,
-            seconds=self.seconds,
-            train_elbo=progress.elbo,
-            validation_elbo=elbo,
-            reconstruction=progress.reconstruction,
-            kl=progress.kl,
-            validation_reconstruction=reconstruction,
-            validation_kl=kl,
-            learning_rate=self.optimizer.optimizer.param_groups[0]["lr"],
-            images_per_second=progress.images_per_second,
-            is_best=is_best,
-            state=self.state,
-        )
-
-    @contextmanager
-    def _randomness(self) -> Iterator[None]:
-        """Torch's global random state is this training's own within, the caller's without."""
-        with random_states(self.device) as states:
-            if self.random is None:
-                states.seed(derive(self.seed, "training"))
-            else:
-                states.set(self.random)
-            if distributed.world() > 1:  # so that a resumed run draws the same
-                states.seed(derive(self.seed, f"training {distributed.rank()} {self.step}"))
-            yield
-            self.random = states.get()
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 def _device(vae: VAE | Autoencoder) -> torch.device:

@@ -24,7 +24,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -137,7 +137,7 @@ def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: tor
     from .data import load_data
     from .factory import build
     from .records import Diverged
-    from .svi import elbo_terms, fit
+    from .svi import elbo_terms, iterate
 
     asked = config_of(arguments)
     if checkpoint is None:
@@ -159,14 +159,14 @@ def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: tor
         vae = checkpoint.vae.to(device)
     training = None if checkpoint is None else checkpoint.training
     if distributed.rank() > 0:
-        return _follow(fit(vae, splits, config.fit, config.seed, training))
+        return _follow(iterate(vae, splits, config.fit, config.seed, training))
     folder = _folder(arguments, splits.name, checkpoint)
     run = _Run(folder, config, vae, splits, checkpoint, arguments.tensorboard)
     run.write("config.json", json.dumps(asked.to_dict(), indent=2) + "\n")
     _describe(run)
     with run:
         try:
-            for record in fit(vae, splits, config.fit, config.seed, training, run.on_step):
+            for record in iterate(vae, splits, config.fit, config.seed, training, run.on_step):
                 run.on_epoch(record)
             run.finish()
         except Diverged as error:
@@ -220,7 +220,7 @@ class _Run:
         self.unsaved: Record | None = None  # the last epoch, where last.pt does not hold it
         self.stopped: int | None = None  # the signal that asked for it
         self.interrupted = False  # whether the training ended for it
-        self.progress: Progress | None = None  # the last
+        self.state: Callable[[], dict[str, Any]] | None = None  # of the last step or epoch
         self.writer = _summary_writer()(str(folder / "tensorboard")) if tensorboard else None
         for name in ("checkpoints", "figures"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -254,7 +254,7 @@ class _Run:
         self.stopped = number
 
     def on_step(self, progress: Progress) -> bool:
-        self.progress = progress
+        self.state = progress.state
         if self.bar.total is None:
             self.bar.reset(total=progress.epochs * progress.steps_per_epoch)
             self.bar.update(progress.step - 1)
@@ -283,7 +283,7 @@ class _Run:
                     self.writer.add_scalar(name, value, record.epoch)
         if record.is_best:
             self.best = serialize(self.vae, self.config, self.splits, self.history)
-        self.unsaved = record
+        self.unsaved, self.state = record, record.state
         if record.epoch == 1 or time.monotonic() - self.saved_at > SAVE_EVERY:
             self._save(record.state())
         if record.epoch == 1:
@@ -304,8 +304,8 @@ class _Run:
 
     def keep(self) -> None:
         """Save the last complete step, after a failure in the next that changed nothing."""
-        if self.progress is not None:
-            self._save(self.progress.state())
+        if self.state is not None:
+            self._save(self.state())
 
     def _say(self, line: dict[str, Any]) -> None:
         """A line an epoch where there is no progress bar, in long runs one in so many."""

@@ -468,14 +468,14 @@ def test_a_run_that_diverges_keeps_its_best_model(tmp_path, capsys, monkeypatch)
     run = tmp_path / "run"
     from pyro_vae import svi
 
-    original = svi._Training._one_step
+    original = svi._epoch
 
-    def one_step(self, index):
-        if self.epoch == 5:
-            raise self._diverged("loss")
-        original(self, index)
+    def epoch(run, position, sums, on_step):
+        if position.epoch == 5:
+            raise svi._diverged("loss", run.config, position)
+        return original(run, position, sums, on_step)
 
-    monkeypatch.setattr(svi._Training, "_one_step", one_step)
+    monkeypatch.setattr(svi, "_epoch", epoch)
     assert train.main(["--out", str(run), *QUICK]) == 1
     assert load_checkpoint(run).history[-1]["epoch"] == 5
 

@@ -31,12 +31,12 @@ from torch import Tensor
 
 import pyro_vae
 from pyro_vae import FitConfig, InputError, distributed, svi, train
-from pyro_vae.capture import capture
+from pyro_vae.capture import Observer, capture
 from pyro_vae.checkpoint import load_checkpoint
 from pyro_vae.command import choose_device
 from pyro_vae.objectives import objective
 from pyro_vae.optimizer import OneOptimizer
-from pyro_vae.svi import Diverged, fit
+from pyro_vae.svi import Diverged, fit, iterate
 from pyro_vae.vae import VAE, register
 
 TIMINGS = ("seconds", "images_per_second")
@@ -47,6 +47,13 @@ WAIT = 120  # seconds, after which a process that should have ended is a hang
 
 
 # --- what is computed by one process and by two ---------------------------------------------------
+
+
+class Nothing(Observer):
+    """Makes the loss a tuple, as in training."""
+
+    def observed(self) -> tuple[Tensor, ...]:
+        return ()
 
 
 class Drawn(Normal):
@@ -91,12 +98,14 @@ def gradient(folder: Path, name: str, mode: str, is_summed: bool = True) -> dict
         options = {"free_bits": (0.75 * means.max(0).values + 0.25 * means.min(0).values)[0].item()}
     # Plain gradient descent of rate 1: the step is the gradient.
     optimizer = OneOptimizer(torch.optim.SGD(vae.parameters(), lr=1.0))
-    if distributed.world() > 1 and is_summed:
-        optimizer.before = lambda: distributed.sum_tensors([p.grad for p in optimizer.parameters])
-    loss = capture(objective(name, max_plate_nesting=1, **options), mode)
+    loss = capture(objective(name, max_plate_nesting=1, **options), mode, Nothing())
     before = {key: value.clone() for key, value in vae.state_dict().items()}
     rows = distributed.part(torch.arange(BATCH))
-    SVI(vae.model, vae.guide, optimizer, loss=loss).step(x[rows], noise[rows])
+    svi = SVI(vae.model, vae.guide, optimizer, loss=loss)
+    if distributed.world() > 1 and is_summed:
+        distributed.step(svi, x[rows], False, noise=noise[rows])
+    else:
+        svi.step(x[rows], noise=noise[rows])
     assert loss.captures == (mode == "graph")
     pyro.clear_param_store()
     return {key: before[key] - value for key, value in vae.state_dict().items()}
@@ -127,7 +136,7 @@ def autoencoder(folder: Path, capture_from: int) -> dict[str, Any]:
     try:
         config = FitConfig(**{**ODD, "epochs": 4, "compile": "auto"})
         assert svi.run_mode(config, splits.train) == ("graph" if capture_from == 0 else "eager")
-        return outcome(vae, fit(vae, splits, config))
+        return outcome(vae, iterate(vae, splits, config))
     finally:
         svi.CAPTURE_FROM = before
 
@@ -158,7 +167,7 @@ def _checks(folder: Path, rank: int) -> dict[str, Any]:
 
     vae, splits = small(folder, "bernoulli")
     config = FitConfig(**ODD, epochs=3)
-    found["vae"] = outcome(vae, fit(vae, splits, config))
+    found["vae"] = outcome(vae, iterate(vae, splits, config))
 
     # Stopped half-way, then resumed in this group: each rank draws on as if nothing had been.
     vae, splits = small(folder, "bernoulli")
@@ -171,13 +180,13 @@ def _checks(folder: Path, rank: int) -> dict[str, Any]:
             states.append({"step": progress.step, **progress.state()})
         return wish
 
-    head = outcome(vae, fit(vae, splits, config, on_step=stop_in_one))
+    head = outcome(vae, iterate(vae, splits, config, on_step=stop_in_one))
     found["steps until one rank stops"] = steps
-    tail = outcome(vae, fit(vae, splits, config, state=states[0]))
+    tail = outcome(vae, iterate(vae, splits, config, state=states[0]))
     found["resumed"] = {**tail, "records": head["records"] + tail["records"]}
     # Asked for after the very last step, at which nobody is left to hear of it.
     vae, splits = small(folder)
-    asked = fit(vae, splits, config, on_step=lambda p: rank == 1 and p.step == 3 * 17)
+    asked = iterate(vae, splits, config, on_step=lambda p: rank == 1 and p.step == 3 * 17)
     found["stopped at the end"] = outcome(vae, asked)
 
     # Rows that are all the same: what the decoder sees differs by the noise of z alone.
@@ -189,9 +198,9 @@ def _checks(folder: Path, rank: int) -> dict[str, Any]:
     vae = pyro_vae.build(pyro_vae.ModelConfig(latent_dim=2, hidden=(16,)), splits)
     seen: list[Tensor] = []
     hook = vae.decoder.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
-    next(iter(fit(vae, splits, FitConfig(epochs=1, batch_size=80, compile="off"))))
+    fit(vae, splits, FitConfig(epochs=1, batch_size=80, compile="off"))
     hook.remove()
-    found["z"] = seen[0].detach()
+    found["z"] = seen[1].detach()  # seen[0]: the check before the first step
 
     vae, splits = small(folder)
     config = FitConfig(
@@ -202,7 +211,7 @@ def _checks(folder: Path, rank: int) -> dict[str, Any]:
         compile="off",
         schedule="constant",
     )
-    found["patience"] = outcome(vae, fit(vae, splits, config))
+    found["patience"] = outcome(vae, iterate(vae, splits, config))
 
     # Values that turn into NaN in one rank's memory.
     vae, splits = small(folder, "gaussian")
@@ -215,7 +224,7 @@ def _checks(folder: Path, rank: int) -> dict[str, Any]:
             values.fill_(torch.nan)
 
     config = FitConfig(epochs=2, batch_size=16, compile="off")
-    found["nan in one rank"] = outcome(vae, fit(vae, splits, config, on_step=plant))
+    found["nan in one rank"] = outcome(vae, iterate(vae, splits, config, on_step=plant))
 
     vae, splits = small(folder, "gaussian")
     config = FitConfig(
@@ -226,7 +235,7 @@ def _checks(folder: Path, rank: int) -> dict[str, Any]:
         learning_rate_warmup=0,
         compile="off",
     )
-    found["too fast"] = outcome(vae, fit(vae, splits, config))
+    found["too fast"] = outcome(vae, iterate(vae, splits, config))
     found["agreed"] = distributed.agree({"rank": rank})
     return found
 
@@ -362,7 +371,7 @@ def test_objectives_that_look_at_the_whole_batch_are_refused(name, found, tmp_pa
     monkeypatch.setattr(distributed, "world", lambda: 2)
     vae, splits = example_vae("binomial", tmp_path)
     with pytest.raises(InputError, match=f"--objective {name} looks at the batch as a whole"):
-        next(fit(vae, splits, FitConfig(objective=name, epochs=1, batch_size=10)))
+        next(iterate(vae, splits, FitConfig(objective=name, epochs=1, batch_size=10)))
 
 
 def test_the_gradient_of_a_part_is_another(found, tmp_path):
@@ -391,9 +400,9 @@ def test_a_training_without_draws_is_that_of_one_process(mode, capture_from, fou
 def test_each_rank_reads_its_own_rows(found):
     first, second = (rank["taken"] for rank in found)
     assert [len(rows) for rows in first] == ([3] * 16 + [1]) * 4
-    assert [len(rows) for rows in second] == [2] * 16 * 4
+    assert [len(rows) for rows in second] == ([2] * 16 + [0]) * 4
     for epoch in range(4):
-        parts = first[17 * epoch :][:17] + second[16 * epoch :][:16]
+        parts = first[17 * epoch :][:17] + second[17 * epoch :][:17]
         assert sorted(row for part in parts for row in part) == list(range(81))
 
 
@@ -618,11 +627,11 @@ def test_torchrun_does_not_end_the_first_rank_before_the_last_step_is_kept(
         handlers.append(signal.getsignal(signal.SIGTERM))
         keep(self)
 
-    def lost(self: Any, index: Tensor) -> None:
+    def lost(*_: Any) -> None:
         raise distributed.LostRank("another process is gone")
 
     monkeypatch.setattr(train._Run, "keep", watched)
-    monkeypatch.setattr(svi._Training, "_one_step", lost)
+    monkeypatch.setattr(svi, "_epoch", lost)
     assert train.main(["--out", str(tmp_path / "run"), *network, "--epochs", "2"]) == 1
     assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().err
     assert handlers != [signal.SIG_DFL]

@@ -32,6 +32,7 @@ ORDER = [
     "capture",
     "distributed",
     "factory",
+    "schedules",
     "records",
     "svi",
     "checkpoint",

@@ -36,7 +36,7 @@ from scipy import stats
 from torch import Tensor
 
 import pyro_vae
-from pyro_vae import FitConfig, fit, objective, particles
+from pyro_vae import FitConfig, fit, iterate, objective, particles
 from pyro_vae.config import KL_WEIGHTED, Objective
 
 # Each call of `agree` rejects a true hypothesis at most so often, however many numbers it compares;
@@ -1414,7 +1414,7 @@ def fit_config(name: str, **settings) -> FitConfig:
 def test_every_objective_trains(name, tmp_path):
     """81 rows in batches of 20, the last of which is one row."""
     vae, splits = small(tmp_path)
-    records = list(fit(vae, splits, fit_config(name, epochs=8, batch_size=19)))
+    records = fit(vae, splits, fit_config(name, epochs=8, batch_size=19))
     assert len(records) == 8
     for record in records:
         values = [v for v in record.metrics().values() if v is not None]
@@ -1440,7 +1440,7 @@ def test_a_resumed_run_has_the_numbers_of_an_uninterrupted_one(name, tmp_path):
     whole = metrics(fit(vae, splits, config))
     weights = {key: value.clone() for key, value in vae.state_dict().items()}
     vae, splits = small(tmp_path)
-    records = fit(vae, splits, config)
+    records = iterate(vae, splits, config)
     head = [next(records), next(records)]
     state = head[-1].state()
     torch.manual_seed(99)  # the global state of the new process is another

@@ -808,7 +808,7 @@ def test_training_writes_the_page_and_the_same_again(tmp_path, capsys):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyro_vae.svi.fit", stop)
+        patch.setattr("pyro_vae.svi.iterate", stop)
         assert train.main([*arguments, "--overwrite"]) == 130
     assert not (run / "diagnostics.json").exists()
     assert not (run / "report.html").exists()

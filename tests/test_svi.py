@@ -12,12 +12,12 @@ import torch
 from conftest import SIGMAS, all_likelihoods, example_splits
 
 import pyro_vae
-from pyro_vae import FitConfig, svi
+from pyro_vae import FitConfig, elbos, svi
 from pyro_vae.checkpoint import load_checkpoint, serialize
 from pyro_vae.likelihoods import LIKELIHOODS
 from pyro_vae.optimizer import OneOptimizer
 from pyro_vae.priors import StandardNormal
-from pyro_vae.svi import Diverged, elbo_terms, fit
+from pyro_vae.svi import Diverged, elbo_terms, fit, iterate
 
 TIMINGS = ("seconds", "images_per_second")
 
@@ -39,7 +39,7 @@ def test_training_improves_every_likelihood(name, kind, tmp_path):
     vae, splits = small(name, tmp_path, likelihood=name, kind=kind)
     before = elbo_terms(vae, splits.train)
     config = FitConfig(epochs=60, batch_size=20, learning_rate=1e-2)
-    records = list(fit(vae, splits, config))
+    records = fit(vae, splits, config)
     after = elbo_terms(vae, splits.train)
     assert after[0] - (after[1] or 0) > before[0] - (before[1] or 0) + 1
     assert [r.epoch for r in records] == list(range(1, 61))
@@ -112,7 +112,7 @@ def test_resuming_from_the_end_of_an_epoch(tmp_path):
     vae, splits = small("binomial", tmp_path)
     whole = metrics(fit(vae, splits, config))
     vae, splits = small("binomial", tmp_path)
-    records = fit(vae, splits, config)
+    records = iterate(vae, splits, config)
     head = [next(records), next(records)]
     state = head[-1].state()
     assert metrics(head) + metrics(fit(vae, splits, config, state=state)) == whole
@@ -128,10 +128,10 @@ def test_consumer_may_draw_and_train_between_records(tmp_path):
     busy = []
     torch.manual_seed(0)
     mine = pyro.param("mine", torch.ones(2))
-    for record in fit(vae, splits, config):
+    for record in iterate(vae, splits, config):
         state = torch.get_rng_state()
         busy.append(record)
-        next(iter(fit(other, splits, config)))
+        next(iterate(other, splits, config))
         assert torch.equal(torch.get_rng_state(), state)
         assert list(pyro.get_param_store()) == ["mine"]
         assert pyro.param("mine") is not None
@@ -142,15 +142,16 @@ def test_consumer_may_draw_and_train_between_records(tmp_path):
 
 def test_kl_weight_and_warmup(tmp_path, monkeypatch):
     vae, splits = small("binomial", tmp_path)
-    weights, made = [], []
+    weights = []
+    original = elbos.Sampled.loss_and_grads
 
-    def keep(*args, **options):
-        made.append(pyro_vae.objective(*args, **options))
-        return made[-1]
+    def keep(self, *args, kl_weight):
+        weights.append(kl_weight.item())
+        return original(self, *args, kl_weight=kl_weight)
 
-    monkeypatch.setattr(svi, "objective", keep)
+    monkeypatch.setattr(elbos.Sampled, "loss_and_grads", keep)
     config = FitConfig(epochs=4, batch_size=27, beta=2.0, kl_warmup=0.5)
-    list(fit(vae, splits, config, on_step=lambda progress: weights.append(made[0].kl_weight)))
+    fit(vae, splits, config)
     assert len(weights) == 12
     assert weights == sorted(weights)
     assert weights[0] == pytest.approx(2 / 7)
@@ -163,7 +164,7 @@ def test_beta_lowers_the_kl(tmp_path):
     for beta in (0.1, 1.0, 8.0):
         vae, splits = small("binomial", tmp_path)
         config = FitConfig(epochs=60, batch_size=20, learning_rate=1e-2, beta=beta)
-        kls[beta] = list(fit(vae, splits, config))[-1].kl
+        kls[beta] = fit(vae, splits, config)[-1].kl
     assert kls[0.1] > kls[1.0] > kls[8.0]
 
 
@@ -203,7 +204,7 @@ def test_gradient_clipping_is_per_image(tmp_path, monkeypatch):
 
     monkeypatch.setattr(OneOptimizer, "__call__", recorded)
     vae, splits = small("binomial", tmp_path)
-    list(fit(vae, splits, FitConfig(epochs=1, batch_size=60, gradient_clip=2.5)))
+    fit(vae, splits, FitConfig(epochs=1, batch_size=60, gradient_clip=2.5))
     assert norms == [150.0, 52.5]  # 60 images, and the 21 that are left
 
 
@@ -273,7 +274,7 @@ def test_every_image_once_an_epoch_in_an_order_of_the_seed_and_the_epoch(tmp_pat
 
         monkeypatch.setattr(pyro_vae.Split, "take", take)
         vae, splits = small("binomial", tmp_path)
-        list(fit(vae, splits, FitConfig(epochs=3, batch_size=20), seed))
+        fit(vae, splits, FitConfig(epochs=3, batch_size=20), seed)
         return [seen[i : i + 81] for i in (0, 81, 162)]
 
     first, again, other = orders(0), orders(0), orders(1)
@@ -286,13 +287,13 @@ def test_every_image_once_an_epoch_in_an_order_of_the_seed_and_the_epoch(tmp_pat
 def test_a_state_of_another_kind_is_refused(tmp_path):
     vae, splits = small("binomial", tmp_path)
     with pytest.raises(pyro_vae.InputError, match="a training's state expects epoch, step"):
-        next(fit(vae, splits, FitConfig(batch_size=81), state={"a": 1}))
+        next(iterate(vae, splits, FitConfig(batch_size=81), state={"a": 1}))
 
 
 def test_early_stopping(tmp_path):
     vae, splits = small("binomial", tmp_path)
     config = FitConfig(epochs=400, batch_size=81, learning_rate=0.05, patience=5)
-    records = list(fit(vae, splits, config))
+    records = fit(vae, splits, config)
     assert len(records) < 400
     best = max(range(len(records)), key=lambda i: records[i].validation_elbo)
     assert len(records) == best + 1 + 5
@@ -305,13 +306,13 @@ def test_divergence_is_told_and_leaves_finite_weights(tmp_path):
         epochs=50, batch_size=16, learning_rate=1e4, gradient_clip=math.inf, learning_rate_warmup=0
     )
     with pytest.raises(Diverged, match=r"not finite in epoch \d+, step \d+.*--learning-rate 10000"):
-        list(fit(vae, splits, config))
+        fit(vae, splits, config)
     assert all(value.isfinite().all() for value in vae.state_dict().values())
 
 
 def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(tmp_path):
     vae, splits = small("binomial", tmp_path)
-    records = fit(vae, splits, FitConfig(epochs=3, batch_size=81))
+    records = iterate(vae, splits, FitConfig(epochs=3, batch_size=81))
     next(records)
     before = {k: v.clone() for k, v in vae.state_dict().items()}
     vae.decoder.bias.register_hook(lambda gradient: gradient * math.nan)
@@ -324,7 +325,7 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(tmp_path):
 def test_batch_larger_than_the_training_set(tmp_path):
     vae, splits = small("binomial", tmp_path)
     with pytest.raises(ValueError, match="--batch-size 82 is larger than the training set of 81"):
-        next(fit(vae, splits, FitConfig(batch_size=82)))
+        next(iterate(vae, splits, FitConfig(batch_size=82)))
 
 
 def test_validation_uses_the_same_draws_every_time(tmp_path):
@@ -337,7 +338,7 @@ def test_the_test_split_is_never_read(tmp_path):
     """Training on data whose test rows cannot be gathered works all the same."""
     vae, splits = small("binomial", tmp_path)
     broken = dataclasses.replace(splits.test, rows=torch.tensor([10**9]))
-    list(fit(vae, dataclasses.replace(splits, test=broken), FitConfig(epochs=1, batch_size=81)))
+    fit(vae, dataclasses.replace(splits, test=broken), FitConfig(epochs=1, batch_size=81))
 
 
 def steps_of(mode: str, tmp_path, monkeypatch, **settings):
@@ -419,7 +420,7 @@ def test_precision(captured, tmp_path, monkeypatch):
     for precision in ("highest", "medium", "bf16"):
         vae, splits = small("binomial", tmp_path)
         config = FitConfig(epochs=2, batch_size=30, precision=precision)
-        elbos[precision] = list(fit(vae, splits, config))[-1].train_elbo
+        elbos[precision] = fit(vae, splits, config)[-1].train_elbo
         assert {p.dtype for p in vae.parameters()} == {torch.float32}
         assert torch.get_float32_matmul_precision() == "highest"
         assert not torch.is_autocast_enabled("cpu")

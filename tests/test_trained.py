@@ -28,7 +28,7 @@ from pyro_vae.refinement import gaps, refine
 def trained(digits):
     vae = pyro_vae.build(pyro_vae.ModelConfig(latent_dim=20), digits)
     best = None
-    for record in pyro_vae.fit(vae, digits, pyro_vae.FitConfig(epochs=120)):
+    for record in pyro_vae.iterate(vae, digits, pyro_vae.FitConfig(epochs=120)):
         if record.is_best:
             best = copy.deepcopy(vae.state_dict())
     vae.load_state_dict(best)

@@ -78,7 +78,7 @@ class Ours:
             compile=self.compile,  # type: ignore[arg-type]
             precision=job.precision,  # type: ignore[arg-type]
         )
-        self.records = pyro_vae.fit(self.vae, splits, config)
+        self.records = pyro_vae.iterate(self.vae, splits, config)
 
     def epoch(self) -> None:
         next(self.records)
