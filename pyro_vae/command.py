@@ -74,14 +74,20 @@ def run_command(work: Callable[[], int | None]) -> int:
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
         return fail(f"{error.strerror or error}{place}")
-    except (MemoryError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        words = ("memory", "alloc", "overflow", "too large", "invalid dimension")
-        if isinstance(error, RuntimeError) and not any(word in reason for word in words):
-            raise
-        return fail(f"not enough memory for these sizes, lower them ({reason or 'out of memory'})")
+    except _out_of_memory() as error:
+        reason = str(error).strip().split("\n")[0] or "out of memory"
+        return fail(f"not enough memory for these sizes, lower them ({reason})")
     except KeyboardInterrupt:
         return fail("interrupted", status=130)
+
+
+def _out_of_memory() -> tuple[type[Exception], ...]:
+    """The errors of a failed allocation that have a type of their own.
+
+    A CPU allocation by torch that fails has none; what is too large is refused before (`memory`).
+    """
+    torch = sys.modules.get("torch")  # not imported for a command that never needed it
+    return (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
 
 
 def _note(

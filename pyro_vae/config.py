@@ -12,14 +12,14 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
+from .options import KL_WEIGHTED, OBJECTIVE_OPTIONS, Objective, check_objective
+
 __all__ = [
-    "KL_WEIGHTED",
-    "OBJECTIVE_OPTIONS",
     "PRESETS",
     "VERSION",
     "Config",
@@ -28,7 +28,6 @@ __all__ = [
     "InputError",
     "ModelConfig",
     "auto",
-    "check_objective",
     "check_seed",
     "read_config",
     "resolve",
@@ -40,40 +39,6 @@ VERSION = "0.1.0"
 Likelihood = Literal[
     "auto", "bernoulli", "continuous-bernoulli", "binomial", "gaussian", "discretized-logistic"
 ]
-Objective = Literal[
-    "trace",
-    "mean-field",
-    "stl",
-    "score-function",
-    "score-baseline",
-    "iwae",
-    "dreg",
-    "renyi",
-    "miwae",
-    "ciwae",
-    "piwae",
-    "wake-sleep",
-    "beta",
-    "free-bits",
-    "beta-tc",
-    "mmd",
-]
-
-# The options of each objective that has any, with their defaults.
-OBJECTIVE_OPTIONS: dict[str, dict[str, float]] = {
-    "renyi": {"alpha": 0.5},
-    "miwae": {"groups": 8},
-    "ciwae": {"elbo_weight": 0.05},
-    "piwae": {"groups": 8},
-    "beta": {"beta": 4.0},
-    "free-bits": {"free_bits": 0.1},
-    "beta-tc": {"beta": 6.0},
-    "mmd": {"mmd_weight": 100.0},
-}
-
-# Those whose KL term can be weighted, and its weight changed while training.
-KL_WEIGHTED = ("trace", "mean-field", "score-function", "beta", "free-bits")
-
 # Names that --data takes, each with its class in torchvision.datasets; a folder of the same name is
 # meant by ./name.
 TORCHVISION_CLASSES = {
@@ -104,55 +69,8 @@ def _at_least(flag: str, value: int | None, least: int) -> None:
         raise InputError(f"--{flag} expects an integer of at least {least}; got {value}")
 
 
-def check_objective(name: str, num_particles: int, options: dict[str, Any]) -> None:
-    """Refuse an objective that is none, or options that are not its own or out of range.
-
-    Raises:
-        InputError: so.
-    """
-    names = get_args(Objective)
-    if name not in names:
-        raise InputError(f"objective expects one of {', '.join(names)}; got {name!r}")
-    known = OBJECTIVE_OPTIONS.get(name, {})
-    for option in options:
-        if option not in known:
-            owners = [n for n, own in OBJECTIVE_OPTIONS.items() if option in own]
-            raise InputError(
-                f"the objective {name} has no option {option}; "
-                + (f"that is {' and '.join(owners)}'s" if owners else "nor has any other")
-            )
-    if not isinstance(num_particles, int) or num_particles < 1:
-        raise InputError(
-            f"the number of particles expects an integer of at least 1; got {num_particles}"
-        )
-    if name == "score-baseline" and num_particles < 2:
-        raise InputError(
-            "the objective score-baseline expects at least 2 particles, since each is held against "
-            "the others; got 1"
-        )
-    values = {**known, **options}
-    groups = values.get("groups", 1)
-    if not isinstance(groups, int) or groups < 1 or num_particles % groups:
-        raise InputError(
-            f"the objective {name} expects a number of particles that {groups} groups can share "
-            f"equally; got {num_particles}"
-        )
-    alpha = values.get("alpha", 0.0)
-    if not math.isfinite(alpha) or alpha == 1:
-        raise InputError(
-            f"alpha expects a finite number other than 1, at which the bound is the ELBO (trace); "
-            f"got {alpha}"
-        )
-    if not 0 <= values.get("elbo_weight", 0) <= 1:
-        raise InputError(f"elbo_weight expects 0 to 1; got {values['elbo_weight']}")
-    for option in ("beta", "free_bits", "mmd_weight"):
-        value = values.get(option, 1.0)
-        if not 0 < value < math.inf:
-            raise InputError(f"{option} expects a finite number above 0; got {value}")
-
-
 def check_seed(seed: int | None) -> None:
-    """Refuse what torch cannot be seeded with.
+    """Validate a seed for torch.
 
     Raises:
         InputError: the seed is negative or too large.
@@ -325,7 +243,7 @@ class FitConfig:
                 raise InputError(f"--{flag} expects a part of the run, 0 to 1; got {part}")
         try:
             check_objective(self.objective, self.num_particles, self.objective_options())
-        except InputError as error:
+        except ValueError as error:
             raise InputError(f"--objective {self.objective}: {error}") from None
         if self.objective == "mmd" and self.batch_size < 2:
             raise InputError("--objective mmd expects a --batch-size of at least 2; got 1")

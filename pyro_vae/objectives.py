@@ -16,7 +16,7 @@ from typing import Any
 from pyro.infer import ELBO
 
 from . import elbos, weighted
-from .config import OBJECTIVE_OPTIONS, check_objective
+from .options import OBJECTIVE_OPTIONS, check_objective
 from .particles import Route
 
 __all__ = ["objective"]

@@ -31,10 +31,11 @@ from torch.distributions import kl_divergence
 from . import distributed, schedules
 from .autoencoder import Autoencoder
 from .capture import CapturedSVI, Mode, Observer, capture
-from .config import KL_WEIGHTED, FitConfig, InputError, resolve_epochs
+from .config import FitConfig, InputError, resolve_epochs
 from .data import Split, Splits
 from .objectives import objective
 from .optimizer import NonFiniteGradient, OneOptimizer
+from .options import KL_WEIGHTED
 from .randomness import OwnState, derive, random_states
 from .records import Diverged, Position, Progress, Record, Sums, pack, unpack
 from .vae import VAE

@@ -20,12 +20,12 @@ import argparse
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -34,25 +34,11 @@ from .config import PRESETS, Config, InputError, auto, read_config, resolve
 
 if TYPE_CHECKING:
     import torch
+    from tqdm import tqdm
 
-    from .autoencoder import Autoencoder
     from .checkpoint import Checkpoint
-    from .data import Splits
     from .records import Progress, Record
-    from .vae import VAE
-
-# Checkpoints are written at most so often, in seconds: a kill costs no more than this.
-SAVE_EVERY = 15.0
-
-RUN_FILES = (
-    "config.json",
-    "metrics.jsonl",
-    "checkpoints",
-    "figures",
-    "diagnostics.json",
-    "report.html",
-    "tensorboard",
-)
+    from .run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -136,7 +122,7 @@ def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: tor
     from . import distributed
     from .data import load_data
     from .factory import build
-    from .records import Diverged
+    from .run_folder import RunFolder, choose_folder
     from .svi import elbo_terms, iterate
 
     asked = config_of(arguments)
@@ -149,6 +135,7 @@ def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: tor
     config = resolve(asked, splits.likelihood, len(splits.train))
     if distributed.anyone(distributed.agree(splits.fingerprint) != splits.fingerprint):
         raise InputError(f"the data {asked.data.source} are not the same for all processes")
+    state = history = None
     if checkpoint is None:
         vae = build(config.model, splits, config.seed).to(device)
         # What cannot work fails before an old run is touched.
@@ -156,35 +143,27 @@ def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: tor
     else:
         if splits.fingerprint != checkpoint.fingerprint:
             raise InputError(f"the data {asked.data.source} have changed since the run began")
-        vae = checkpoint.vae.to(device)
-    training = None if checkpoint is None else checkpoint.training
+        vae, state, history = checkpoint.vae.to(device), checkpoint.training, checkpoint.history
+    records = partial(iterate, vae, splits, config.fit, config.seed, state)
     if distributed.rank() > 0:
-        return _follow(iterate(vae, splits, config.fit, config.seed, training))
-    folder = _folder(arguments, splits.name, checkpoint)
-    run = _Run(folder, config, vae, splits, checkpoint, arguments.tensorboard)
-    run.write("config.json", json.dumps(asked.to_dict(), indent=2) + "\n")
-    _describe(run)
-    with run:
-        try:
-            for record in iterate(vae, splits, config.fit, config.seed, training, run.on_step):
-                run.on_epoch(record)
-            run.finish()
-        except Diverged as error:
-            kept = f"{folder / 'checkpoints'} keeps the last good state, of epoch {run.saved_epoch}"
-            return fail(f"{error}. {kept}", status=1)
-        except distributed.LostRank as error:  # whereupon torchrun ends this one too, by a signal
-            run.keep()
-            again = f"continue with the same command and --resume {folder}"
-            return fail(f"{error}; {again}", status=1)
-    if run.interrupted:
-        print(f"stopped; continue with: python -m pyro_vae.train --resume {folder}")
-        return 128 + (run.stopped or 0)
-    _summarize(run)
-    return 0
+        return _follow(records())
+    if checkpoint is not None:
+        path = checkpoint.path.parent.parent
+    else:
+        source = Path(asked.data.source)  # the name of a data set is not absolute
+        data_folder = source if source.is_absolute() and source.is_dir() else None
+        path = choose_folder(arguments.out, splits.name, data_folder, arguments.overwrite)
+    folder = RunFolder(path, config, vae, splits, history)
+    folder.write("config.json", json.dumps(asked.to_dict(), indent=2) + "\n")
+    _describe(folder)
+    status = _record(folder, records, arguments.tensorboard)
+    if status == 0:
+        _summarize(folder)
+    return status
 
 
 def _follow(records: Iterator[Record]) -> int:
-    """What every rank but the first does: train, without files. The first hears the signals."""
+    """Train in a rank other than the first, without files. The first handles the signals."""
     from . import distributed
     from .records import Diverged
 
@@ -198,184 +177,76 @@ def _follow(records: Iterator[Record]) -> int:
     return 0
 
 
-class _Run:
-    """The folder of a run while it trains: metrics, checkpoints, progress bar, signals."""
+def _record(folder: RunFolder, records: Callable[..., Iterator[Record]], tensorboard: bool) -> int:
+    """Train, and keep checkpoints and metrics; returns the exit status."""
+    from tqdm import tqdm
 
-    def __init__(
-        self,
-        folder: Path,
-        config: Config,
-        vae: VAE | Autoencoder,
-        splits: Splits,
-        checkpoint: Checkpoint | None,
-        tensorboard: bool,
-    ) -> None:
-        from tqdm import tqdm
+    from .distributed import LostRank
+    from .gallery import draw_reconstructions
+    from .records import Diverged
+    from .run_folder import StopSignals
 
-        self.folder, self.config, self.vae, self.splits = folder, config, vae, splits
-        self.history = [] if checkpoint is None else list(checkpoint.history)
-        self.best: bytes | None = None  # waiting to be written
-        self.saved_at = time.monotonic()
-        self.saved_epoch = len(self.history)
-        self.unsaved: Record | None = None  # the last epoch, where last.pt does not hold it
-        self.stopped: int | None = None  # the signal that asked for it
-        self.interrupted = False  # whether the training ended for it
-        self.state: Callable[[], dict[str, Any]] | None = None  # of the last step or epoch
-        self.writer = _summary_writer()(str(folder / "tensorboard")) if tensorboard else None
-        for name in ("checkpoints", "figures"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        # After a kill there may be lines of epochs that are to be done again.
-        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
-        if checkpoint is None:
-            self._save(None)
-        self.metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self.bar = tqdm(disable=None, unit="step", dynamic_ncols=True, smoothing=0.05)
+    path, seed, epochs = folder.path, folder.config.seed, folder.config.fit.epochs or 0
+    writer = _summary_writer()(str(path / "tensorboard")) if tensorboard else nullcontext()
+    bar = tqdm(disable=None, unit="step", dynamic_ncols=True, smoothing=0.05)
+    again = f"--resume {path}"
+    interrupted = False
 
-    def __enter__(self) -> _Run:
-        self.handlers = {
-            number: signal.signal(number, self._on_signal)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
+    def on_step(progress: Progress) -> bool:
+        nonlocal interrupted
+        _show(bar, progress)
+        interrupted = signals.received is not None
+        folder.reached(progress.state, save=interrupted)
+        return interrupted
 
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.bar.close()
-        self.metrics.close()
-        self._write_best()  # on every way out
-        if self.writer is not None:
-            self.writer.close()
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        """Finish the step, save, stop; at the second signal stop at once."""
-        if self.stopped is not None:
-            raise KeyboardInterrupt
-        self.stopped = number
-
-    def on_step(self, progress: Progress) -> bool:
-        self.state = progress.state
-        if self.bar.total is None:
-            self.bar.reset(total=progress.epochs * progress.steps_per_epoch)
-            self.bar.update(progress.step - 1)
-        self.bar.update()
-        self.bar.set_description(f"epoch {progress.epoch}/{progress.epochs}", refresh=False)
-        parts = {"ELBO": progress.elbo, "rec": progress.reconstruction, "KL": progress.kl}
-        shown = {key: f"{value:.2f}" for key, value in parts.items() if value is not None}
-        shown["images/s"] = f"{progress.images_per_second:,.0f}"
-        self.bar.set_postfix(shown, refresh=False)
-        if self.stopped is not None or time.monotonic() - self.saved_at > SAVE_EVERY:
-            self._save(progress.state())
-        self.interrupted = self.stopped is not None
-        return self.interrupted
-
-    def on_epoch(self, record: Record) -> None:
-        from .checkpoint import serialize
-        from .gallery import draw_reconstructions
-
-        line = record.metrics()
-        self.history.append(line)
-        self.metrics.write(json.dumps(line) + "\n")
-        self.metrics.flush()
-        if self.writer is not None:
-            for name, value in line.items():
-                if value is not None and name not in ("epoch", "step"):
-                    self.writer.add_scalar(name, value, record.epoch)
-        if record.is_best:
-            self.best = serialize(self.vae, self.config, self.splits, self.history)
-        self.unsaved, self.state = record, record.state
-        if record.epoch == 1 or time.monotonic() - self.saved_at > SAVE_EVERY:
-            self._save(record.state())
-        if record.epoch == 1:
-            draw_reconstructions(
-                self.vae,
-                self.splits,
-                self.folder / "figures",
-                "reconstructions_first_epoch",
-                record.epoch,
-                self.config.seed,
-            )
-        self._say(line)
-
-    def finish(self) -> None:
-        """Bring the checkpoints up to date with the last epoch."""
-        if self.unsaved is not None and not self.interrupted:
-            self._save(self.unsaved.state())
-
-    def keep(self) -> None:
-        """Save the last complete step, after a failure in the next that changed nothing."""
-        if self.state is not None:
-            self._save(self.state())
-
-    def _say(self, line: dict[str, Any]) -> None:
-        """A line an epoch where there is no progress bar, in long runs one in so many."""
-        assert self.config.fit.epochs is not None
-        every = max(1, self.config.fit.epochs // 20)
-        if self.bar.disable and (line["epoch"] % every == 0 or line["epoch"] == 1):
-            names = ("train_elbo", "validation_elbo", "reconstruction", "kl")
-            terms = "  ".join(f"{n} {line[n]:.2f}" for n in names if line[n] is not None)
-            print(f"epoch {line['epoch']}/{self.config.fit.epochs}  {terms}", flush=True)
-
-    def _save(self, training: dict[str, Any] | None) -> None:
-        """Write what has changed; the best model first, so that it is never behind the last."""
-        from .checkpoint import serialize, write_atomically
-
-        self._write_best()
-        content = serialize(self.vae, self.config, self.splits, self.history, training)
-        write_atomically(self.folder / "checkpoints" / "last.pt", content)
-        self.saved_at = time.monotonic()
-        self.saved_epoch = len(self.history)
-        self.unsaved = None
-
-    def _write_best(self) -> None:
-        from .checkpoint import write_atomically
-
-        if self.best is not None:
-            write_atomically(self.folder / "checkpoints" / "best.pt", self.best)
-            self.best = None
-
-    def write(self, name: str, text: str) -> None:
-        from .checkpoint import write_atomically
-
-        write_atomically(self.folder / name, text.encode())
-
-
-def _folder(arguments: TrainArguments, name: str, checkpoint: Checkpoint | None) -> Path:
-    """The folder of the run; where it is new, an old run in it is removed only when asked."""
-    if checkpoint is not None:
-        return checkpoint.path.parent.parent
-    folder = arguments.out
-    if folder is None:
-        folder = Path("runs", name)
-        number = 2
-        while not arguments.overwrite and folder.exists() and any(folder.iterdir()):
-            folder = Path("runs", f"{name}-{number}")
-            number += 1
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--out expects a folder; {folder} is a file")
-    source = Path(arguments.data.absolute().source)  # the name of a data set stays relative
-    inside = folder.resolve().is_relative_to(source.resolve())
-    if source.is_absolute() and source.is_dir() and inside:
-        raise InputError(f"--out {folder} lies in the data folder {source}; give another --out")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not arguments.overwrite:
-            raise InputError(
-                f"--out {folder} exists and is not empty; continue it by --resume {folder}, "
-                f"replace it by --overwrite, or give another --out"
-            )
+    with StopSignals() as signals, bar, folder, writer:
         try:
-            read_config(folder / "config.json")
-        except InputError as error:
-            raise InputError(f"--overwrite replaces runs only; {folder} is none: {error}") from None
-        for entry in RUN_FILES:
-            path = folder / entry
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "checkpoints").mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to the run folder {folder}: {error.strerror}") from None
-    return folder
+            for record in records(on_step=on_step):
+                line = folder.add(record)
+                if tensorboard:
+                    _add_scalars(writer, line)
+                if record.epoch == 1:
+                    name = "reconstructions_first_epoch"
+                    draw_reconstructions(folder.vae, folder.splits, path / "figures", name, 1, seed)
+                if bar.disable:
+                    _say(line, epochs)
+            folder.save()
+        except Diverged as error:
+            kept = f"{path / 'checkpoints'} keeps the last good state, of epoch"
+            return fail(f"{error}. {kept} {folder.saved_epoch}", status=1)
+        except LostRank as error:  # torchrun then ends this process too, by a signal
+            folder.save()
+            return fail(f"{error}; continue with the same command and {again}", status=1)
+    if interrupted:
+        print(f"stopped; continue with: python -m pyro_vae.train {again}")
+        return 128 + (signals.received or 0)
+    return 0
+
+
+def _show(bar: tqdm[Any], progress: Progress) -> None:
+    """Bring the progress bar up to date."""
+    if bar.total is None:
+        bar.reset(total=progress.epochs * progress.steps_per_epoch)
+        bar.update(progress.step - 1)
+    bar.update()
+    bar.set_description(f"epoch {progress.epoch}/{progress.epochs}", refresh=False)
+    parts = {"ELBO": progress.elbo, "rec": progress.reconstruction, "KL": progress.kl}
+    shown = {key: f"{value:.2f}" for key, value in parts.items() if value is not None}
+    bar.set_postfix({**shown, "rows/s": f"{progress.images_per_second:,.0f}"}, refresh=False)
+
+
+def _say(line: dict[str, Any], epochs: int) -> None:
+    """Print an epoch where there is no progress bar; in long runs one in so many."""
+    if line["epoch"] % max(1, epochs // 20) == 0 or line["epoch"] == 1:
+        names = ("train_elbo", "validation_elbo", "reconstruction", "kl")
+        terms = "  ".join(f"{n} {line[n]:.2f}" for n in names if line[n] is not None)
+        print(f"epoch {line['epoch']}/{epochs}  {terms}", flush=True)
+
+
+def _add_scalars(writer: Any, line: dict[str, Any]) -> None:
+    for name, value in line.items():
+        if value is not None and name not in ("epoch", "step"):
+            writer.add_scalar(name, value, line["epoch"])
 
 
 def _check_resumable(arguments: TrainArguments, checkpoint: Checkpoint) -> None:
@@ -407,8 +278,8 @@ def _summary_writer() -> Any:
     return SummaryWriter
 
 
-def _describe(run: _Run) -> None:
-    """What is about to be trained, on what, and where to."""
+def _describe(run: RunFolder) -> None:
+    """Print what is about to be trained, on which data, and the run folder."""
     from .svi import run_mode
 
     splits, model, spec = run.splits, run.config.model, run.splits.spec
@@ -429,23 +300,23 @@ def _describe(run: _Run) -> None:
     )
     if run_mode(run.config.fit, splits.train) == "compiled":
         print("graph  the ELBO is captured and compiled first, some ten seconds")
-    print(f"run    {run.folder}", flush=True)
+    print(f"run    {run.path}", flush=True)
 
 
-def _summarize(run: _Run) -> None:
-    """Draw the pictures and say where everything is."""
+def _summarize(run: RunFolder) -> None:
+    """Draw the pictures, write the report, and print where everything is."""
     from .checkpoint import load_checkpoint
     from .gallery import draw_reconstructions, draw_run, latent_codes
     from .report import write_report
 
-    history, figures, seed = run.history, run.folder / "figures", run.config.seed
+    history, figures, seed = run.history, run.path / "figures", run.config.seed
     device = next(run.vae.parameters()).device
     last = history[-1]["epoch"]
     draw_reconstructions(run.vae, run.splits, figures, "reconstructions_last_epoch", last, seed)
-    best = load_checkpoint(run.folder)
+    best = load_checkpoint(run.path)
     codes = latent_codes(best.vae.to(device), run.splits, seed)
     draw_run(best.vae, run.splits, history, figures, seed, codes)
-    report = write_report(run.folder, best, run.splits, codes)
+    report = write_report(run.path, best, run.splits, codes)
 
     line = best.history[-1]
     names = {
@@ -458,8 +329,8 @@ def _summarize(run: _Run) -> None:
         f"done   {history[-1]['seconds']:.0f} s of training; best epoch {line['epoch']} of {last}"
     )
     print(f"       validation: {terms} nats per image")
-    print(f"see    {report}, {figures}/*.png, {run.folder / 'metrics.jsonl'}")
-    print(f"next   python -m pyro_vae.evaluate {run.folder}")
+    print(f"see    {report}, {figures}/*.png, {run.path / 'metrics.jsonl'}")
+    print(f"next   python -m pyro_vae.evaluate {run.path}")
 
 
 if __name__ == "__main__":

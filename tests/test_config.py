@@ -11,14 +11,8 @@ from typing import get_args
 import pytest
 
 from pyro_vae import Config, DataConfig, FitConfig, InputError, ModelConfig
-from pyro_vae.config import (
-    KL_WEIGHTED,
-    OBJECTIVE_OPTIONS,
-    PRESETS,
-    Objective,
-    read_config,
-    resolve,
-)
+from pyro_vae.config import PRESETS, read_config, resolve
+from pyro_vae.options import KL_WEIGHTED, OBJECTIVE_OPTIONS, Objective
 
 
 def test_round_trip_through_json(tmp_path):

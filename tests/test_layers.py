@@ -10,6 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "pyro_vae"
 
 ORDER = [
+    "options",
     "config",
     "randomness",
     "sources",
@@ -36,6 +37,7 @@ ORDER = [
     "records",
     "svi",
     "checkpoint",
+    "run_folder",
     "quadrature",
     "evidence",
     "annealing",
