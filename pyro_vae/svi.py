@@ -26,11 +26,10 @@ import pyro
 import torch
 from pyro.infer import ELBO, SVI
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from . import distributed, schedules
 from .autoencoder import Autoencoder
-from .capture import CapturedSVI, Mode, Observer, capture
+from .capture import CapturedSVI, Mode, capture
 from .config import FitConfig, InputError, resolve_epochs
 from .data import Split, Splits
 from .objectives import objective
@@ -38,6 +37,7 @@ from .optimizer import NonFiniteGradient, OneOptimizer
 from .options import KL_WEIGHTED
 from .randomness import OwnState, derive, random_states
 from .records import Diverged, Position, Progress, Record, Sums, pack, unpack
+from .terms import ElboTerms
 from .vae import VAE
 
 __all__ = ["Diverged", "Progress", "Record", "elbo_terms", "fit", "iterate", "run_mode"]
@@ -160,9 +160,11 @@ def _setup(vae: VAE | Autoencoder, splits: Splits, config: FitConfig, seed: int)
     )
     _check(vae, splits, loss)
     mode = run_mode(config, splits.train)
-    elbo = capture(loss, mode, _Terms(vae, config.num_particles))
+    elbo = capture(loss, mode, ElboTerms(vae, config.num_particles))
     # A batch that comes once an epoch is not worth compiling for.
-    rest = capture(loss, "graph" if mode == "compiled" else mode, _Terms(vae, config.num_particles))
+    rest = capture(
+        loss, "graph" if mode == "compiled" else mode, ElboTerms(vae, config.num_particles)
+    )
     svi = SVI(vae.model, vae.guide, optimizer, loss=elbo)
     if mode == "compiled" and alone:  # the update in the graph leaves no place for an exchange
         svi = CapturedSVI(vae.model, vae.guide, optimizer, loss=elbo)
@@ -350,38 +352,6 @@ def elbo_terms(
             kl += 0.0 if kls is None else kls.double().sum().item()
             count += len(x)
     return reconstruction / count, kl / count if isinstance(vae, VAE) else None
-
-
-class _Terms(Observer):
-    """The ELBO's two terms, summed over the rows of a step, whatever is maximized.
-
-    Every ELBO of Pyro runs the guide first, so "z" is kept with q(z|x), and "x" with p(x|z).
-    """
-
-    def __init__(self, vae: VAE | Autoencoder, num_particles: int) -> None:
-        super().__init__()
-        self.vae = vae
-        self.num_particles = num_particles
-        self.sites: dict[str, tuple[Any, Tensor]] = {}
-
-    def __enter__(self) -> Any:
-        self.sites = {}
-        return super().__enter__()
-
-    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        self.sites.setdefault(msg["name"], (msg["fn"], msg["value"]))
-
-    def observed(self) -> tuple[Tensor, ...]:
-        """Reconstruction and, for a VAE, KL: ()."""
-        likelihood, x = self.sites["x"]
-        if self.num_particles > 1:  # one particle suffices for monitoring
-            likelihood = self.vae.likelihood(self.sites["z"][1][:1])
-        reconstruction = likelihood.log_prob(x).sum()
-        if isinstance(self.vae, Autoencoder):
-            return (reconstruction,)
-        q = self.sites["z"][0]
-        kl = kl_divergence(q, self.vae.prior()).reshape(-1, len(x))
-        return reconstruction, kl.mean(0).sum()
 
 
 @contextmanager

@@ -152,7 +152,7 @@ def test_options_belong_to_their_objectives(name, option):
     if name not in owners:
         message = rf"^--objective {name}: .*has no option {option}; .*{next(iter(owners))}"
         if option == "beta":
-            message = rf"^--objective {name}: .*has no option beta; that is beta and beta-tc's"
+            message = rf"^--objective {name}: .*has no option beta; it belongs to beta and beta-tc"
         with pytest.raises(InputError, match=message):
             FitConfig(**settings)
         return
@@ -167,12 +167,12 @@ def test_options_belong_to_their_objectives(name, option):
     ("name", "settings", "message"),
     [
         ("score-baseline", {}, "at least 2 particles"),
-        ("miwae", {}, "that 8 groups can share equally; got 1"),
-        ("miwae", {"num_particles": 12}, "that 8 groups can share equally; got 12"),
-        ("piwae", {"num_particles": 8, "groups": 3}, "that 3 groups can share equally; got 8"),
-        ("piwae", {"num_particles": 4, "groups": 8}, "that 8 groups can share equally; got 4"),
-        ("miwae", {"num_particles": 8, "groups": 0}, "that 0 groups can share"),
-        ("miwae", {"num_particles": 8, "groups": -2}, "that -2 groups can share"),
+        ("miwae", {}, "a multiple of its 8 groups; got 1"),
+        ("miwae", {"num_particles": 12}, "a multiple of its 8 groups; got 12"),
+        ("piwae", {"num_particles": 8, "groups": 3}, "a multiple of its 3 groups; got 8"),
+        ("piwae", {"num_particles": 4, "groups": 8}, "a multiple of its 8 groups; got 4"),
+        ("miwae", {"num_particles": 8, "groups": 0}, "a multiple of its 0 groups"),
+        ("miwae", {"num_particles": 8, "groups": -2}, "a multiple of its -2 groups"),
         ("renyi", {"alpha": 1.0}, "other than 1, at which the bound is the ELBO"),
         ("renyi", {"alpha": math.nan}, "alpha expects a finite number"),
         ("renyi", {"alpha": -math.inf}, "alpha expects a finite number"),

@@ -512,7 +512,7 @@ TABLE: dict[Callable[[], None], list[Fault]] = {
             "(posterior, self.prior())",                   "(self.prior(), posterior)"),
       Fault("posterior's mean for a draw",                 "vae.VAE.elbo_terms",
             "posterior.sample()",                          "posterior.mean"),
-      Fault("particles summed",                            "svi._Terms.observed",
+      Fault("particles summed",                            "terms.ElboTerms.observed",
             ".mean(0)",                                    ".sum(0)")],
     check_noise_does_not_follow_the_binarization: [
       Fault("one seed for noise and binarization",         "svi.elbo_terms",

@@ -35,6 +35,7 @@ ORDER = [
     "factory",
     "schedules",
     "records",
+    "terms",
     "svi",
     "checkpoint",
     "run_folder",
