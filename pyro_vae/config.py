@@ -1,8 +1,8 @@
-"""The settings of a run: one truth for the flags, `config.json` and the checkpoint.
+"""The settings of a run, shared by the flags, `config.json` and the checkpoint.
 
-`Config` is a tree of frozen dataclasses. Each field's docstring is the help of its flag; each
-class checks its own fields when it is made, so a setting out of range, or one that the chosen
-model would ignore, fails at once. This module imports no torch: `--help` answers from it alone.
+`Config` is a tree of frozen dataclasses. The description of a field is the help of its flag. Each
+class validates its fields on construction: a setting that is out of range, or that the chosen model
+would ignore, raises `InputError`. This module imports no torch, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ VERSION = "0.1.0"
 Likelihood = Literal[
     "auto", "bernoulli", "continuous-bernoulli", "binomial", "gaussian", "discretized-logistic"
 ]
-# Names that --data takes, each with its class in torchvision.datasets; a folder of the same name is
-# meant by ./name.
+# Data sets of torchvision by the name that --data takes. A folder of that name is given as ./name.
 TORCHVISION_CLASSES = {
     "mnist": "MNIST",
     "fashion-mnist": "FashionMNIST",
@@ -52,15 +51,15 @@ DEFAULT_HIDDEN = {"mlp": (512, 256), "conv": (32, 64)}
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave: a flag, a file, an array.
+    """Invalid input from the user: a flag, a file, an array.
 
-    The message says what was expected, what came and how to mend it. The commands print it
+    The message says what was expected, what was given and how to fix it. The commands print it
     without a traceback and exit with status 2.
     """
 
 
 def auto(metavar: str | None, meaning: str) -> Any:
-    """Flag metadata that shows what the default stands for, in place of `None` or `auto`."""
+    """Flag metadata: the help shows `meaning` as the default instead of None or auto."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {meaning})")
 
 
@@ -81,36 +80,29 @@ def check_seed(seed: int | None) -> None:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to learn from.
+    """The data set and its splits.
 
     Attributes:
-        source: Data set: digits (embedded, needs no network), mnist, fashion-mnist, kmnist or
-            emnist (torchvision, downloaded to --data-root); or a path: a folder of images, or a
-            file .npy, .npz or .csv.
-        root: Folder in which torchvision's data sets are kept, and to which they are downloaded.
-        image_size: Height and width in pixels: a folder's images are resized to it, the flat rows
-            of an array or table are read as images of it.
-        max_value: Largest value that the data can take, as 255 for 8-bit images.
-        validation_size: Number of rows carved from the training data for validation, by the seed.
-        test_size: Number of rows kept for testing where the data bring no test split of their own.
+        source: Data set: digits (included, needs no network); mnist, fashion-mnist, kmnist or
+            emnist (torchvision, downloaded to --data-root); or the path of a folder of images or of
+            a .npy, .npz or .csv file.
+        root: Folder of torchvision's data sets, where they are also downloaded to.
+        image_size: Image height and width in pixels. Images in a folder are resized to it; flat
+            rows of an array or a table are reshaped to it.
+        max_value: Largest value that the data can take, for example 255 for 8-bit images.
+        validation_size: Number of validation rows, drawn from the training data by the seed.
+        test_size: Number of test rows, for data without a test split of their own.
     """
 
     source: Annotated[str, tyro.conf.arg(name="data", metavar="NAME|PATH")] = "digits"
     root: Annotated[Path, tyro.conf.arg(name="data-root", metavar="DIR")] = Path("data")
     image_size: Annotated[tuple[int, int] | None, auto("H W", "as they are")] = None
-    max_value: Annotated[
-        int | None, auto("INT", "1, 255 or the largest count, seen in the data")
-    ] = None
-    validation_size: Annotated[
-        int | None, auto("INT", "a tenth of the training data, at most 5000")
-    ] = None
-
-    test_size: Annotated[int | None, auto("INT", "a tenth, where the data bring no test split")] = (
-        None
-    )
+    max_value: Annotated[int | None, auto("INT", "1, 255 or the largest count in the data")] = None
+    validation_size: Annotated[int | None, auto("INT", "a tenth of the rows, at most 5000")] = None
+    test_size: Annotated[int | None, auto("INT", "a tenth, if the data have no test split")] = None
 
     def absolute(self) -> DataConfig:
-        """The same data, named by paths that mean the same from any working folder."""
+        """The same data by absolute paths."""
         root = self.root.expanduser().absolute()
         if self.source == "digits" or self.source in TORCHVISION_CLASSES:
             return dataclasses.replace(self, root=root)
@@ -135,16 +127,16 @@ class ModelConfig:
     """The generative model p(z) p(x|z) and the posterior q(z|x).
 
     Attributes:
-        kind: vae: the variational autoencoder. ae: the deterministic autoencoder, same networks,
-            reconstruction loss only, for comparison.
-        architecture: Networks of encoder and decoder: mlp for any data, conv (strided) for images.
+        kind: vae: variational autoencoder. ae: deterministic autoencoder with the same networks
+            and the reconstruction loss only, as a baseline.
+        architecture: Encoder and decoder networks: mlp for any data, conv (strided) for images.
         latent_dim: Number of latent dimensions Z.
-        hidden: Sizes of the encoder's hidden layers, outermost first; the decoder mirrors them.
-            Units a layer for mlp, channels for conv, whose every layer halves height and width.
-        activation: Activation, by its name in torch.nn: SiLU, ReLU, Tanh, Softplus, GELU…
-        likelihood: p(x|z). bernoulli: grey images are binarized afresh at each access.
-            continuous-bernoulli: values in [0, 1]. binomial: counts. gaussian: real values, learned
-            scale. discretized-logistic: 8-bit images.
+        hidden: Sizes of the encoder's hidden layers; the decoder has the reverse. Units for mlp;
+            channels for conv, where each layer halves height and width.
+        activation: Activation by its name in torch.nn: SiLU, ReLU, Tanh, Softplus, GELU, …
+        likelihood: p(x|z). bernoulli: binary data; grey images are binarized at random at each
+            access. continuous-bernoulli: values in [0, 1]. binomial: counts. gaussian: real values,
+            with a learned scale. discretized-logistic: 8-bit images.
     """
 
     kind: Annotated[Literal["vae", "ae"], tyro.conf.arg(name="model")] = "vae"
@@ -154,7 +146,7 @@ class ModelConfig:
         tuple[int, ...] | None, auto("INT ...", "512 256 for mlp, 32 64 for conv")
     ] = None
     activation: str = "SiLU"
-    likelihood: Annotated[Likelihood, auto(None, "follows the data")] = "auto"
+    likelihood: Annotated[Likelihood, auto(None, "chosen by the data")] = "auto"
 
     def __post_init__(self) -> None:
         _at_least("latent-dim", self.latent_dim, 1)
@@ -164,41 +156,45 @@ class ModelConfig:
             raise InputError("--architecture conv expects at least one layer in --hidden; got none")
 
 
+def _option_names() -> list[str]:
+    return sorted({name for options in OBJECTIVE_OPTIONS.values() for name in options})
+
+
 @dataclass(frozen=True)
 class FitConfig:
-    """Stochastic variational inference.
+    """Training by stochastic variational inference.
 
     Attributes:
-        objective: What is maximized. The ELBO: trace (sampled), mean-field (KL in closed form), stl
-            (less noise near the posterior), score-function and score-baseline (no
-            reparameterization). The importance-weighted bound of --num-particles samples: iwae,
-            dreg (a clearer gradient for the encoder), miwae, ciwae and piwae (between the two),
-            renyi, wake-sleep (encoder by KL(p ‖ q)). Other aims: beta (weighted KL), free-bits
-            (least KL of a latent), beta-tc (independent latents), mmd (q(z) like the prior).
-        num_particles: Number of samples of z an image and a step (K).
-        beta: Weight of the KL term in training (the beta-VAE's β), or of the total correlation
-            under beta-tc; reported ELBOs have weight 1.
-        alpha: Order of renyi's bound: 0 is iwae's, near 1 the ELBO.
-        groups: Number of groups that miwae and piwae share the samples out to.
-        elbo_weight: Share of the ELBO in ciwae's bound, 0 to 1.
-        free_bits: Least KL of each latent under free-bits, in nats.
-        mmd_weight: Weight of the discrepancy under mmd, in nats.
+        objective: Objective to maximize. The ELBO: trace (sampled), mean-field (KL in closed form),
+            stl (lower variance near the posterior), score-function and score-baseline (without
+            reparameterization). Importance-weighted bounds of --num-particles samples: iwae, dreg
+            (lower variance for the encoder), miwae, ciwae and piwae (between ELBO and iwae), renyi,
+            wake-sleep (encoder trained by KL(p ‖ q)). Others: beta (weighted KL), free-bits
+            (minimum KL per latent), beta-tc (independent latents), mmd (q(z) close to the prior).
+        num_particles: Number of samples of z per row and step (K).
+        beta: Weight of the KL term in training (the beta-VAE's β), or of the total correlation in
+            beta-tc. Reported ELBOs have weight 1.
+        alpha: Order of the renyi bound. 0 gives iwae; the limit 1 is the ELBO.
+        groups: Number of groups of samples in miwae and piwae.
+        elbo_weight: Weight of the ELBO in ciwae, 0 to 1.
+        free_bits: Minimum KL of each latent in free-bits, in nats.
+        mmd_weight: Weight of the discrepancy in mmd, in nats.
         epochs: Number of passes over the training data.
-        batch_size: Number of images a step.
-        learning_rate: Adam's largest learning rate.
-        schedule: Learning rate after its warm-up: cosine (falls to zero at the end) or constant.
-        learning_rate_warmup: Part of all steps, 0 to 1, over which the learning rate rises from
-            zero.
-        gradient_clip: Largest norm of the gradient of the loss per image, in nats; inf for no
+        batch_size: Number of rows per step.
+        learning_rate: Maximum learning rate of Adam.
+        schedule: Learning rate after the warm-up: cosine (decays to zero) or constant.
+        learning_rate_warmup: Fraction of all steps, 0 to 1, over which the learning rate rises
+            linearly from zero.
+        gradient_clip: Maximum norm of the gradient of the loss per row, in nats; inf disables
             clipping.
-        kl_warmup: Part of all steps, 0 to 1, over which the KL's weight rises from zero to --beta.
-        patience: Stop after this many epochs without a better validation ELBO.
-        compile: Whether to capture the ELBO as a graph and compile it, some ten seconds before the
-            first step: auto, where the run is long enough to gain by it.
-        precision: Of matrix products. highest: float32. high, medium: as torch allows it, down to
-            TF32 and bfloat16 factors, where the processor has such products (GPUs, CPUs with AMX;
-            on others nothing changes). bf16: whatever can be, is computed in bfloat16. Parameters
-            and sums stay in float32.
+        kl_warmup: Fraction of all steps, 0 to 1, over which the weight of the KL term rises
+            linearly from zero to --beta.
+        patience: Stop after this number of epochs without a better validation ELBO.
+        compile: Whether to capture the ELBO as a graph and compile it, which takes some ten seconds
+            before the first step. auto: if the run is long enough to gain by it.
+        precision: Precision of matrix products. highest: float32. high, medium: TF32 or bfloat16
+            factors where torch and the processor support them (GPUs, CPUs with AMX). bf16: compute
+            in bfloat16 where possible; parameters and sums stay in float32.
     """
 
     objective: Objective = "trace"
@@ -209,14 +205,14 @@ class FitConfig:
     elbo_weight: Annotated[float | None, auto("FLOAT", "0.05, for ciwae")] = None
     free_bits: Annotated[float | None, auto("FLOAT", "0.1, for free-bits")] = None
     mmd_weight: Annotated[float | None, auto("FLOAT", "100, for mmd")] = None
-    epochs: Annotated[int | None, auto("INT", "enough for about 2500 steps")] = None
+    epochs: Annotated[int | None, auto("INT", "about 2500 steps")] = None
     batch_size: int = 256
     learning_rate: float = 2e-3
     schedule: Literal["cosine", "constant"] = "cosine"
     learning_rate_warmup: float = 0.05
     gradient_clip: float = 100.0
     kl_warmup: float = 0.0
-    patience: Annotated[int | None, auto("INT", "never stop early")] = None
+    patience: Annotated[int | None, auto("INT", "no early stopping")] = None
     compile: Literal["auto", "on", "off"] = "auto"
     precision: Literal["highest", "high", "medium", "bf16"] = "highest"
 
@@ -225,22 +221,21 @@ class FitConfig:
         _at_least("epochs", self.epochs, 1)
         _at_least("batch-size", self.batch_size, 1)
         _at_least("patience", self.patience, 1)
-        for flag, positive in [
-            ("learning-rate", self.learning_rate),
-            ("gradient-clip", self.gradient_clip),
-            ("beta", 1.0 if self.beta is None else self.beta),
+        for flag, value, may_be_infinite in [
+            ("learning-rate", self.learning_rate, False),
+            ("gradient-clip", self.gradient_clip, True),
+            ("beta", 1.0 if self.beta is None else self.beta, False),
         ]:
-            if not positive > 0:
-                raise InputError(f"--{flag} expects a number above 0; got {positive}")
-        for flag, finite in [("learning-rate", self.learning_rate), ("beta", self.beta or 1.0)]:
-            if math.isinf(finite):
-                raise InputError(f"--{flag} expects a finite number; got {finite}")
+            if not value > 0:
+                raise InputError(f"--{flag} expects a number above 0; got {value}")
+            if math.isinf(value) and not may_be_infinite:
+                raise InputError(f"--{flag} expects a finite number; got {value}")
         for flag, part in [
             ("learning-rate-warmup", self.learning_rate_warmup),
             ("kl-warmup", self.kl_warmup),
         ]:
             if not 0 <= part <= 1:
-                raise InputError(f"--{flag} expects a part of the run, 0 to 1; got {part}")
+                raise InputError(f"--{flag} expects a fraction of the run, 0 to 1; got {part}")
         try:
             check_objective(self.objective, self.num_particles, self.objective_options())
         except ValueError as error:
@@ -254,11 +249,10 @@ class FitConfig:
             )
 
     def objective_options(self) -> dict[str, Any]:
-        """The options of `objective` that are given."""
-        names = sorted({name for options in OBJECTIVE_OPTIONS.values() for name in options})
-        given = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        """The options of `objective` that are set."""
+        given = {n: getattr(self, n) for n in _option_names() if getattr(self, n) is not None}
         if self.objective in KL_WEIGHTED and self.objective != "beta":
-            given.pop("beta", None)  # is then the KL's weight, which changes as training goes on
+            given.pop("beta", None)  # the KL weight, an argument of each step
         return given
 
     @property
@@ -278,8 +272,8 @@ class Config:
         InputError: a setting is out of range, or has no effect on the chosen model.
 
     Attributes:
-        seed: Seed of the splits, the initial weights and every random draw.
-        device: Where to compute: cpu, cuda, cuda:1, or auto (cuda where there is one).
+        seed: Seed of the splits, the initial weights and all random draws.
+        device: Device: cpu, cuda, cuda:1, or auto (cuda if available).
     """
 
     data: DataConfig = DataConfig()
@@ -291,9 +285,7 @@ class Config:
     def __post_init__(self) -> None:
         check_seed(self.seed)
         if self.model.kind == "ae":
-            unused = ["objective", "num_particles", "kl_warmup", "beta", "alpha", "groups"]
-            unused += ["elbo_weight", "free_bits", "mmd_weight"]
-            for name in unused:
+            for name in ("objective", "num_particles", "kl_warmup", *_option_names()):
                 if getattr(self.fit, name) != getattr(FitConfig, name):
                     flag = name.replace("_", "-")
                     raise InputError(
@@ -302,12 +294,12 @@ class Config:
                     )
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested dictionary of plain JSON values."""
+        """Nested dictionary of JSON values."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
-        """Inverse of `to_dict`; missing settings take their defaults.
+        """Inverse of `to_dict`. Missing settings take their defaults.
 
         Raises:
             InputError: an unknown setting, or a value of the wrong type or out of range.
@@ -329,10 +321,10 @@ PRESETS = {
 
 
 def read_config(path: Path) -> Config:
-    """The `Config` in a run's `config.json`.
+    """Read a run's `config.json`.
 
     Raises:
-        InputError: no such file, not JSON, or not this version's settings.
+        InputError: the file is missing, not JSON, or has settings unknown to this version.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -347,10 +339,10 @@ def read_config(path: Path) -> Config:
 
 
 def resolve(config: Config, likelihood: Any, num_train: int) -> Config:
-    """`config` with every default that follows the data filled in.
+    """Fill in the defaults that depend on the data.
 
     Args:
-        config: the settings as asked.
+        config: the settings as given.
         likelihood: the default likelihood of the data.
         num_train: number of training rows.
 
@@ -369,7 +361,7 @@ def resolve(config: Config, likelihood: Any, num_train: int) -> Config:
 
 
 def resolve_epochs(config: FitConfig, num_train: int) -> int:
-    """Number of epochs: as asked, or enough for about 2500 steps.
+    """Number of epochs: as given, or about 2500 steps.
 
     Raises:
         InputError: the batch is larger than the training set.
