@@ -1,9 +1,7 @@
-"""Checkpoints: one file that brings back a model, or a training, and runs no code.
+"""Checkpoints: files that restore a model, or the state of a training, without running code.
 
-A file is a dictionary of plain values and tensors, written by `torch.save` and read with
-`weights_only=True`. It carries the config and the data's shape, so it is enough by itself. Files
-are written beside their place and renamed into it: an interrupted or failed write leaves the
-earlier file whole.
+A checkpoint is a dictionary of plain values and tensors, written by `torch.save` and read with
+`weights_only=True`. It contains the config and the shape of the data, so it is self-contained.
 """
 
 from __future__ import annotations
@@ -32,14 +30,14 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file brings back.
+    """The contents of a checkpoint file.
 
     Attributes:
         vae: the model, on the CPU, in evaluation mode.
-        config: the run's settings, all of them resolved.
-        fingerprint: of the data, see `Splits`.
-        training: state for `fit`, or None where the file holds a model only.
-        history: a metrics line for each epoch so far.
+        config: the settings of the run, with all defaults filled in.
+        fingerprint: digest of the data, see `Splits`.
+        training: state for `fit`; None if the file holds only a model.
+        history: one metrics dictionary per epoch.
         path: the file.
     """
 
@@ -58,7 +56,7 @@ def serialize(
     history: list[dict[str, Any]],
     training: dict[str, Any] | None = None,
 ) -> bytes:
-    """The content of a checkpoint file."""
+    """Return the bytes of a checkpoint file."""
     spec = splits.spec
     buffer = io.BytesIO()
     torch.save(
@@ -101,22 +99,23 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def load(run: str | Path) -> VAE | Autoencoder:
-    """The trained model of a run, ready for use on the CPU.
+    """Load the trained model of a run, on the CPU, in evaluation mode.
 
     Args:
-        run: a run folder (its best checkpoint is taken, by validation ELBO) or a checkpoint file.
+        run: a run folder, whose checkpoint with the best validation ELBO is loaded, or a checkpoint
+            file.
 
     Raises:
-        InputError: no run, or a file that is foreign, damaged or of another version.
+        InputError: there is no run, or the file is damaged, of another program or another version.
     """
     return load_checkpoint(run).vae
 
 
 def load_checkpoint(run: str | Path, which: str = "best") -> Checkpoint:
-    """Everything in a checkpoint: of a file, or of a run folder's `which`, best or last.
+    """Load a checkpoint file, or a run folder's checkpoint `which`: best or last.
 
     Raises:
-        InputError: no run, or a file that is foreign, damaged or of another version.
+        InputError: there is no run, or the file is damaged, of another program or another version.
     """
     path = Path(run)
     if not path.is_file():
@@ -137,12 +136,12 @@ def load_checkpoint(run: str | Path, which: str = "best") -> Checkpoint:
         fingerprint, history = data["fingerprint"], content["history"]
         training = content["training"]
         if not isinstance(history, list) or not isinstance(training, dict | None):
-            raise TypeError("history or training state are of another kind")
+            raise TypeError("history or training state have the wrong type")
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"{path} does not fit together: {first_line}. It is damaged, or of another version "
-            f"than {VERSION}"
+            f"{path} is inconsistent: {first_line}. It is damaged, or of another version than "
+            f"{VERSION}"
         ) from None
     return Checkpoint(vae.eval(), config, fingerprint, training, history, path)
 
@@ -163,9 +162,9 @@ def _find(run: Path, which: str) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The dictionary in a checkpoint file, unpickling nothing but plain values and tensors."""
+    """Read the dictionary in a checkpoint file; only plain values and tensors are unpickled."""
     try:
-        # Torch itself does not notice a flipped bit in a tensor; the archive's checksums do.
+        # torch.load does not verify the archive's checksums.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:

@@ -1,7 +1,7 @@
-"""What the commands share: flags from dataclasses, errors without tracebacks, devices, data.
+"""Shared by the commands: flags from dataclasses, errors without tracebacks, devices, data.
 
-This module and the commands import torch only once they have work to do, so that `--help` and a
-mistyped flag are answered at once.
+This module and the commands import torch only when they start to work, so that `--help` and an
+invalid flag are answered at once.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def parse(
     doc: str | None,
     default: Any = None,
 ) -> Arguments:
-    """Flags → a dataclass; a mistyped flag or a value out of range exits with status 2."""
+    """Parse flags into a dataclass. An invalid flag or value exits with status 2."""
     options = {} if default is None else {"default": default}
     return tyro.cli(
         arguments,
@@ -60,15 +60,15 @@ def parse(
 
 
 def run_command(work: Callable[[], int | None]) -> int:
-    """Do the work of a command: a user's mistake becomes one line on stderr and status 2."""
-    logging.getLogger("pyro.infer").setLevel(logging.WARNING)  # below that Pyro tells its guesses
+    """Run a command. A user's mistake becomes one line on stderr and exit status 2."""
+    logging.getLogger("pyro.infer").setLevel(logging.WARNING)  # not Pyro's guesses of plate nesting
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _note
             return work() or 0
     except InputError as error:
         return fail(str(error))
-    except BrokenPipeError:  # the reader of our output has gone, as in `--help | head`
+    except BrokenPipeError:  # the reader of the output has ended, as in `--help | head`
         sys.stderr.close()
         return 141
     except OSError as error:
@@ -84,7 +84,7 @@ def run_command(work: Callable[[], int | None]) -> int:
 def _out_of_memory() -> tuple[type[Exception], ...]:
     """The errors of a failed allocation that have a type of their own.
 
-    A CPU allocation by torch that fails has none; what is too large is refused before (`memory`).
+    A failed CPU allocation by torch has none. Sizes are therefore checked before (`memory`).
     """
     torch = sys.modules.get("torch")  # not imported for a command that never needed it
     return (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
@@ -98,9 +98,9 @@ def _note(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """This package's own warnings are for the user, and need no line of source."""
+    """Show a warning; one of this package is for the user, without its line of source."""
     text = warnings.formatwarning(message, category, filename, lineno, line)
-    if Path(filename).parent == Path(__file__).parent:
+    if Path(filename).is_relative_to(Path(__file__).parent):
         text = f"note: {message}\n"
     print(text, end="", file=file or sys.stderr)
 
@@ -111,10 +111,10 @@ def fail(message: str, status: int = 2) -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; auto is cuda where there is one, its own for each local process.
+    """Return the device called `name`. auto is cuda if available; each local process has its own.
 
     Raises:
-        InputError: no such device here.
+        InputError: this machine has no such device.
     """
     import torch
 
@@ -140,16 +140,15 @@ def choose_device(name: str) -> torch.device:
 
 
 def load_run_data(checkpoint: Checkpoint, source: str | None, root: Path | None) -> Splits:
-    """The data of a run, or others of the same kind.
+    """Load the data of a run, or other data for its model.
 
     Args:
-        checkpoint: of the run.
-        source: `--data` in place of the run's own. All its rows are test rows, unless they are the
-            very data of the run, which keep their splits.
-        root: `--data-root` in place of the run's own.
+        checkpoint: the run's checkpoint.
+        source: `--data`; None for the data of the run. All rows of other data are test rows.
+        root: `--data-root`; None for that of the run.
 
     Raises:
-        InputError: the data are missing, have changed since the training, or do not suit the model.
+        InputError: the data are missing, have changed since the training, or do not fit the model.
     """
     from .data import load_data, load_foreign
 
@@ -165,8 +164,8 @@ def load_run_data(checkpoint: Checkpoint, source: str | None, root: Path | None)
     splits = load_data(config, checkpoint.config.seed)
     if splits.fingerprint != checkpoint.fingerprint:
         raise InputError(
-            f"the data {config.source} are not those that {checkpoint.path} was trained on: their "
-            f"splits would mix training and test rows. Restore them, or name other data by --data"
+            f"the data {config.source} are not the data that {checkpoint.path} was trained on: "
+            f"their splits would mix training and test rows. Restore the data, or give --data"
         )
     return splits
 
@@ -175,14 +174,15 @@ def refuse_existing(out: Path, overwrite: bool, endings: Sequence[str]) -> None:
     """Check that the file `out` can be written, before any work is done.
 
     Raises:
-        InputError: another ending, an existing file without `overwrite`, or no such folder.
+        InputError: the ending is not one of `endings`, the file exists and `overwrite` is false, or
+            its folder does not exist.
     """
     if out.suffix.lower() not in endings:
         raise InputError(f"--out expects a file ending in {' or '.join(endings)}; got {out}")
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists; give another --out, or --overwrite")
     if not out.absolute().parent.is_dir():
-        raise InputError(f"--out expects an existing folder; {out.absolute().parent} is none")
+        raise InputError(f"--out expects an existing folder; there is no {out.absolute().parent}")
 
 
 def print_json(values: dict[str, Any]) -> None:
@@ -190,6 +190,6 @@ def print_json(values: dict[str, Any]) -> None:
 
 
 def config_of(arguments: Config) -> Config:
-    """The `Config` within a command's arguments that extend it."""
+    """The `Config` in the arguments of a command that extends it."""
     names = [field.name for field in dataclasses.fields(Config)]
     return Config(**{name: getattr(arguments, name) for name in names})

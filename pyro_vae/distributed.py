@@ -1,12 +1,12 @@
-"""Training by several processes, as torchrun starts them, on one machine or more.
+"""Training by several processes, started by torchrun, on one machine or more.
 
-Every rank has the same model and walks through the same batches, of each of which it takes its own
-part: the loss is a sum over images, so that the ranks' gradients add up to that of the whole batch.
-In a single process all of this does nothing.
+All ranks have the same model and iterate over the same batches; each rank takes its part of every
+batch. The loss is a sum over rows, so the gradients of the ranks add up to the gradient of the
+whole batch. In a single process these functions do nothing.
 
-(Not by DistributedDataParallel, which wraps a module's forward and averages: here the gradient
-comes out of one captured graph, and one sum over the ranks, in one message with all else that they
-have to tell one another, follows it.)
+DistributedDataParallel is not used: it wraps a module's forward and averages gradients. Here the
+gradient is the output of a captured graph, and one message per step sums gradients, ELBO terms and
+the request to stop.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def world() -> int:
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun has started with this one, if it has."""
+    """Join the process group if torchrun started this process."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or world() > 1:
         yield
         return
@@ -71,27 +71,29 @@ def processes(device: torch.device) -> Iterator[None]:
 
 
 def part(index: Tensor) -> Tensor:
-    """This rank's part of a batch; parts differ in size by one at most, and may be empty."""
+    """This rank's part of a batch. Parts differ in size by at most one, and may be empty."""
     return index.tensor_split(world())[rank()]
 
 
 def step(svi: SVI, x: Tensor, stop: bool, **kwargs: Any) -> tuple[list[float], bool]:
-    """A step of `svi` on the rows of all ranks, of which `x` are this one's, perhaps none.
+    """Make one step of `svi` on the rows of all ranks.
 
-    Gradients, what the loss returns, and the wish to stop are summed over the ranks in one message.
+    Gradients, the values of the loss, and the request to stop are summed over the ranks in one
+    message.
 
     Args:
-        svi: with a loss that returns a tuple of at most `TERMS` numbers, and a `OneOptimizer`.
-        stop: whether this rank asks to stop.
-        kwargs: of the loss.
+        svi: its loss returns a tuple of at most `TERMS` numbers, its optimizer is a `OneOptimizer`.
+        x: this rank's rows, perhaps none.
+        stop: whether this rank requests to stop.
+        kwargs: further arguments of the loss.
 
     Returns:
-        The `TERMS` numbers, summed over the ranks, 0 where the loss returned fewer; whether any
-        rank asks to stop.
+        The `TERMS` numbers summed over the ranks, 0 for those that the loss does not return;
+        whether any rank requests to stop.
 
     Raises:
-        LostRank: another rank is gone.
-        NonFiniteGradient: in all ranks at once.
+        LostRank: another rank has failed.
+        NonFiniteGradient: the summed gradient is not finite; raised in all ranks.
     """
     optimizer = svi.optim
     found = svi.loss_and_grads(svi.model, svi.guide, x, **kwargs) if len(x) else ()
@@ -109,10 +111,10 @@ def step(svi: SVI, x: Tensor, stop: bool, **kwargs: Any) -> tuple[list[float], b
 
 
 def sum_tensors(tensors: list[Tensor]) -> None:
-    """Put the sum over all ranks in the place of each tensor, in one message.
+    """Replace each tensor by its sum over the ranks, in one message.
 
     Raises:
-        LostRank: another rank is gone.
+        LostRank: another rank has failed.
     """
     flat = torch.cat([t.flatten() for t in tensors])
     with _others():
@@ -122,10 +124,10 @@ def sum_tensors(tensors: list[Tensor]) -> None:
 
 
 def agree(value: Any) -> Any:
-    """The first rank's `value`, on every rank.
+    """Return the first rank's `value` in every rank.
 
     Raises:
-        LostRank: another rank is gone.
+        LostRank: another rank has failed.
     """
     values = [value]
     if world() > 1:
@@ -135,10 +137,10 @@ def agree(value: Any) -> Any:
 
 
 def anyone(flag: bool) -> bool:
-    """Whether `flag` is true on any rank.
+    """Whether `flag` is true in any rank.
 
     Raises:
-        LostRank: another rank is gone.
+        LostRank: another rank has failed.
     """
     flags = [flag] * world()
     if world() > 1:
@@ -149,10 +151,10 @@ def anyone(flag: bool) -> bool:
 
 @torch.no_grad()
 def share(tensors: list[Tensor]) -> None:
-    """Put the first rank's values in the place of each tensor.
+    """Replace each tensor by the first rank's values.
 
     Raises:
-        LostRank: another rank is gone.
+        LostRank: another rank has failed.
     """
     with _others():
         for tensor in tensors:
@@ -161,7 +163,7 @@ def share(tensors: list[Tensor]) -> None:
 
 @contextmanager
 def first_here() -> Iterator[None]:
-    """The block is run by one process of each machine, then by its others: they find its files."""
+    """Run the block in one process per machine first, then in its others, which find its files."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if world() > 1 and not first:
         _wait()
@@ -179,5 +181,5 @@ def _wait() -> None:
 def _others() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # what torch.distributed's errors are, of any backend
-        raise LostRank("another process of this training is gone; its output says why") from error
+    except RuntimeError as error:  # the type of torch.distributed's errors, of every backend
+        raise LostRank("another process of this training has failed; see its output") from error

@@ -5,9 +5,9 @@
         loss = svi.step(x)
 
 `fit` trains to the end, `iterate` yields a record after each epoch. The loop writes no files and
-prints nothing. Between two steps Pyro's parameter store and torch's global random state are the
-caller's, who may draw and train other models without changing this training. `record.state()` is
-all that a later call needs to continue with exactly the numbers of an uninterrupted run.
+prints nothing. It leaves Pyro's parameter store and torch's global random state as it found them,
+also between two steps, so the caller may draw and train other models without changing this
+training. A run continued from `record.state()` has exactly the numbers of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -48,9 +48,8 @@ WHOLE_BATCH = ("free-bits", "beta-tc", "mmd")
 # Steps from which capturing the ELBO pays for itself.
 CAPTURE_FROM = 500
 
-# What compiling the graph costs, and what it saves: in each step, and for each value of x that is
-# decoded in it. Seconds, on two cores; a rule rather than a measurement, so that a run is compiled
-# or not by its settings alone.
+# Time that compilation takes, and that it saves per step and per decoded value of x, in seconds on
+# two cores. Constants rather than a measurement, so that the choice depends on settings only.
 COMPILE_SECONDS = 20.0
 SAVED_BY_STEP = 2e-3
 SAVED_BY_VALUE = 8e-9
@@ -87,10 +86,10 @@ def iterate(
 ) -> Iterator[Record]:
     """Train `vae` in place and yield a record after each epoch.
 
-    Where torch.distributed has been set up, this is one rank of a training by all of them: each
-    takes its part of every batch, and draws its own random numbers, from the first rank's weights.
-    All of them yield the same records but for their own speed, and stop a step after `on_step` has
-    asked for it in one. Buffers that change, such as running means, are each rank's own.
+    In a torch.distributed process group, this is one rank of a common training. It starts from the
+    first rank's weights, takes its part of every batch and draws its own random numbers. All ranks
+    yield the same records, except for timings, and stop one step after `on_step` has requested it
+    in one of them. Buffers such as running means are not shared.
 
     Args:
         vae: the model, on the device on which `splits` deliver their batches.
@@ -99,11 +98,11 @@ def iterate(
         seed: of the order of the rows and all draws.
         state: of an earlier `Record.state()` or `Progress.state()`, with the weights of that moment
             in `vae`: the run continues from there.
-        on_step: called after every step; a true answer ends the training there.
+        on_step: called after every step; if it returns true, the training ends there.
 
     Raises:
         Diverged: the loss, its gradient or the validation ELBO is not finite.
-        LostRank: another rank is gone. The state before this step is kept.
+        LostRank: another rank has failed. The state before this step is kept.
         InputError: the batch is larger than the training set, the model does not fit the data, or
             the objective needs the whole batch in one process.
     """
@@ -126,7 +125,7 @@ def iterate(
 
 @dataclass(frozen=True)
 class _Run:
-    """All that stays the same through a training. `own` and `optimizer` hold its mutable state."""
+    """The constants of a training, and two mutable objects: `own` and `optimizer`."""
 
     vae: VAE | Autoencoder
     splits: Splits
@@ -136,7 +135,7 @@ class _Run:
     steps_per_epoch: int
     optimizer: OneOptimizer
     svi: SVI
-    svi_of_rest: SVI  # for the last batch of an epoch, of another size
+    svi_of_rest: SVI  # for the last batch of an epoch, which is smaller
     own: OwnState
 
     @property
@@ -149,8 +148,8 @@ def _setup(vae: VAE | Autoencoder, splits: Splits, config: FitConfig, seed: int)
     alone = distributed.world() == 1
     if not alone and config.objective in WHOLE_BATCH:
         raise InputError(
-            f"--objective {config.objective} looks at the batch as a whole, which several "
-            f"processes do not have; run it in one, or choose another objective"
+            f"--objective {config.objective} needs the whole batch in one process; run a "
+            f"single process, or choose another objective"
         )
     optimizer = OneOptimizer(
         torch.optim.Adam(vae.parameters(), lr=config.learning_rate, fused=True)
@@ -161,7 +160,7 @@ def _setup(vae: VAE | Autoencoder, splits: Splits, config: FitConfig, seed: int)
     _check(vae, splits, loss)
     mode = run_mode(config, splits.train)
     elbo = capture(loss, mode, ElboTerms(vae, config.num_particles))
-    # A batch that comes once an epoch is not worth compiling for.
+    # The last batch of an epoch has another size, and is too rare to compile for.
     rest = capture(
         loss, "graph" if mode == "compiled" else mode, ElboTerms(vae, config.num_particles)
     )
@@ -206,10 +205,10 @@ def _epoch(
     sums: Sums,
     on_step: Callable[[Progress], bool | None] | None,
 ) -> tuple[Position, Sums, bool]:
-    """Make the steps that are left of an epoch.
+    """Make the remaining steps of an epoch.
 
     Returns:
-        Position and sums after them, and whether `on_step` has asked to stop.
+        Position and sums after the last step, and whether `on_step` requested to stop.
     """
     config, train, units = run.config, run.splits.train, run.vae.likelihood_module.units
     alone = distributed.world() == 1
@@ -223,7 +222,7 @@ def _epoch(
             try:
                 if alone:
                     loss, *terms = svi.step(train.take(index, units), **weights)
-                else:  # this rank's rows; then one sum over the ranks, of gradients and terms
+                else:  # this rank's rows; gradients and terms are summed over the ranks
                     run.own.seed(f"training {distributed.rank()} {position.step}", run.seed)
                     x = train.take(distributed.part(index), units)
                     (loss, *terms), stop = distributed.step(svi, x, wish, **weights)
@@ -241,14 +240,14 @@ def _epoch(
 
 
 def _batches(run: _Run, position: Position) -> Sequence[Tensor]:
-    """The rows of each step that is left of an epoch, in an order of seed and epoch."""
+    """Row indices of each remaining step of an epoch, shuffled by seed and epoch."""
     order = np.random.default_rng([run.seed, position.epoch]).permutation(len(run.splits.train))
     done = position.step - position.epoch * run.steps_per_epoch
     return torch.from_numpy(order).split(run.config.batch_size)[done:]
 
 
 def _set_schedules(run: _Run, step: int, num_rows: int) -> dict[str, Tensor]:
-    """Set learning rate and clip norm of a step; return its KL weight, where the ELBO takes one."""
+    """Set learning rate and clip norm; return the KL weight as an argument of the step, if any."""
     config, num_steps = run.config, run.epochs * run.steps_per_epoch
     rate = schedules.learning_rate(config, step, num_steps)
     for group in run.optimizer.optimizer.param_groups:
@@ -261,7 +260,7 @@ def _set_schedules(run: _Run, step: int, num_rows: int) -> dict[str, Tensor]:
 
 
 def _end_of_epoch(run: _Run, position: Position, sums: Sums) -> tuple[Position, Record]:
-    """Validate, in the first rank, and report."""
+    """Validate (in the first rank) and make the record of the epoch."""
     started = time.perf_counter()
     run.vae.eval()
     found = None
@@ -325,7 +324,7 @@ def _diverged(what: str, config: FitConfig, position: Position) -> Diverged:
 
 
 def run_mode(config: FitConfig, train: Split) -> Mode:
-    """How a run evaluates its ELBO. The same in every part of a resumed one."""
+    """How a run evaluates its ELBO. It depends on settings only, so a resumed run does the same."""
     if config.compile != "auto":
         return "compiled" if config.compile == "on" else "eager"
     epochs = resolve_epochs(config, len(train))
@@ -341,8 +340,8 @@ def elbo_terms(
 ) -> tuple[float, float | None]:
     """Mean reconstruction and KL over a split, nats per row, one draw of z a row.
 
-    Draws and binarization are fixed by `seed`; torch's global random state is left as it was.
-    The KL of an `Autoencoder` is None.
+    `seed` fixes draws and binarization; torch's global random state does not change. The KL of an
+    `Autoencoder` is None.
     """
     reconstruction, kl, count = 0.0, 0.0, 0
     with random_states(_device(vae), derive(seed, "posterior")):
@@ -356,10 +355,10 @@ def elbo_terms(
 
 @contextmanager
 def _settings(precision: str, device: torch.device, validate: bool = False) -> Iterator[None]:
-    """Global settings of Pyro and torch during a step.
+    """Set Pyro's and torch's global settings during a step.
 
-    Pyro's checks of shapes and supports cost a tenth of a step, and are made once before the first.
-    Its warning about a loss that is not finite is an error here (`Diverged`).
+    Pyro's validation of shapes and supports takes a tenth of a step, so `_check` runs it once. Its
+    warning about a loss that is not finite is replaced by the error `Diverged`.
     """
     before = torch.get_float32_matmul_precision()
     with (

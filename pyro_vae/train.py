@@ -1,15 +1,15 @@
 """Train a variational autoencoder.
 
-With no flags it learns the embedded handwritten digits in about a minute on two cores and writes a
-run folder, runs/digits: config.json, metrics.jsonl (a line an epoch), checkpoints/, figures/ and
-report.html, a page with all of it.
+Without flags, it trains on the included handwritten digits, which takes about a minute on two
+cores, and writes the run folder runs/digits: config.json, metrics.jsonl (one line per epoch),
+checkpoints/, figures/ and report.html, a page that shows the run.
 
   python -m pyro_vae.train --data mnist --epochs 20
   python -m pyro_vae.train --data photos/ --image-size 32 32 --architecture conv
   python -m pyro_vae.train --preset iwae-mnist --objective dreg --num-particles 50
   python -m pyro_vae.train --resume runs/digits
 
-Several processes, each of which takes its part of every batch, are started by torchrun:
+To train with several processes, each of which takes a part of every batch, use torchrun:
 
   torchrun --nproc-per-node 2 -m pyro_vae.train --data mnist
 """
@@ -43,18 +43,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainArguments(Config):
-    """The run and its folder.
+    """Run folder and source of the settings.
 
     Attributes:
         out: Run folder to write.
         overwrite: Replace the run in --out.
-        resume: Continue the run in this folder with its own settings; --epochs, --patience and
-            --device may be given anew.
-        config: Take the settings of a run's config.json; flags given beside it win.
-        preset: Take the settings of a published experiment; flags given beside it win. iwae-mnist:
+        resume: Continue the run in this folder with its own settings. Only --epochs, --patience and
+            --device may be changed.
+        config: Use the settings in a run's config.json. Other flags override them.
+        preset: Use the settings of a published experiment. Other flags override them. iwae-mnist:
             "Importance weighted autoencoders", one stochastic layer, on MNIST; choose --objective,
             --num-particles and --epochs.
-        tensorboard: Also write TensorBoard events to the run folder (needs pip install
+        tensorboard: Also write TensorBoard events to the run folder (requires pip install
             'pyro-vae[tensorboard]').
     """
 
@@ -82,9 +82,9 @@ def _main(argv: Sequence[str] | None) -> int:
     checkpoint = None
     default = Config()
     if given.resume and (given.config or given.preset):
-        raise InputError("--resume takes the run's own settings; drop --config and --preset")
+        raise InputError("--resume uses the run's own settings; drop --config and --preset")
     if given.config and given.preset:
-        raise InputError("--config and --preset both say what the settings are; drop one")
+        raise InputError("--config and --preset both give the settings; drop one")
     if given.preset in PRESETS:
         default = PRESETS[given.preset]
     if given.config:
@@ -110,7 +110,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def train(arguments: TrainArguments, checkpoint: Checkpoint | None = None) -> int:
-    """Train as the arguments say, from the beginning or from a checkpoint; returns the status."""
+    """Train, from the beginning or from a checkpoint; returns the exit status."""
     from . import distributed
 
     device = choose_device(arguments.device)
@@ -138,7 +138,7 @@ def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: tor
     state = history = None
     if checkpoint is None:
         vae = build(config.model, splits, config.seed).to(device)
-        # What cannot work fails before an old run is touched.
+        # A model that cannot be evaluated fails before --overwrite removes an old run.
         elbo_terms(vae, splits.validation, config.seed, num_images=1)
     else:
         if splits.fingerprint != checkpoint.fingerprint:
@@ -250,7 +250,11 @@ def _add_scalars(writer: Any, line: dict[str, Any]) -> None:
 
 
 def _check_resumable(arguments: TrainArguments, checkpoint: Checkpoint) -> None:
-    """Refuse flags that would make another run of this one."""
+    """Check that the flags continue the same run.
+
+    Raises:
+        InputError: a flag would change a setting that cannot change.
+    """
     if arguments.out is not None or arguments.overwrite:
         raise InputError("--resume writes to the run's own folder; drop --out and --overwrite")
     before, after = checkpoint.config, config_of(arguments)
@@ -258,13 +262,16 @@ def _check_resumable(arguments: TrainArguments, checkpoint: Checkpoint) -> None:
     if dataclasses.replace(after, fit=fit, device=before.device) != before:
         raise InputError(
             "--resume continues a run with its own settings; only --epochs, --patience and "
-            "--device may be given anew. For others start a new run by --config RUN/config.json"
+            "--device may be changed. To change others, start a new run with --config "
+            "RUN/config.json"
         )
     done = len(checkpoint.history)
     if done > (arguments.fit.epochs or 0):
-        raise InputError(f"--epochs expects at least the {done} that the run has; got fewer")
+        raise InputError(
+            f"--epochs expects at least {done}, the epochs that the run has; got fewer"
+        )
     if done == arguments.fit.epochs and os.environ.get("RANK", "0") == "0":
-        print(f"the run is complete with {done} epochs, more are given by --epochs; drawing again")
+        print(f"the run has all its {done} epochs (--epochs adds more); drawing its figures again")
 
 
 def _summary_writer() -> Any:
@@ -273,7 +280,7 @@ def _summary_writer() -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise InputError(
-            "--tensorboard needs a package: pip install 'pyro-vae[tensorboard]'"
+            "--tensorboard requires a package: pip install 'pyro-vae[tensorboard]'"
         ) from None
     return SummaryWriter
 
@@ -286,7 +293,7 @@ def _describe(run: RunFolder) -> None:
     sizes = " ".join(str(size) for size in model.hidden or ())
     count = sum(p.numel() for p in run.vae.parameters())
     binarized = spec.binarizes(run.vae.likelihood_module.units)
-    binarization = " (binarized afresh at each access)" if binarized else ""
+    binarization = " (binarized at random at each access)" if binarized else ""
     print(
         f"data   {splits.name}: {len(splits.train):,} training, {len(splits.validation):,} "
         f"validation, {len(splits.test):,} test rows of {'x'.join(map(str, spec.shape))}, "
@@ -299,7 +306,7 @@ def _describe(run: RunFolder) -> None:
         f"{count:,} parameters on {next(run.vae.parameters()).device}"
     )
     if run_mode(run.config.fit, splits.train) == "compiled":
-        print("graph  the ELBO is captured and compiled first, some ten seconds")
+        print("graph  the ELBO is compiled first, which takes some ten seconds")
     print(f"run    {run.path}", flush=True)
 
 
@@ -328,7 +335,7 @@ def _summarize(run: RunFolder) -> None:
     print(
         f"done   {history[-1]['seconds']:.0f} s of training; best epoch {line['epoch']} of {last}"
     )
-    print(f"       validation: {terms} nats per image")
+    print(f"       validation: {terms} nats per row")
     print(f"see    {report}, {figures}/*.png, {run.path / 'metrics.jsonl'}")
     print(f"next   python -m pyro_vae.evaluate {run.path}")
 

@@ -115,10 +115,10 @@ def test_contents_that_do_not_fit_are_named(file):
     weights = torch.load(file, weights_only=True)["weights"]
     weights.pop("decoder.bias")
     rewritten(file, weights=weights)
-    with pytest.raises(InputError, match=r"model\.pt does not fit together"):
+    with pytest.raises(InputError, match=r"model\.pt is inconsistent"):
         pyro_vae.load(file)
     rewritten(file, config={"model": {"width": 3}})
-    with pytest.raises(InputError, match=r"model\.pt does not fit together.*model\.width"):
+    with pytest.raises(InputError, match=r"model\.pt is inconsistent.*model\.width"):
         pyro_vae.load(file)
 
 

@@ -215,7 +215,7 @@ def test_evaluate_finds_relative_data_from_another_folder(tmp_path, monkeypatch,
     np.save("here/a.npy", np.random.default_rng(1).random((40, 5)))
     capsys.readouterr()
     assert evaluate.main(["here/run", "--num-samples", "5"]) == 2
-    assert "are not those that" in capsys.readouterr().err
+    assert "are not the data that" in capsys.readouterr().err
     assert evaluate.main(["here/run", "--num-samples", "5", "--data", "here/a.npy"]) == 0
 
 

@@ -741,7 +741,7 @@ def test_missing_and_changed_data(tmp_path, capsys):
     (tmp_path / "run.npz").rename(tmp_path / "elsewhere.npz")
     refused([str(run)], "no such path exists", capsys)
     np.savez(tmp_path / "run.npz", x=grey()[::-1])
-    refused([str(run)], "are not those that", capsys)
+    refused([str(run)], "are not the data that", capsys)
     assert not (run / "report.html").exists()
 
 
