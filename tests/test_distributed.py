@@ -372,7 +372,7 @@ def test_objectives_that_look_at_the_whole_batch_are_refused(name, found, tmp_pa
     monkeypatch.setattr(distributed, "world", lambda: 2)
     vae, splits = example_vae("binomial", tmp_path)
     with pytest.raises(
-        InputError, match=f"--objective {name} needs the whole batch in one process"
+        InputError, match=f"{name} needs the whole batch in one process"
     ):
         next(iterate(vae, splits, FitConfig(objective=name, epochs=1, batch_size=10)))
 
