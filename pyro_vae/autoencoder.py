@@ -14,8 +14,8 @@ import torch
 from pyro.distributions import Delta, Distribution
 from torch import Tensor, nn
 
+from .interface import register
 from .likelihoods import Likelihood
-from .vae import register
 
 __all__ = ["Autoencoder"]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .vae import LatentModel
+from .interface import LatentModel
 
 __all__ = ["Quadrature", "quadrature"]
 

@@ -11,54 +11,16 @@ of them and of nothing else.
 
 from __future__ import annotations
 
-import itertools
-import warnings
-import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
-
 import pyro
 import torch
 from pyro.distributions import Distribution, Normal
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from .interface import register
 from .likelihoods import Likelihood
 
-__all__ = ["VAE", "LatentModel", "PyroModel", "held_fixed", "register"]
-
-_names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-_numbers = itertools.count(1)
-
-
-class LatentModel(Protocol):
-    """What evidence, calibration and diagnostics ask for: three distributions, of any model."""
-
-    def prior(self) -> Distribution:
-        """p(z): batch (), event (Z,)."""
-
-    def posterior(self, x: Tensor) -> Distribution:
-        """q(z|x): x (B, *data_shape) → batch (B,), event (Z,)."""
-
-    def likelihood(self, z: Tensor) -> Distribution:
-        """p(x|z): z (..., Z) → batch (...), event `data_shape`."""
-
-
-class PyroModel(LatentModel, Protocol):
-    """What SVI and NUTS ask for besides.
-
-    Attributes:
-        latent: name of the latent site.
-    """
-
-    latent: str
-
-    def model(self, x: Tensor) -> Any:
-        """p(x, z), with x (B, *data_shape) observed, both sites in one plate "data" of B rows."""
-
-    def parameters(self) -> Iterable[Tensor]:
-        """All that model and guide would train."""
+__all__ = ["VAE"]
 
 
 class VAE(nn.Module):
@@ -128,31 +90,3 @@ class VAE(nn.Module):
     def reconstruct(self, x: Tensor) -> Tensor:
         """Mean of p(x|z) at the posterior's mean: (B, *data_shape)."""
         return self.likelihood(self.posterior(x).mean).mean
-
-
-def register(name: str, module: nn.Module) -> None:
-    """`pyro.module` under a name that belongs to this very module object.
-
-    Pyro's parameter store is global and keeps the first parameters that come under a name: a second
-    model, or a copy of the first, would silently stay untrained.
-    """
-    if module not in _names:
-        _names[module] = f"{name}{next(_numbers)}"
-    pyro.module(_names[module], module)
-
-
-@contextmanager
-def held_fixed(vae: PyroModel) -> Iterator[None]:
-    """Within, the parameters take no gradient; after it, they do and Pyro's store is as it was."""
-    free = [p for p in vae.parameters() if p.requires_grad]
-    store = pyro.get_param_store()
-    try:
-        for parameter in free:
-            parameter.requires_grad_(False)
-        with warnings.catch_warnings(), store.scope(store.get_state()):
-            # Pyro warns of modules in training mode whose parameters take no gradient.
-            warnings.filterwarnings("ignore", message=".* was not registered in the param store")
-            yield
-    finally:
-        for parameter in free:
-            parameter.requires_grad_(True)

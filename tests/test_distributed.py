@@ -34,10 +34,11 @@ from pyro_vae import FitConfig, InputError, distributed, svi, train
 from pyro_vae.capture import capture
 from pyro_vae.checkpoint import load_checkpoint
 from pyro_vae.command import choose_device
+from pyro_vae.interface import register
 from pyro_vae.objectives import objective
 from pyro_vae.optimizer import OneOptimizer
 from pyro_vae.svi import Diverged, fit
-from pyro_vae.vae import VAE, register
+from pyro_vae.vae import VAE
 
 TIMINGS = ("seconds", "images_per_second")
 BATCH = 7  # of two parts of different sizes

@@ -12,7 +12,7 @@ from conftest import SHARED_DATA
 from PIL import Image
 
 from pyro_vae import DataConfig, InputError, load_data
-from pyro_vae.data import _tensor
+from pyro_vae.loading import _tensor
 from pyro_vae.sources import read
 
 RANDOM = np.random.default_rng(0)
@@ -242,7 +242,7 @@ def test_npy_is_memory_mapped_and_left_alone(tmp_path):
 @pytest.mark.parametrize("shape", [(5,), (), (5, 9, 8, 4), (2, 3, 4, 5, 6), (0, 4), (4, 0)])
 def test_arrays_of_wrong_shape(shape, tmp_path):
     np.save(tmp_path / "a.npy", np.zeros(shape))
-    with pytest.raises(InputError, match="expects"):
+    with pytest.raises(InputError, match="expected"):
         read(DataConfig(str(tmp_path / "a.npy")))
 
 
