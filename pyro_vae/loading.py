@@ -145,38 +145,33 @@ def load_foreign(config: DataConfig, spec: DataSpec, units: Units) -> Splits:
     return splits
 
 
-def _splits(
-    source: Source, scan: _Scan, spec: DataSpec, train: Tensor, validation: Tensor, test: Tensor
-) -> Splits:
+def _splits(source: Source, scan: _Scan, spec: DataSpec, *rows: Tensor) -> Splits:
+    """The splits with these rows: training, validation, test."""
     values = _tensor(source.values)
     labels = None if source.labels is None else torch.from_numpy(source.labels)
-
-    def split(rows: Tensor) -> Split:
-        return Split(values, rows, spec, None if labels is None else labels[rows])
-
+    train, validation, test = (
+        Split(values, part, spec, None if labels is None else labels[part]) for part in rows
+    )
     return Splits(
         name=source.name,
-        train=split(train),
-        validation=split(validation),
-        test=split(test),
+        train=train,
+        validation=validation,
+        test=test,
         spec=spec,
         likelihood=source.likelihood or _default_likelihood(spec),
         class_names=source.class_names,
-        low=scan.low,
-        high=scan.high,
-        integral=scan.integral,
-        fingerprint=scan.digest,
+        **vars(scan),
     )
 
 
 @dataclass(frozen=True)
 class _Scan:
-    """The results of one pass over all values."""
+    """The results of one pass over all values, as attributes of `Splits`."""
 
     low: float
     high: float
     integral: bool
-    digest: str
+    fingerprint: str
 
 
 def _scan(source: Source) -> _Scan:

@@ -17,7 +17,7 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,9 @@ __all__ = ["LABEL_COLUMNS", "Source", "from_array", "pixel_mode", "pixels", "rea
 LABEL_COLUMNS = ("label", "labels", "class", "target", "targets")
 LABEL_NAMES = (*LABEL_COLUMNS, "y")  # a table may have a coordinate called y
 VALUE_NAMES = ("x", "data", "images")
+
+# The exceptions of pillow for damaged files and files that are no images.
+UNREADABLE = (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,9 @@ def read(config: DataConfig) -> Source:
         InputError: the data are missing, damaged or of an unsupported shape.
     """
     if config.source == "digits":
-        return _fixed_size(_digits(), config)
+        return _digits(config)
     if config.source in TORCHVISION_CLASSES:
-        source = _torchvision(config.source, config.root)
-        return _fixed_size(source, config)
+        return _torchvision(config)
     path = Path(config.source).expanduser()
     if path.is_dir():
         return _folder(path, config)
@@ -92,7 +94,6 @@ def from_array(
     config: DataConfig,
     name: str,
     origin: Path | str,
-    num_test: int = 0,
 ) -> Source:
     """Check the type and shape of an array; view images as (N, C, H, W), without a copy.
 
@@ -102,7 +103,6 @@ def from_array(
         config: for `image_size`, which turns (N, D) into images.
         name: name of the data.
         origin: name of the data in error messages.
-        num_test: number of rows at the end that are the data's own test split.
 
     Raises:
         InputError: the values are not rows of numbers, or a row lacks a label.
@@ -137,35 +137,26 @@ def from_array(
             )
         distinct, labels = np.unique(labels, return_inverse=True)
         classes, labels = tuple(map(str, distinct)), labels.astype(np.int64)
-    return _fixed_size(Source(name, values, labels, classes, num_test), config)
-
-
-def _fixed_size(source: Source, config: DataConfig) -> Source:
-    """Refuse an image size other than that of images which cannot be resized."""
-    size = source.values.shape[-2:]
-    if config.image_size and tuple(config.image_size) != size:
+    if size and size != values.shape[2:]:
         raise InputError(
-            f"--image-size resizes folders of images only; {source.name} has images of "
-            f"{size[0]}x{size[1]}, --image-size asks for {'x'.join(map(str, config.image_size))}"
+            f"--image-size resizes folders of images only; {name} has images of "
+            f"{'x'.join(map(str, values.shape[2:]))}, --image-size asks for {size[0]}x{size[1]}"
         )
-    return source
+    return Source(name, values, labels, classes)
 
 
-def _digits() -> Source:
+def _digits(config: DataConfig) -> Source:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    return Source(
-        name="digits",
-        values=digits.images.astype(np.uint8)[:, None],
-        labels=digits.target.astype(np.int64),
-        class_names=tuple(str(name) for name in digits.target_names),
-        max_value=16,  # each pixel counts the inked cells of a 4x4 block
-    )
+    values = digits.images.astype(np.uint8)
+    source = from_array(values, digits.target, config, "digits", "digits")
+    return replace(source, max_value=16)  # each pixel counts the inked cells of a 4x4 block
 
 
-def _torchvision(name: str, root: Path) -> Source:
+def _torchvision(config: DataConfig) -> Source:
     """MNIST and its relatives: 60,000 or more grey 28x28 images and their own test split."""
+    name, root = config.source, config.root
     try:
         from torchvision import datasets
     except (ImportError, RuntimeError) as error:
@@ -194,12 +185,11 @@ def _torchvision(name: str, root: Path) -> Source:
             f"{', '.join(files[1:])}, unpacked, under {folder / 'raw'} or name another folder by "
             f"--data-root; --data digits needs neither network nor files"
         ) from None
-    values = np.concatenate([part.data.numpy() for part in parts])[:, None]
+    values = np.concatenate([part.data.numpy() for part in parts])
     if name == "emnist":  # stored with rows and columns exchanged
-        values = np.ascontiguousarray(values.swapaxes(-1, -2))
-    return Source(
-        name=name,
-        values=values,
+        values = values.swapaxes(1, 2)
+    return replace(
+        from_array(values, None, config, name, name),
         labels=np.concatenate([part.targets.numpy() for part in parts]).astype(np.int64),
         class_names=tuple(parts[0].classes),
         num_test=len(parts[1].data),
@@ -258,13 +248,7 @@ def _read_image(folder: Path, file: Path, function: Callable[[Image.Image], Any]
     try:
         with Image.open(file) as image:
             return function(image)
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        NotImplementedError,
-        Image.DecompressionBombError,
-    ) as error:
+    except UNREADABLE as error:
         raise InputError(
             f"{file} is not an image or is damaged ({error}); repair it or remove it from {folder}"
         ) from None
@@ -341,7 +325,7 @@ def _npz(path: Path, config: DataConfig) -> Source:
         values, num_test = np.concatenate([values, test]), len(test)
         if labels is not None and test_labels is not None:
             labels = np.concatenate([labels, test_labels])
-    return from_array(values, labels, config, path.stem, path, num_test)
+    return replace(from_array(values, labels, config, path.stem, path), num_test=num_test)
 
 
 def _csv(path: Path, config: DataConfig) -> Source:

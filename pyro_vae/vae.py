@@ -5,8 +5,8 @@
 
     log p(x) ≥ ELBO = E_q[log p(x|z)] − KL(q(z|x) ‖ p(z)) = reconstruction − KL
 
-`prior`, `likelihood` and `posterior` return the three distributions; `model` and `guide` are made
-of them and of nothing else.
+`prior`, `likelihood` and `posterior` return the three distributions, of which `model` and `guide`
+consist.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class VAE(nn.Module):
     Args:
         prior: module without arguments → p(z), batch (), event (Z,).
         encoder: module x (..., *data_shape) → (..., 2Z): means and log standard deviations.
-        decoder: module z (..., Z) → whatever `likelihood` takes.
+        decoder: module z (..., Z) → input of `likelihood`.
         likelihood: module decoder output → p(x|z), batch (...), event `data_shape`.
     """
 
@@ -76,7 +76,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def elbo_terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The ELBO's two terms for each image.
+        """The two terms of the ELBO for each row of x (B, *data_shape).
 
         Returns:
             reconstruction (B,): log p(x|z) at one draw of z from q(z|x), nats.
@@ -88,5 +88,5 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Mean of p(x|z) at the posterior's mean: (B, *data_shape)."""
+        """Mean of p(x|z) at the posterior mean: (B, *data_shape)."""
         return self.likelihood(self.posterior(x).mean).mean
