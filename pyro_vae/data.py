@@ -1,4 +1,4 @@
-"""Rows → `Splits`: train, validation and test, from which batches are gathered.
+"""`Splits`: training, validation and test rows, from which batches are gathered.
 
 A likelihood observes x in certain *units*. A batch is gathered from the one stored tensor, then
 scaled and, if the units ask for it, binarized as a whole:

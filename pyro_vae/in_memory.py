@@ -87,7 +87,9 @@ def _from_dataset(
     for index in range(len(dataset)):
         item = dataset[index]
         row, *label = item if isinstance(item, (tuple, list)) else (item,)
-        row = _pixels(row, config) if isinstance(row, Image.Image) else _array(row)
+        if isinstance(row, Image.Image):
+            row = pixels(row, pixel_mode(row), config.image_size)
+        row = _array(row)
         if index == 0:
             values = np.empty((len(dataset), *row.shape), row.dtype)
         if (row.shape, row.dtype) != (values.shape[1:], values.dtype):
@@ -104,10 +106,6 @@ def _from_dataset(
             )
         values[index] = row
     return values, _labels(_array([_array(label) for label in labels]), name) if labels else None
-
-
-def _pixels(image: Image.Image, config: DataConfig) -> np.ndarray:
-    return pixels(image, pixel_mode(image), config.image_size)
 
 
 def _array(data: Any) -> np.ndarray:

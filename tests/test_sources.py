@@ -12,6 +12,7 @@ from conftest import SHARED_DATA
 from PIL import Image
 
 from pyro_vae import DataConfig, InputError, load_data
+from pyro_vae.config import TORCHVISION_CLASSES
 from pyro_vae.loading import _tensor
 from pyro_vae.sources import read
 
@@ -89,10 +90,14 @@ def test_without_network_the_error_says_what_to_do(name, tmp_path, monkeypatch):
         raise URLError("no network")
 
     monkeypatch.setattr(utils, "_urlretrieve", offline)
-    with pytest.raises(InputError) as caught:
-        read(DataConfig(name, root=tmp_path / "data"))
-    for part in (name, str(tmp_path / "data"), "raw", "idx3-ubyte", "--data digits"):
-        assert part in str(caught.value)
+    raw = tmp_path / "data" / TORCHVISION_CLASSES[name] / "raw"
+    for _ in range(2):
+        with pytest.raises(InputError) as caught:
+            read(DataConfig(name, root=tmp_path / "data"))
+        for part in (name, str(raw), "cannot be downloaded", "idx3-ubyte", "--data digits"):
+            assert part in str(caught.value)
+        # again with one file of four
+        write_idx(raw / "train-labels-idx1-ubyte", np.zeros(4, np.uint8))
 
 
 def test_damaged_torchvision_file(tmp_path):
