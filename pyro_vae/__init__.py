@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from .autoencoder import Autoencoder
     from .calibration import check_ranks, miscalibration, simulate
     from .checkpoint import load
-    from .data import DataSpec, Split, Splits, load_data
+    from .data import DataSpec, Split, Splits
     from .diagnostics import latent_use, predictive_check
     from .evidence import importance_sample, log_evidence, upper_bound
     from .factory import build
     from .gradients import measure_gradients
     from .linear_gaussian import LinearGaussian
+    from .loading import load_data
     from .nuts import compare_with_nuts
     from .objectives import objective
     from .program import Program
@@ -91,7 +92,7 @@ _HOMES = {
     "iterate": "svi",
     "latent_use": "diagnostics",
     "load": "checkpoint",
-    "load_data": "data",
+    "load_data": "loading",
     "log_evidence": "evidence",
     "measure_gradients": "gradients",
     "miscalibration": "calibration",

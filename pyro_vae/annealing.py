@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .evidence import samples_at_once
-from .vae import LatentModel
+from .interface import LatentModel
 
 __all__ = ["Annealed", "anneal"]
 

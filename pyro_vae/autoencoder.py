@@ -1,10 +1,10 @@
-"""The deterministic autoencoder: the baseline that the VAE mends.
+"""The deterministic autoencoder, a baseline for the VAE.
 
     z = encoder(x),  maximize log p(x|z)
 
-Same bodies and likelihoods as the VAE. The code z is computed, not drawn: as a Pyro program the
-model has no latent site and the guide is empty, so that Trace_ELBO is the reconstruction alone.
-There is no prior, hence nothing to sample from and no evidence.
+It has the networks and likelihoods of the VAE. The code z is computed, not drawn: the Pyro model
+has no latent site, the guide is empty, and Trace_ELBO is the reconstruction term alone. Without a
+prior there are neither samples nor evidence.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 from pyro.distributions import Delta, Distribution
 from torch import Tensor, nn
 
+from .interface import register
 from .likelihoods import Likelihood
-from .vae import register
 
 __all__ = ["Autoencoder"]
 
 
 class Autoencoder(nn.Module):
-    """A deterministic autoencoder, with the parts of a `VAE` but for the prior.
+    """A deterministic autoencoder: a `VAE` without prior and noise in z.
 
     Args:
         encoder: module x (..., *data_shape) → z (..., Z).
-        decoder, likelihood: as of `VAE`.
+        decoder, likelihood: as in `VAE`.
     """
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, likelihood: Likelihood) -> None:
@@ -35,7 +35,7 @@ class Autoencoder(nn.Module):
         self.likelihood_module = likelihood
 
     def posterior(self, x: Tensor) -> Distribution:
-        """All mass on the code of x (..., *data_shape): batch (...), event (Z,)."""
+        """A point mass at the code of x (..., *data_shape): batch (...), event (Z,)."""
         return Delta(self.encoder(x), event_dim=1)
 
     def likelihood(self, z: Tensor) -> Distribution:
@@ -43,7 +43,7 @@ class Autoencoder(nn.Module):
         return self.likelihood_module(self.decoder(z))
 
     def model(self, x: Tensor) -> None:
-        """x (B, *data_shape) observed under the likelihood at its own code."""
+        """p(x|z) at the code z of x (B, *data_shape), which is observed."""
         register("encoder", self.encoder)
         register("decoder", self.decoder)
         register("likelihood", self.likelihood_module)
@@ -51,11 +51,11 @@ class Autoencoder(nn.Module):
             pyro.sample("x", self.likelihood(self.encoder(x)), obs=x)
 
     def guide(self, x: Tensor) -> None:
-        """Empty: nothing is latent."""
+        """Empty: there is no latent site."""
 
     @torch.no_grad()
     def elbo_terms(self, x: Tensor) -> tuple[Tensor, None]:
-        """log p(x|z) at the code of x (B,), nats; no KL, since nothing is drawn."""
+        """log p(x|z) (B,) at the code of x, nats; no KL, since z is not drawn."""
         return self.likelihood(self.encoder(x)).log_prob(x), None
 
     @torch.no_grad()

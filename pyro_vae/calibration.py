@@ -28,7 +28,7 @@ import torch
 from scipy import special, stats
 from torch import Tensor
 
-from .vae import LatentModel
+from .interface import LatentModel
 
 __all__ = [
     "Coverage",

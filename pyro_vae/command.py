@@ -150,7 +150,7 @@ def load_run_data(checkpoint: Checkpoint, source: str | None, root: Path | None)
     Raises:
         InputError: the data are missing, have changed since the training, or do not fit the model.
     """
-    from .data import load_data, load_foreign
+    from .loading import load_data, load_foreign
 
     config: DataConfig = checkpoint.config.data
     likelihood = checkpoint.vae.likelihood_module

@@ -15,7 +15,7 @@ from scipy.spatial.distance import cdist
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from .vae import LatentModel
+from .interface import LatentModel
 
 __all__ = [
     "ACTIVE_VARIANCE",

@@ -29,7 +29,7 @@ from pyro.distributions import Distribution
 from torch import Tensor, nn
 
 from .capture import CapturedFunction, Mode
-from .vae import LatentModel
+from .interface import LatentModel
 
 __all__ = [
     "MIN_TAIL_SAMPLES",

@@ -1,4 +1,4 @@
-"""Config and data → model."""
+"""`ModelConfig` and data → model: likelihood by the data, networks by the config, fresh weights."""
 
 from __future__ import annotations
 
@@ -16,18 +16,14 @@ from .vae import VAE
 __all__ = ["build", "build_blank"]
 
 
-def build(
-    config: ModelConfig,
-    splits: Splits,
-    seed: int = 0,
-) -> VAE | Autoencoder:
-    """A model for these data, with fresh weights.
+def build(config: ModelConfig, splits: Splits, seed: int = 0) -> VAE | Autoencoder:
+    """Make a model for the data, with fresh weights.
 
     Args:
         config: architecture, latents, likelihood.
-        splits: the data; the training split's moments standardize the encoder's input and set the
-            decoder's output bias.
-        seed: of the initial weights. Torch's global random state is left as it was.
+        splits: the data. The moments of the training split standardize the encoder's input and set
+            the decoder's output bias.
+        seed: seed of the initial weights. Torch's global random state does not change.
 
     Raises:
         InputError: the data do not suit the likelihood or the architecture.
@@ -42,10 +38,10 @@ def build(
 
 
 def build_blank(config: ModelConfig, spec: DataSpec) -> VAE | Autoencoder:
-    """The model that `config` and `spec` describe, for a state dict to be loaded into.
+    """Make the model that `config` and `spec` describe, to load a state dict into.
 
     Raises:
-        InputError: `config` does not say which likelihood, or does not suit `spec`.
+        InputError: `config` does not name the likelihood, or does not suit `spec`.
     """
     if config.likelihood == "auto":
         raise InputError("a saved model expects its likelihood by name; got auto")
@@ -57,32 +53,29 @@ def build_blank(config: ModelConfig, spec: DataSpec) -> VAE | Autoencoder:
 
 def _assemble(config: ModelConfig, likelihood: Likelihood) -> VAE | Autoencoder:
     hidden = DEFAULT_HIDDEN[config.architecture] if config.hidden is None else config.hidden
-    body = (config.architecture, likelihood.spec.shape, hidden, config.activation)
+    network = (config.architecture, likelihood.spec.shape, hidden, config.activation)
     num_features = config.latent_dim * (1 if config.kind == "ae" else 2)
-    encoder = Encoder(*body, num_features, likelihood.mean, likelihood.std)
-    decoder = Decoder(*body, config.latent_dim, likelihood.initial_bias())
+    encoder = Encoder(*network, num_features, likelihood.mean, likelihood.std)
+    decoder = Decoder(*network, config.latent_dim, likelihood.initial_bias())
     if config.kind == "ae":
         return Autoencoder(encoder, decoder, likelihood)
     return VAE(StandardNormal(config.latent_dim), encoder, decoder, likelihood)
 
 
 def _check(likelihood: str, splits: Splits) -> None:
-    """Refuse data on which the likelihood is no density."""
+    """Refuse data outside the support of the likelihood."""
     units, spec = LIKELIHOODS[likelihood].units, splits.spec
-    if units == "real":
-        return
     if units == "count" and not spec.discrete:
         expected = "integers from 0 to --max-value"
-        if splits.integral and splits.low >= 0:
-            raise InputError(
-                f"--likelihood {likelihood} expects {expected}; {splits.name} holds "
-                f"{splits.describe()}: give --max-value {splits.high:.0f} or more"
-            )
-    elif units != "count" and spec.max_value is None:
+    elif units in ("binary", "unit") and spec.max_value is None:
         expected = "values in [0, 1], or integers from 0 to --max-value"
     else:
         return
+    if units == "count" and splits.integral and splits.low >= 0:
+        remedy = f"give --max-value {splits.high:.0f} or more"
+    else:
+        remedy = f"use --likelihood {splits.likelihood}, or rescale the data"
     raise InputError(
-        f"--likelihood {likelihood} expects {expected}; {splits.name} holds {splits.describe()}. "
-        f"Use --likelihood {splits.likelihood}, or rescale the data"
+        f"--likelihood {likelihood} expects {expected}; {splits.name} holds {splits.describe()}: "
+        f"{remedy}"
     )

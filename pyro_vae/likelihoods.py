@@ -1,9 +1,14 @@
-"""Decoder output → p(x|z), a normalized density or mass function for its kind of data.
+"""Decoder output → p(x|z), a normalized density or mass function.
 
-A likelihood is a module `raw (..., P, *data_shape) → Distribution` with batch shape (...) and
-event shape `data_shape`. It says in which `units` it observes x (see `data.py`), how many
-parameters P it takes for each value, and the decoder's output bias at which its mean is the
-data's mean.
+    bernoulli              x in {0, 1}             p(x) = σ(±l)
+    continuous-bernoulli   x in [0, 1]             p(x) = e^(l·x) · l / (e^l − 1)
+    binomial               x in {0, …, n}          Binomial(n, σ(l))
+    gaussian               x real                  N(μ, s²), with s learned and independent of z
+    discretized-logistic   x in {0, …, n}          a logistic, rounded
+
+A likelihood is a module raw (..., P, *data_shape) → Distribution, batch shape (...) and event shape
+`data_shape`. Its attributes are the `units` of x (see `data.py`) and P, the number of parameters of
+each value; `initial_bias` is the decoder output at which the mean of p(x|z) is that of the data.
 """
 
 from __future__ import annotations
@@ -21,24 +26,24 @@ from .data import DataSpec, Units
 
 __all__ = ["LIKELIHOODS", "ContinuousBernoulli", "DiscretizedLogistic", "Likelihood"]
 
-# The Gaussian's least standard deviation, in units of the data's: a column that the decoder can
-# predict exactly would otherwise send the density to infinity.
+# Least standard deviation of the Gaussian, in units of the data's. Without it the density of a
+# column that the decoder predicts exactly would be unbounded.
 MIN_SCALE = 1e-2
 
-# The logistic's least log-scale, in units of the data's range: a width of a quarter of an 8-bit
-# step puts all mass on one value already.
+# Least log-scale of the logistic, in units of the data's range. A quarter of an 8-bit step already
+# puts all mass on one value.
 MIN_LOG_SCALE = -7.0
 
 
 class Likelihood(nn.Module):
-    """Base of the likelihoods.
+    """Base class of the likelihoods.
 
     Args:
         spec: shape and range of the data.
-        mean, std: of the data, in this likelihood's `units` (before any binarization).
+        mean, std: moments of the data in this likelihood's `units`, before any binarization.
 
     Attributes:
-        units: the units in which x is observed.
+        units: the units of x.
         num_parameters: P.
     """
 
@@ -55,19 +60,23 @@ class Likelihood(nn.Module):
 
     @property
     def is_discrete(self) -> bool:
-        """Whether p(x|z) is a mass function, so that bits per dimension have a meaning."""
+        """Whether p(x|z) is a mass function, for which bits per dimension are defined."""
         return self.units in ("binary", "count")
 
     def initial_bias(self) -> Tensor:
-        """(P, *data_shape): the raw output at which the mean of p(x|z) is the data's mean."""
+        """(P, *data_shape): the raw output at which the mean of p(x|z) is that of the data."""
         raise NotImplementedError
+
+    def _select(self, raw: Tensor, index: int = 0) -> Tensor:
+        """One parameter: (..., P, *data_shape) → (..., *data_shape)."""
+        return raw.select(raw.dim() - len(self.spec.shape) - 1, index)
 
     def _event(self, distribution: TorchDistribution) -> Distribution:
         return distribution.to_event(len(self.spec.shape))
 
 
 class BernoulliLikelihood(Likelihood):
-    """x in {0, 1}: one logit a value."""
+    """x in {0, 1}, with one logit for each value."""
 
     units = "binary"
 
@@ -75,14 +84,14 @@ class BernoulliLikelihood(Likelihood):
         return torch.logit(self.mean, eps=1e-3).unsqueeze(0)
 
     def forward(self, raw: Tensor) -> Distribution:
-        return self._event(_Bernoulli(logits=_parameter(raw, self.spec, 0)))
+        return self._event(_Bernoulli(logits=self._select(raw)))
 
 
 class _Bernoulli(Bernoulli):
-    """log p(x) = log σ(±l) for x = 1 and 0: two operations on (S, B, …) in place of torch's four.
+    """Bernoulli with log p(x) = log σ(±l) for x = 1 and 0: two operations in place of torch's four.
 
-    Most of the time of importance sampling goes into them. For x between 0 and 1 it is no cross
-    entropy, but there a Bernoulli has no mass.
+    They take most of the time of importance sampling. Between 0 and 1, where a Bernoulli has no
+    mass, log p(x) is not the cross entropy.
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -93,10 +102,10 @@ class _Bernoulli(Bernoulli):
 
 
 class _LogSigmoid(torch.autograd.Function):
-    """log σ(m) = min(m, 0) + log σ(|m|), as exact as torch's in sums, in half its time on a CPU.
+    """log σ(m) = min(m, 0) + log σ(|m|), in half the time of torch's on a CPU.
 
-    There log1p, which torch takes for it, costs several times a logarithm. What is lost is less
-    than half a unit in the last place of 1, for |m| so large that log σ(|m|) is smaller.
+    torch uses log1p, which costs several times a logarithm. The absolute error is below half a unit
+    in the last place of 1, and arises only if log σ(|m|) is smaller than that.
     """
 
     generate_vmap_rule = True
@@ -116,7 +125,7 @@ class _LogSigmoid(torch.autograd.Function):
 
 
 class BinomialLikelihood(Likelihood):
-    """Counts x in {0, …, max_value}: one logit a value."""
+    """Counts x in {0, …, max_value}, with one logit for each value."""
 
     units = "count"
 
@@ -124,18 +133,16 @@ class BinomialLikelihood(Likelihood):
         return torch.logit(self.mean / self.spec.bound, eps=1e-3).unsqueeze(0)
 
     def forward(self, raw: Tensor) -> Distribution:
-        return self._event(
-            Binomial(total_count=self.spec.bound, logits=_parameter(raw, self.spec, 0))
-        )
+        return self._event(Binomial(self.spec.bound, logits=self._select(raw)))
 
 
 class ContinuousBernoulliLikelihood(Likelihood):
-    """x in [0, 1]: one logit a value."""
+    """x in [0, 1], with one logit for each value."""
 
     units = "unit"
 
     def initial_bias(self) -> Tensor:
-        """The logit of each mean, by bisection: the mean has no inverse in closed form."""
+        """The logit of each mean, by bisection, since the mean has no inverse in closed form."""
         mean = self.mean.clamp(1e-2, 1 - 1e-2)
         low, high = torch.full_like(mean, -200.0), torch.full_like(mean, 200.0)
         for _ in range(40):
@@ -145,14 +152,14 @@ class ContinuousBernoulliLikelihood(Likelihood):
         return ((low + high) / 2).unsqueeze(0)
 
     def forward(self, raw: Tensor) -> Distribution:
-        return self._event(ContinuousBernoulli(_parameter(raw, self.spec, 0)))
+        return self._event(ContinuousBernoulli(self._select(raw)))
 
 
 class GaussianLikelihood(Likelihood):
-    """Real x: mean from the decoder, learned noise scale.
+    """Real x, with the mean from the decoder and a learned noise scale.
 
-    The scale does not depend on z: one for images, one a column for tables. It is bounded below by
-    `MIN_SCALE` times the data's standard deviation.
+    The scale does not depend on z. It is one number for images and one for each column of a table,
+    at least `MIN_SCALE` times the standard deviation of the data.
     """
 
     units = "real"
@@ -165,28 +172,26 @@ class GaussianLikelihood(Likelihood):
         return torch.zeros(1, *self.spec.shape)
 
     def forward(self, raw: Tensor) -> Distribution:
-        loc = self.mean + self.std * _parameter(raw, self.spec, 0)
+        loc = self.mean + self.std * self._select(raw)
         scale = self.std * (MIN_SCALE + self.log_scale.exp())
         return self._event(Normal(loc, scale.expand(loc.shape)))
 
 
 class DiscretizedLogisticLikelihood(Likelihood):
-    """Integers x in {0, …, max_value}, as 8-bit images: location and scale for each value."""
+    """Integers x in {0, …, max_value}, such as 8-bit pixels: location and scale for each value."""
 
     units = "count"
     num_parameters = 2
 
     def initial_bias(self) -> Tensor:
-        # A logistic of scale s has the standard deviation s π / √3.
+        # A logistic of scale s has standard deviation s π / √3.
         log_scale = torch.log(self.std * math.sqrt(3) / math.pi / self.spec.bound)
         return torch.stack([torch.zeros(self.spec.shape), log_scale.expand(self.spec.shape)])
 
     def forward(self, raw: Tensor) -> Distribution:
-        loc = self.mean + self.std * _parameter(raw, self.spec, 0)
-        log_scale = _parameter(raw, self.spec, 1).clamp_min(MIN_LOG_SCALE)
-        return self._event(
-            DiscretizedLogistic(loc, log_scale.exp() * self.spec.bound, self.spec.bound)
-        )
+        loc = self.mean + self.std * self._select(raw)
+        scale = self._select(raw, 1).clamp_min(MIN_LOG_SCALE).exp() * self.spec.bound
+        return self._event(DiscretizedLogistic(loc, scale, self.spec.bound))
 
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {
@@ -201,8 +206,8 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {
 class ContinuousBernoulli(TorchDistribution):
     """p(x) = e^(l·x) · l / (e^l − 1) on [0, 1], with logit l; uniform at l = 0.
 
-    `torch.distributions.ContinuousBernoulli` (2.15) clamps the probability, so beyond |l| ≈ 16 its
-    density does not integrate to one (0.40 at l = 40 in fp32). This one is written in l throughout.
+    `torch.distributions.ContinuousBernoulli` (2.15) clamps the probability, and beyond |l| ≈ 16 its
+    density does not integrate to one (0.40 at l = 40 in fp32). This class computes with l instead.
 
     Source: "The continuous Bernoulli: fixing a pervasive error in variational autoencoders",
     arXiv 1907.06845.
@@ -219,16 +224,14 @@ class ContinuousBernoulli(TorchDistribution):
         self.logits = logits
         super().__init__(logits.shape, validate_args=validate_args)
 
-    def expand(
-        self, batch_shape: torch.Size, _instance: ContinuousBernoulli | None = None
-    ) -> ContinuousBernoulli:
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> ContinuousBernoulli:
         return ContinuousBernoulli(self.logits.expand(batch_shape), validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(x) (...), in nats."""
         if self._validate_args:
             self._validate_sample(value)
-        # By symmetry p(x; l) = p(1 − x; −l): written so that no exponent is positive.
+        # p(x; l) = p(1 − x; −l) by symmetry: no exponent needs to be positive.
         size = self.logits.abs()
         distance = torch.where(self.logits > 0, 1 - value, value)
         near = size < 1e-2
@@ -240,13 +243,13 @@ class ContinuousBernoulli(TorchDistribution):
         return log_norm - size * distance
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        """Inverse of the distribution function at uniform draws."""
+        """The inverse of the distribution function at uniform draws."""
         shape = self._extended_shape(sample_shape)
         uniform = torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device)
         size = self.logits.abs()
         near = size < 1e-3
         safe = torch.where(near, torch.ones_like(size), size)
-        # With l < 0: x = log(1 − u·(1 − e^l)) / l, written in |l|; the other sign by symmetry.
+        # For l < 0: x = log(1 − u·(1 − e^l)) / l, in terms of |l|; for l > 0 by symmetry.
         x = -torch.log1p(uniform * torch.expm1(-safe)) / safe
         x = torch.where(near, uniform, x).clamp(0, 1)
         return torch.where(self.logits > 0, 1 - x, x)
@@ -264,9 +267,9 @@ class ContinuousBernoulli(TorchDistribution):
 
 
 class DiscretizedLogistic(TorchDistribution):
-    """A logistic, rounded to {0, …, max_value}; the tails belong to the first and last value.
+    """A logistic, rounded to {0, …, max_value}; the first and last value include the tails.
 
-    P(k) = σ((k + ½ − loc)/scale) − σ((k − ½ − loc)/scale), computed as
+    P(k) = σ(b) − σ(a) with b = (k + ½ − loc)/scale and a = (k − ½ − loc)/scale, computed as
     log σ(b) + log σ(−a) + log(1 − e^(a−b)), which is exact for any a < b.
 
     Source: "Improved variational inference with inverse autoregressive flow", arXiv 1606.04934, and
@@ -290,15 +293,9 @@ class DiscretizedLogistic(TorchDistribution):
     def support(self) -> constraints.Constraint:
         return constraints.integer_interval(0, self.max_value)
 
-    def expand(
-        self, batch_shape: torch.Size, _instance: DiscretizedLogistic | None = None
-    ) -> DiscretizedLogistic:
-        return DiscretizedLogistic(
-            self.loc.expand(batch_shape),
-            self.scale.expand(batch_shape),
-            self.max_value,
-            validate_args=False,
-        )
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> DiscretizedLogistic:
+        loc, scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
+        return DiscretizedLogistic(loc, scale, self.max_value, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log P(x) (...), in nats."""
@@ -321,7 +318,7 @@ class DiscretizedLogistic(TorchDistribution):
         shape = self._extended_shape(sample_shape)
         with torch.no_grad():
             uniform = torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device)
-            # 0 and 1 would be infinite logits.
+            # The logits of 0 and 1 are infinite.
             draws = self.loc + self.scale * torch.logit(uniform, eps=1e-7)
             return draws.round().clamp(0, self.max_value)
 
@@ -329,8 +326,8 @@ class DiscretizedLogistic(TorchDistribution):
     def mean(self) -> Tensor:
         """Σₖ P(X ≥ k), k = 1 … max_value.
 
-        Exact up to 1,024 values, one after the other to save memory; above, the integral for the
-        sum, which is off by less than half a value.
+        The sum is exact up to 1,024 values, and runs term by term to save memory. Above, an
+        integral replaces it, with an error below half a value.
         """
         if self.max_value > 1024:
             below, above = self.loc / self.scale, (self.loc - self.max_value) / self.scale
@@ -339,8 +336,3 @@ class DiscretizedLogistic(TorchDistribution):
         for k in range(1, self.max_value + 1):
             total = total + torch.sigmoid((self.loc - (k - 0.5)) / self.scale)
         return total
-
-
-def _parameter(raw: Tensor, spec: DataSpec, index: int) -> Tensor:
-    """(..., P, *data_shape) → (..., *data_shape): the parameter `index`."""
-    return raw.select(raw.dim() - len(spec.shape) - 1, index)

@@ -1,14 +1,13 @@
-"""The oracle: a VAE whose posterior and evidence are known exactly.
+"""The linear-Gaussian VAE, whose posterior and evidence are known exactly.
 
     z ~ N(0, I),  x ~ N(W z + μ, σ² I)
 
     posterior   p(z|x) = N(Λ⁻¹ Wᵀ (x − μ) / σ², Λ⁻¹),  Λ = I + Wᵀ W / σ²
     evidence    p(x)   = N(μ, W Wᵀ + σ² I)
 
-The best Gaussian guide with diagonal covariance has the posterior's mean and variances 1 / Λⱼⱼ; its
-ELBO falls short of log p(x) by ½ (Σ log Λⱼⱼ − log |Λ|), the approximation gap, for every x. The
-maximum of the likelihood over W, μ, σ² is probabilistic principal component analysis, in closed
-form.
+The best Gaussian guide with diagonal covariance has the posterior's mean and variances 1 / Λⱼⱼ. Its
+ELBO is below log p(x) by ½ (Σ log Λⱼⱼ − log |Λ|), the approximation gap, for every x. Probabilistic
+principal component analysis maximizes the likelihood over W, μ, σ² in closed form.
 
 Source: "Probabilistic principal component analysis", doi 10.1111/1467-9868.00196.
 """
@@ -33,20 +32,19 @@ Guide = Literal["exact", "diagonal", "collapsed"]
 
 
 class LinearGaussian(VAE):
-    """A linear VAE with Gaussian noise, and what is known of it in closed form.
+    """A linear VAE with Gaussian noise, and its closed forms.
 
-    `prior`, `posterior`, `likelihood`, `model` and `guide` are those of `VAE`; all parameters of
-    model and guide can be trained. The guide starts where its name says for the W, μ, σ given, and
-    does not follow them when they change.
+    `prior`, `posterior`, `likelihood`, `model` and `guide` are those of `VAE`, and all parameters
+    can be trained. The guide is initialized for the given W, μ, σ and does not follow them later.
 
     Args:
         weight: W (D, Z).
         loc: μ (D,).
         noise_scale: σ, above 0.
         guide: exact: the posterior, with its full covariance. diagonal: the best Gaussian with
-            independent latents. collapsed: the prior, whatever x.
-        scale_factor: plants a fault: the guide's standard deviations times this.
-        shift: plants a fault: the guide's means plus so many of its standard deviations.
+            independent latents. collapsed: the prior, for every x.
+        scale_factor: factor of the guide's standard deviations, to plant a fault.
+        shift: added to the guide's means, in its standard deviations, to plant a fault.
     """
 
     encoder: _LinearGuide
@@ -104,7 +102,7 @@ class LinearGaussian(VAE):
         return self.likelihood_module.log_scale.exp()
 
     def posterior(self, x: Tensor) -> Distribution:
-        """q(z|x): x (..., D) → batch (...), event (Z,): the guide's, not the exact one."""
+        """q(z|x) of the guide: x (..., D) → batch (...), event (Z,)."""
         loc, scale = self.encoder(x), self.encoder.log_scale.exp()
         if self.encoder.lower is None:
             return Normal(loc, scale.expand(loc.shape)).to_event(1)
@@ -136,7 +134,7 @@ class LinearGaussian(VAE):
 
 
 def probabilistic_pca(x: Tensor, latent_dim: int) -> LinearGaussian:
-    """The maximum-likelihood `LinearGaussian` of data, in closed form, with its exact guide.
+    """The maximum-likelihood `LinearGaussian` of data, with the exact guide.
 
     Args:
         x: (N, D).
@@ -161,11 +159,11 @@ def probabilistic_pca(x: Tensor, latent_dim: int) -> LinearGaussian:
 
 
 class _LinearGuide(nn.Linear):
-    """Means that are linear in x, and a covariance that is the same for every x.
+    """Means linear in x, and one covariance for every x.
 
     Attributes:
         log_scale: (Z,) logarithm of the diagonal of the covariance's Cholesky factor.
-        lower: (Z, Z) what is below that diagonal, or None for independent latents.
+        lower: (Z, Z) the factor below its diagonal, or None for independent latents.
     """
 
     def __init__(self, data_dim: int, latent_dim: int) -> None:

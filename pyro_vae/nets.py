@@ -1,11 +1,14 @@
 """Networks: x (..., *data_shape) → features, and z (..., Z) → (..., P, *data_shape).
 
-Both take any number of leading batch dimensions, so that particles of z need no reshaping
-elsewhere. P is the number of parameters that a likelihood has for each value of x. The output has
-the input's type, whatever torch.autocast makes of the products between.
+Both accept any number of leading batch dimensions, so particles of z need no reshaping elsewhere. P
+is the number of parameters of the likelihood for each value of x. The output has the type of the
+input, also under torch.autocast.
 """
 
 from __future__ import annotations
+
+import warnings
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +28,11 @@ class Encoder(nn.Module):
         hidden: units of each hidden layer (mlp) or channels of each strided layer (conv).
         activation: name of an activation in `torch.nn`.
         num_features: size of the output.
-        mean, std: of the data, in the units of x. Inputs are standardized by them, so that the
+        mean, std: moments of the data, in the units of x. They standardize the input, so that the
             same initial weights suit data of any scale.
 
     Raises:
-        InputError: the activation is unknown, or the images do not suit the architecture.
+        InputError: the activation is unknown, or the data do not suit the architecture.
     """
 
     mean: Tensor
@@ -51,18 +54,16 @@ class Encoder(nn.Module):
         self.register_buffer("std", std.clone())
         layers: list[nn.Module] = []
         if architecture == "conv":
-            sizes = _conv_sizes(self.data_shape, hidden)
-            channels = [self.data_shape[0], *hidden]
-            for i in range(len(hidden)):
-                layers += [
-                    nn.Conv2d(channels[i], channels[i + 1], kernel_size=4, stride=2, padding=1),
-                    _activation(activation),
-                ]
-            layers += [nn.Flatten(), nn.Linear(hidden[-1] * _size(sizes[-1]), num_features)]
+            size = hidden[-1] * _size(_conv_sizes(self.data_shape, hidden)[-1])
+            for below, above in pairwise([data_shape[0], *hidden]):
+                layers.append(nn.Conv2d(below, above, kernel_size=4, stride=2, padding=1))
+                layers.append(_activation(activation))
+            layers.append(nn.Flatten())
         else:
-            layers += [nn.Flatten(), *_mlp([_size(self.data_shape), *hidden], activation)]
-            layers += [nn.Linear([_size(self.data_shape), *hidden][-1], num_features)]
-        self.layers = nn.Sequential(*layers)
+            sizes = [_size(self.data_shape), *hidden]
+            size = sizes[-1]
+            layers += [nn.Flatten(), *_mlp(sizes, activation)]
+        self.layers = nn.Sequential(*layers, nn.Linear(size, num_features))
 
     def forward(self, x: Tensor) -> Tensor:
         batch_shape = x.shape[: x.dim() - len(self.data_shape)]
@@ -75,10 +76,9 @@ class Decoder(nn.Module):
     """z (..., Z) → likelihood parameters (..., P, *data_shape), unconstrained.
 
     Args:
-        architecture, data_shape, hidden, activation: as of the encoder that this one mirrors.
+        architecture, data_shape, hidden, activation: those of the encoder, which is mirrored.
         latent_dim: Z.
-        bias: (P, *data_shape), initial output bias: what the decoder says before it has learned
-            anything. It stays a parameter, one for each output.
+        bias: (P, *data_shape), initial output bias, a parameter for each output.
 
     Raises:
         InputError: as for `Encoder`.
@@ -95,19 +95,14 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.bias = nn.Parameter(bias.clone())
-        num_parameters = len(bias)
         layers: list[nn.Module] = []
         if architecture == "conv":
             sizes = _conv_sizes(data_shape, hidden)
-            channels = [num_parameters * data_shape[0], *hidden]
-            layers += [
-                nn.Linear(latent_dim, hidden[-1] * _size(sizes[-1])),
-                _activation(activation),
-                nn.Unflatten(1, (hidden[-1], *sizes[-1])),
-            ]
+            layers.append(nn.Linear(latent_dim, hidden[-1] * _size(sizes[-1])))
+            layers.append(_activation(activation))
+            layers.append(nn.Unflatten(1, (hidden[-1], *sizes[-1])))
+            channels = [len(bias) * data_shape[0], *hidden]
             for i in reversed(range(len(hidden))):
-                # Halving rounds down; the odd row or column comes back as output padding.
-                padding = (sizes[i][0] % 2, sizes[i][1] % 2)
                 layers.append(
                     nn.ConvTranspose2d(
                         channels[i + 1],
@@ -115,16 +110,17 @@ class Decoder(nn.Module):
                         kernel_size=4,
                         stride=2,
                         padding=1,
-                        output_padding=padding,
+                        # Halving rounds down; output padding restores the odd row or column.
+                        output_padding=(sizes[i][0] % 2, sizes[i][1] % 2),
                         bias=i > 0,
                     )
                 )
                 if i > 0:
                     layers.append(_activation(activation))
         else:
-            sizes_up = [latent_dim, *reversed(hidden)]
-            layers += _mlp(sizes_up, activation)
-            layers.append(nn.Linear(sizes_up[-1], bias.numel(), bias=False))
+            widths = [latent_dim, *reversed(hidden)]
+            layers += _mlp(widths, activation)
+            layers.append(nn.Linear(widths[-1], bias.numel(), bias=False))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -138,8 +134,8 @@ class Decoder(nn.Module):
 
 def _mlp(sizes: list[int], activation: str) -> list[nn.Module]:
     layers: list[nn.Module] = []
-    for i in range(len(sizes) - 1):
-        layers += [nn.Linear(sizes[i], sizes[i + 1]), _activation(activation)]
+    for below, above in pairwise(sizes):
+        layers += [nn.Linear(below, above), _activation(activation)]
     return layers
 
 
@@ -152,7 +148,7 @@ def _conv_sizes(data_shape: tuple[int, ...], hidden: tuple[int, ...]) -> list[tu
     if len(data_shape) != 3:
         raise InputError(
             f"--architecture conv expects images; the data are rows of {data_shape[0]} values. Use "
-            f"--architecture mlp, or --image-size H W where the rows are images"
+            f"--architecture mlp, or --image-size H W if the rows are images"
         )
     height, width = data_shape[1:]
     least = max(8, 2 ** len(hidden))
@@ -166,18 +162,21 @@ def _conv_sizes(data_shape: tuple[int, ...], hidden: tuple[int, ...]) -> list[tu
 
 
 def _activation(name: str) -> nn.Module:
-    """The elementwise activation of torch.nn called `name`, in any case."""
+    """The elementwise activation of torch.nn with this name, in any case."""
     module = nn.modules.activation
     kinds = {key.lower(): getattr(module, key) for key in module.__all__}
     probe = torch.tensor([[-1.0, 0.5]])
     try:
-        activation = kinds[name.lower()]()
-        whole, part = activation.eval()(probe), activation(probe[:, :1])
-        if whole.shape != probe.shape or not torch.allclose(whole[:, :1], part):
-            raise TypeError("not elementwise")
-    except Exception:  # torch's activations refuse in as many ways as there are of them
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Softmax warns that it acts on a whole dimension
+            activation = kinds[name.lower()]().eval()
+            whole, part = activation(probe), activation(probe[:, :1])
+        elementwise = whole.shape == probe.shape and torch.allclose(whole[:, :1], part)
+    except (KeyError, TypeError, ValueError, RuntimeError):  # no such name, arguments or shapes
+        elementwise = False
+    if not elementwise:
         raise InputError(
             f"--activation expects the name of an elementwise activation in torch.nn that needs no "
             f"argument, such as SiLU, ReLU, Tanh, Softplus, GELU or ELU; got {name!r}"
-        ) from None
+        )
     return activation.train()

@@ -19,7 +19,7 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
 from .diagnostics import energy_coefficient
-from .vae import PyroModel, held_fixed
+from .interface import PyroModel, held_fixed
 
 __all__ = ["Comparison", "compare_with_nuts"]
 

@@ -1,4 +1,4 @@
-"""p(z): modules whose call returns the prior, batch shape (), event shape (Z,)."""
+"""p(z): modules that return the prior when called, batch shape (), event shape (Z,)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class StandardNormal(nn.Module):
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
-        # Buffers, so that the prior moves with the model from device to device.
+        # Buffers move with the model from device to device.
         self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
         self.register_buffer("scale", torch.ones(latent_dim), persistent=False)
 

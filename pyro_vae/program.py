@@ -1,8 +1,9 @@
-"""A Pyro model and guide of a user's own, seen through the three distributions.
+"""The three distributions of a user's own Pyro model and guide.
 
-What judges inference here asks for `prior()`, `posterior(x)` and `likelihood(z)`. A model(x) and a
-guide(x) with one latent site and one observed site in a plate over the rows of x have all three;
-they are read from traces.
+    prior, likelihood    the latent and the observed site of model(x)
+    posterior            the latent site of guide(x)
+
+Both sites lie in a plate over the rows of x. The distributions are read from traces.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ __all__ = ["Program"]
 
 
 class Program:
-    """The distributions of any Pyro model and guide of the shape of `VAE.model` and `VAE.guide`.
+    """A `PyroModel` made of any Pyro model and guide with the sites of `VAE`.
 
     Args:
-        model, guide: called with x (B, *data_shape), for any B. Each has one plate over the B rows
+        model, guide: functions of x (B, *data_shape), for any B. Each has one plate over the B rows
             with a latent site, event (Z,); the model observes x in a second site.
-        x: (B, *data_shape), some rows, for their shape; any B from 1.
+        x: (B, *data_shape), B ≥ 1, example rows.
         latent, observed: names of the sites.
 
     Raises:
@@ -55,8 +56,7 @@ class Program:
 
     def prior(self) -> Distribution:
         """p(z): batch (), event (Z,)."""
-        site = self._site(self.model, self.latent, self.row)
-        return _Shaped(site, torch.Size())
+        return _Shaped(self._site(self.model, self.latent, self.row), torch.Size())
 
     def posterior(self, x: Tensor) -> Distribution:
         """q(z|x): batch (B,), event (Z,)."""
@@ -70,7 +70,7 @@ class Program:
         return _Shaped(self._site(model, self.observed, rows), z.shape[:-1])
 
     def parameters(self) -> list[Tensor]:
-        """Those that model and guide ask Pyro's store for, before their constraints."""
+        """The unconstrained parameters of model and guide in Pyro's store."""
         with pyro.validation_enabled(False):
             traces = [poutine.trace(f).get_trace(self.row) for f in (self.model, self.guide)]
         nodes = [trace.nodes[name] for trace in traces for name in trace.param_nodes]
@@ -100,7 +100,7 @@ def _misshapen(name: str, site: TorchDistribution, rows: int) -> ValueError:
 
 
 class _Shaped(TorchDistribution):
-    """A distribution of batch (B,) seen as one of another batch shape with B elements."""
+    """A distribution of batch shape (B,), reshaped to another batch shape of B elements."""
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
 
@@ -113,12 +113,12 @@ class _Shaped(TorchDistribution):
         value = value.expand(shape)
         num_dims = len(shape) - len(self.event_shape)
         lead = num_dims - len(self.batch_shape)
-        # Where the batch has one element and the value more, they are samples of that element.
-        wide = [lead + i for i, size in enumerate(self.batch_shape) if size == 1]
-        rest = [i for i in range(lead, num_dims) if i not in wide]
-        order = [*range(lead), *wide, *rest]
+        # The base's one batch dimension stands for the batch dimensions of several elements. All
+        # others come first, as samples: one element broadcasts over the values along them.
+        own = [lead + i for i, size in enumerate(self.batch_shape) if size != 1]
+        order = [*(i for i in range(num_dims) if i not in own), *own]
         moved = value.permute(*order, *range(num_dims, len(shape)))
-        samples = moved.shape[: lead + len(wide)]
+        samples = moved.shape[: num_dims - len(own)]
         flat = moved.reshape(samples + self.base.batch_shape + self.event_shape)
         log_prob = self.base.log_prob(flat).reshape(moved.shape[:num_dims])
         return log_prob.permute(*(order.index(i) for i in range(num_dims)))

@@ -1,11 +1,11 @@
-"""Truths for decoders with one or two latents: p(x), p(z|x) and its draws, by quadrature.
+"""p(x), p(z|x) and draws from it by quadrature, for decoders with one or two latents.
 
     p(x) = ∫ p(z) p(x|z) dz ≈ Σₘ h p(zₘ) p(x|zₘ)
 
-on an even grid of spacing h over the prior's bulk, the trapezoidal rule. For a smooth integrand
-that vanishes at the ends its error falls faster than any power of h ("The exponentially convergent
-trapezoidal rule", doi 10.1137/130932132), so the difference to the grid of every second node is an
-upper estimate of it, given about one node or more in each standard deviation of the posterior.
+by the trapezoidal rule on an even grid of spacing h over the bulk of the prior. For a smooth
+integrand that vanishes at the ends the error falls faster than any power of h ("The exponentially
+convergent trapezoidal rule", doi 10.1137/130932132). The difference to the grid of every second
+node is an upper estimate of it, given one node or more in each standard deviation of the posterior.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .vae import LatentModel
+from .interface import LatentModel
 
 __all__ = ["Quadrature", "quadrature"]
 
@@ -26,15 +26,15 @@ REACH = 8.0
 
 @dataclass(frozen=True)
 class Quadrature:
-    """What is known of B images, in float64.
+    """Evidence and posterior of B rows, in float64.
 
     Attributes:
         log_evidence: (B,) log p(x), nats.
-        error: (B,) an upper estimate of its error, nats.
-        mean: (B, Z) of p(z|x).
-        covariance: (B, Z, Z) of p(z|x).
+        error: (B,) an upper estimate of the error of `log_evidence`, nats.
+        mean: (B, Z) mean of p(z|x).
+        covariance: (B, Z, Z) covariance of p(z|x).
         nodes: (M, Z) the grid.
-        spacing: (Z,) of the grid.
+        spacing: (Z,) spacing of the grid.
         masses: (M, B) p(z|x) at the nodes, normalized to sum to one.
     """
 
@@ -47,7 +47,7 @@ class Quadrature:
     masses: Tensor
 
     def sample(self, num_draws: int) -> Tensor:
-        """Draws from p(z|x) (num_draws, B, Z): a node by its mass, spread over its cell."""
+        """Draws from p(z|x) (num_draws, B, Z): a node by its mass, then uniform in its cell."""
         index = torch.multinomial(self.masses.T, num_draws, replacement=True).T
         jitter = torch.rand(*index.shape, len(self.spacing), device=index.device) - 0.5
         return self.nodes[index] + jitter * self.spacing
@@ -55,12 +55,12 @@ class Quadrature:
 
 @torch.no_grad()
 def quadrature(vae: LatentModel, x: Tensor, num_nodes: int = 401) -> Quadrature:
-    """log p(x) and p(z|x), given that z has one or two dimensions.
+    """Compute log p(x) and p(z|x) for z of one or two dimensions.
 
     Args:
-        vae: anything with `prior()` and `likelihood(z)`.
+        vae: a model with `prior()` and `likelihood(z)`.
         x: (B, *data_shape).
-        num_nodes: nodes in each dimension; odd, so that every second one makes a grid too.
+        num_nodes: number of nodes in each dimension, odd, so that every second node forms a grid.
 
     Raises:
         ValueError: more than two latents, or an even number of nodes.

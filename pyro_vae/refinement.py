@@ -25,9 +25,9 @@ from pyro.infer import SVI
 from torch import Tensor, nn
 
 from .evidence import Evidence, importance_sample, samples_at_once
+from .interface import LatentModel, PyroModel, held_fixed, register
 from .objectives import objective
 from .optimizer import OneOptimizer
-from .vae import LatentModel, PyroModel, held_fixed, register
 
 __all__ = ["Gaps", "PerImageGuide", "elbo", "gaps", "refine"]
 

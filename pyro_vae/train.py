@@ -120,8 +120,8 @@ def train(arguments: TrainArguments, checkpoint: Checkpoint | None = None) -> in
 
 def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: torch.device) -> int:
     from . import distributed
-    from .data import load_data
     from .factory import build
+    from .loading import load_data
     from .run_folder import RunFolder, choose_folder
     from .svi import elbo_terms, iterate
 

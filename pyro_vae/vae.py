@@ -5,18 +5,11 @@
 
     log p(x) ≥ ELBO = E_q[log p(x|z)] − KL(q(z|x) ‖ p(z)) = reconstruction − KL
 
-`prior`, `likelihood` and `posterior` return the three distributions; `model` and `guide` are made
-of them and of nothing else.
+`prior`, `likelihood` and `posterior` return the three distributions, of which `model` and `guide`
+consist.
 """
 
 from __future__ import annotations
-
-import itertools
-import warnings
-import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
 
 import pyro
 import torch
@@ -24,41 +17,10 @@ from pyro.distributions import Distribution, Normal
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from .interface import register
 from .likelihoods import Likelihood
 
-__all__ = ["VAE", "LatentModel", "PyroModel", "held_fixed", "register"]
-
-_names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-_numbers = itertools.count(1)
-
-
-class LatentModel(Protocol):
-    """What evidence, calibration and diagnostics ask for: three distributions, of any model."""
-
-    def prior(self) -> Distribution:
-        """p(z): batch (), event (Z,)."""
-
-    def posterior(self, x: Tensor) -> Distribution:
-        """q(z|x): x (B, *data_shape) → batch (B,), event (Z,)."""
-
-    def likelihood(self, z: Tensor) -> Distribution:
-        """p(x|z): z (..., Z) → batch (...), event `data_shape`."""
-
-
-class PyroModel(LatentModel, Protocol):
-    """What SVI and NUTS ask for besides.
-
-    Attributes:
-        latent: name of the latent site.
-    """
-
-    latent: str
-
-    def model(self, x: Tensor) -> Any:
-        """p(x, z), with x (B, *data_shape) observed, both sites in one plate "data" of B rows."""
-
-    def parameters(self) -> Iterable[Tensor]:
-        """All that model and guide would train."""
+__all__ = ["VAE"]
 
 
 class VAE(nn.Module):
@@ -69,7 +31,7 @@ class VAE(nn.Module):
     Args:
         prior: module without arguments → p(z), batch (), event (Z,).
         encoder: module x (..., *data_shape) → (..., 2Z): means and log standard deviations.
-        decoder: module z (..., Z) → whatever `likelihood` takes.
+        decoder: module z (..., Z) → input of `likelihood`.
         likelihood: module decoder output → p(x|z), batch (...), event `data_shape`.
     """
 
@@ -114,7 +76,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def elbo_terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The ELBO's two terms for each image.
+        """The two terms of the ELBO for each row of x (B, *data_shape).
 
         Returns:
             reconstruction (B,): log p(x|z) at one draw of z from q(z|x), nats.
@@ -126,33 +88,5 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Mean of p(x|z) at the posterior's mean: (B, *data_shape)."""
+        """Mean of p(x|z) at the posterior mean: (B, *data_shape)."""
         return self.likelihood(self.posterior(x).mean).mean
-
-
-def register(name: str, module: nn.Module) -> None:
-    """`pyro.module` under a name that belongs to this very module object.
-
-    Pyro's parameter store is global and keeps the first parameters that come under a name: a second
-    model, or a copy of the first, would silently stay untrained.
-    """
-    if module not in _names:
-        _names[module] = f"{name}{next(_numbers)}"
-    pyro.module(_names[module], module)
-
-
-@contextmanager
-def held_fixed(vae: PyroModel) -> Iterator[None]:
-    """Within, the parameters take no gradient; after it, they do and Pyro's store is as it was."""
-    free = [p for p in vae.parameters() if p.requires_grad]
-    store = pyro.get_param_store()
-    try:
-        for parameter in free:
-            parameter.requires_grad_(False)
-        with warnings.catch_warnings(), store.scope(store.get_state()):
-            # Pyro warns of modules in training mode whose parameters take no gradient.
-            warnings.filterwarnings("ignore", message=".* was not registered in the param store")
-            yield
-    finally:
-        for parameter in free:
-            parameter.requires_grad_(True)

@@ -10,7 +10,8 @@ import torch
 from conftest import SIGMAS
 
 from pyro_vae import DataConfig, InputError, load_data
-from pyro_vae.data import CHUNK, load_foreign, moments
+from pyro_vae.data import CHUNK, moments
+from pyro_vae.loading import load_foreign
 
 
 def save(tmp_path, values, name="a.npy") -> str:

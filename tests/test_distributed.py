@@ -34,11 +34,12 @@ from pyro_vae import FitConfig, InputError, distributed, svi, train
 from pyro_vae.capture import Observer, capture
 from pyro_vae.checkpoint import load_checkpoint
 from pyro_vae.command import choose_device
+from pyro_vae.interface import register
 from pyro_vae.objectives import objective
 from pyro_vae.optimizer import OneOptimizer
 from pyro_vae.run_folder import RunFolder
 from pyro_vae.svi import Diverged, fit, iterate
-from pyro_vae.vae import VAE, register
+from pyro_vae.vae import VAE
 
 TIMINGS = ("seconds", "images_per_second")
 BATCH = 7  # of two parts of different sizes
@@ -371,9 +372,7 @@ def test_objectives_that_look_at_the_whole_batch_are_refused(name, found, tmp_pa
         assert distance(rank[f"gradient {name} eager"], expected) > 0.1
     monkeypatch.setattr(distributed, "world", lambda: 2)
     vae, splits = example_vae("binomial", tmp_path)
-    with pytest.raises(
-        InputError, match=f"{name} needs the whole batch in one process"
-    ):
+    with pytest.raises(InputError, match=f"{name} needs the whole batch in one process"):
         next(iterate(vae, splits, FitConfig(objective=name, epochs=1, batch_size=10)))
 
 

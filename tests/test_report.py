@@ -35,10 +35,10 @@ from pyro_vae import page as page_module
 from pyro_vae import report, train
 from pyro_vae.checkpoint import load_checkpoint, serialize, write_atomically
 from pyro_vae.config import Config, DataConfig, FitConfig, ModelConfig, resolve
-from pyro_vae.data import load_data
 from pyro_vae.explorer import explore
 from pyro_vae.factory import build
 from pyro_vae.gallery import latent_codes
+from pyro_vae.loading import load_data
 from pyro_vae.overview import EXPLORER_BYTES, THUMBNAIL_BYTES, overview
 
 HOSTILE = ("</script><b>bold</b>", "<i>\"x' & $y$", "_{{ 7 * 7 }}")

@@ -12,7 +12,8 @@ from conftest import SHARED_DATA
 from PIL import Image
 
 from pyro_vae import DataConfig, InputError, load_data
-from pyro_vae.data import _tensor
+from pyro_vae.config import TORCHVISION_CLASSES
+from pyro_vae.loading import _tensor
 from pyro_vae.sources import read
 
 RANDOM = np.random.default_rng(0)
@@ -89,10 +90,14 @@ def test_without_network_the_error_says_what_to_do(name, tmp_path, monkeypatch):
         raise URLError("no network")
 
     monkeypatch.setattr(utils, "_urlretrieve", offline)
-    with pytest.raises(InputError) as caught:
-        read(DataConfig(name, root=tmp_path / "data"))
-    for part in (name, str(tmp_path / "data"), "raw", "idx3-ubyte", "--data digits"):
-        assert part in str(caught.value)
+    raw = tmp_path / "data" / TORCHVISION_CLASSES[name] / "raw"
+    for _ in range(2):
+        with pytest.raises(InputError) as caught:
+            read(DataConfig(name, root=tmp_path / "data"))
+        for part in (name, str(raw), "cannot be downloaded", "idx3-ubyte", "--data digits"):
+            assert part in str(caught.value)
+        # again with one file of four
+        write_idx(raw / "train-labels-idx1-ubyte", np.zeros(4, np.uint8))
 
 
 def test_damaged_torchvision_file(tmp_path):
@@ -242,7 +247,7 @@ def test_npy_is_memory_mapped_and_left_alone(tmp_path):
 @pytest.mark.parametrize("shape", [(5,), (), (5, 9, 8, 4), (2, 3, 4, 5, 6), (0, 4), (4, 0)])
 def test_arrays_of_wrong_shape(shape, tmp_path):
     np.save(tmp_path / "a.npy", np.zeros(shape))
-    with pytest.raises(InputError, match="expects"):
+    with pytest.raises(InputError, match="expected"):
         read(DataConfig(str(tmp_path / "a.npy")))
 
 
