@@ -435,8 +435,9 @@ def _describe(run: _Run) -> None:
 def _summarize(run: _Run) -> None:
     """Draw the pictures and say where everything is."""
     from .checkpoint import load_checkpoint
-    from .gallery import draw_reconstructions, draw_run, latent_codes
-    from .report import write_report
+    from .codes import latent_codes
+    from .gallery import draw_reconstructions, draw_run
+    from .pages import write_report
 
     history, figures, seed = run.history, run.folder / "figures", run.config.seed
     device = next(run.vae.parameters()).device
