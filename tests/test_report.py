@@ -1277,7 +1277,7 @@ def test_the_scatter_is_walked_by_keyboard(browser, pages):
 
 def test_legend_and_projection(browser, views, pages):
     """A class's button dims the others, the same again brings them back; t-SNE moves the dots."""
-    labels = np.array(views["colour"]["interactive"]["labels"])
+    labels = np.array(views["colour"].interactive["labels"])
     with opened(browser, pages("colour")) as page:
         host = page.locator(".scatter")
         buttons = host.locator(".legend button")
