@@ -11,11 +11,10 @@ import math
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -26,7 +25,6 @@ from matplotlib.ticker import MaxNLocator
 __all__ = [
     "Plane",
     "compare_curves",
-    "counted",
     "dot_size",
     "elbo_curves",
     "image_grid",
@@ -68,7 +66,7 @@ TERMS = {
     "kl": "KL$(q(z|x)\\,\\|\\,p(z))$",
 }
 
-P = ParamSpec("P")
+styled = matplotlib.rc_context(STYLE)  # decorates a function that draws
 
 Curve = tuple[str, str, Sequence[dict[str, Any]], str]
 
@@ -110,20 +108,13 @@ def short(text: str, most: int) -> str:
     return plain(text if len(text) <= most else f"{text[: most - 1]}…")
 
 
-def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Decorate a function to draw its figure in the package's style."""
-
-    @wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with matplotlib.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return drawn
-
-
-def new_figure(width: float, height: float, title: str = "") -> Figure:
-    """An empty figure, in inches, whose title is broken into lines where it is too long."""
+def new_figure(
+    width: float, height: float, title: str = "", shown: int = 0, count: int = 0
+) -> Figure:
+    """An empty figure, in inches. Its title states how many of `count` things it shows."""
     figure = Figure(figsize=(width, height), layout="constrained")
+    if shown < count:
+        title = f"{title} ({shown} of {count} shown)".strip()
     lines = textwrap.wrap(title, int(12 * width), break_long_words=False, break_on_hyphens=False)
     figure.suptitle("\n".join(lines))
     return figure
@@ -147,7 +138,7 @@ def panels(
     columns = math.ceil(shown / rows)
     whole = min(7.2, max(3.6, width * columns))
     height = min(0.85 * whole / columns, 3.1 if rows < 3 else 1.5) + (0.35 if notes else 0.2)
-    figure = new_figure(whole, rows * height + 0.5, counted(title, shown, len(names)))
+    figure = new_figure(whole, rows * height + 0.5, title, shown, len(names))
     grid = figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
     for i, axes in enumerate(grid.flat):
         if i >= shown:
@@ -166,11 +157,6 @@ def panels(
 def dot_size(count: int) -> float:
     """Size of the dots of a scatter plot."""
     return float(np.clip(3000 / count, 2, 12))
-
-
-def counted(title: str, shown: int, count: int) -> str:
-    """A title that states how many of `count` things are shown, if not all."""
-    return title if shown == count else f"{title} ({shown} of {count} shown)".strip()
 
 
 def image_grid(values: np.ndarray, title: str = "") -> Figure:
@@ -319,8 +305,12 @@ def latent_scatter(
     return figure
 
 
-def in_rows(values: np.ndarray, columns: int) -> np.ndarray:
-    """(N, *shape) → (rows, columns, *shape), filled up with NaN, which is drawn as nothing."""
+def in_rows(values: np.ndarray, columns: int = 0) -> np.ndarray:
+    """(N, *shape) → (rows, columns, *shape), filled up with NaN, which is drawn as nothing.
+
+    By default there are about as many rows as columns.
+    """
+    columns = columns or math.ceil(math.sqrt(len(values)))
     rows = -(-len(values) // columns)
     filled = np.full((rows * columns, *values.shape[1:]), np.nan, dtype=np.float32)
     filled[: len(values)] = values

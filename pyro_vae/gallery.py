@@ -24,7 +24,6 @@ __all__ = [
     "generate_images",
     "reconstructions",
     "run_figures",
-    "square",
     "to_display",
 ]
 
@@ -41,11 +40,6 @@ def to_display(vae: VAE | Autoencoder, x: Tensor) -> np.ndarray:
         mean, reach = likelihood.mean.mean(), 3 * likelihood.std
         x = ((x - mean + reach) / (2 * reach)).clamp(0, 1)
     return x.cpu().numpy()
-
-
-def square(values: np.ndarray) -> np.ndarray:
-    """(N, *shape) → (rows, columns, *shape), nearly square; NaN where nothing is left."""
-    return figures.in_rows(values, int(np.ceil(np.sqrt(len(values)))))
 
 
 @torch.no_grad()
@@ -111,7 +105,7 @@ def run_figures(
         if isinstance(vae, VAE):
             mean = generate_images(vae, 100 if splits.spec.is_image else 24)[0]
             title = _title(splits, "means of p(x|z) at draws of z from the prior")
-            drawn["samples"] = figures.image_grid(square(to_display(vae, mean)), title)
+            drawn["samples"] = figures.image_grid(figures.in_rows(to_display(vae, mean)), title)
     return drawn
 
 

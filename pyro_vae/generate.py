@@ -59,8 +59,8 @@ def _main(arguments: GenerateArguments) -> None:
     import numpy as np
 
     from .checkpoint import load_checkpoint, write_atomically
-    from .figures import image_grid, save
-    from .gallery import generate_images, square, to_display
+    from .figures import image_grid, in_rows, save
+    from .gallery import generate_images, to_display
     from .randomness import random_states
     from .vae import VAE
 
@@ -76,7 +76,7 @@ def _main(arguments: GenerateArguments) -> None:
         x, z = generate_images(vae, arguments.num, arguments.draw)
     ending = arguments.out.suffix.lower()
     if ending == ".png":
-        save(image_grid(square(to_display(vae, x))), arguments.out)
+        save(image_grid(in_rows(to_display(vae, x))), arguments.out)
     else:
         likelihood = vae.likelihood_module
         values = likelihood.spec.from_units(x, likelihood.units).cpu().numpy()

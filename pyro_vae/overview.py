@@ -34,7 +34,23 @@ PICTURE_BYTES = 400_000
 
 VERDICTS = ("wrong", "doubtful", "sound")
 
-# The pictures that `diagnose` leaves, and what each shows.
+# Caption and alternative text of each picture; {} is the word for a datum.
+PICTURES = {
+    "reconstructions": (
+        "Reconstructions of validation {}s by the best epoch",
+        "Pairs of validation {}s and their reconstructions",
+    ),
+    "samples": (
+        "Drawn from the prior: means of p(x|z)",
+        "Grid of {}s decoded from draws of the prior",
+    ),
+    "interpolations": (
+        "From one test {0} to another, in a straight line between their codes",
+        "Lines of decoded {0}s between pairs of test {0}s",
+    ),
+}
+
+# The figures of `diagnose` and their captions.
 CAPTIONS = {
     "weights": "Pareto k̂ of the importance weights of held-out rows",
     "latents": "KL of each latent, from collapsed to most used",
@@ -156,6 +172,8 @@ def overview(
     history = _history(run, checkpoint.history)
     drawn = gallery.run_figures(vae, splits, history, config.seed)
     drawn["reconstructions"] = gallery.reconstructions(vae, splits, best["epoch"], config.seed)
+    for figure in drawn.values():
+        figure.suptitle("")  # the page has captions
     trust = _trust(run, checkpoint)
     explorer = explore(vae, codes, EXPLORER_BYTES // num_runs)
     return Overview(
@@ -247,46 +265,26 @@ def _number(value: float | None) -> str:
 
 def _pictures(drawn: dict[str, Figure], row: str, num_runs: int) -> list[Picture]:
     """Figures as SVG, or as WebP where their images would take too much room."""
-    captions = {
-        "reconstructions": (
-            f"Reconstructions of validation {row}s by the best epoch",
-            f"Pairs of validation {row}s and their reconstructions",
-        ),
-        "samples": (
-            "Drawn from the prior: means of p(x|z)",
-            f"Grid of {row}s decoded from draws of the prior",
-        ),
-        "interpolations": (
-            f"From one test {row} to another, in a straight line between their codes",
-            f"Lines of decoded {row}s between pairs of test {row}s",
-        ),
-    }
     pictures = []
-    for name in captions:
+    for name, (caption, alt) in PICTURES.items():
         if name not in drawn:
             continue
-        figure = drawn[name]
-        figure.suptitle("")
-        svg, src = figures.svg(figure), ""
+        svg, src = figures.svg(drawn[name]), ""
         if len(svg) > PICTURE_BYTES // num_runs:
             buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", dpi=110)
+            drawn[name].savefig(buffer, format="png", dpi=110)
             svg, src = "", _webp(Image.open(buffer), 60)
-        pictures.append(Picture(*captions[name], svg, src))
+        pictures.append(Picture(caption.format(row), alt.format(row), svg, src))
     return pictures
 
 
 def _curves(
     figure: Figure, history: Sequence[dict[str, Any]], best: dict[str, Any], row: str
 ) -> Picture:
-    figure.suptitle("")
     term, name = ("reconstruction",) * 2 if best["kl"] is None else ("ELBO", "elbo")
-    return Picture(
-        f"By epoch, training and validation {row}s",
-        f"Curves over {len(history)} epochs; best epoch {best['epoch']}, "
-        f"{term} {best[f'validation_{name}']:.2f} nats per {row}",
-        figures.svg(figure),
-    )
+    value = f"{term} {best[f'validation_{name}']:.2f} nats per {row}"
+    alt = f"Curves over {len(history)} epochs; best epoch {best['epoch']}, {value}"
+    return Picture(f"By epoch, training and validation {row}s", alt, figures.svg(figure))
 
 
 def _webp(image: Image.Image, quality: int) -> str:

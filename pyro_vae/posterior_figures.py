@@ -19,7 +19,6 @@ from .figures import (
     GUIDE,
     TRAIN,
     VALIDATION,
-    counted,
     dot_size,
     new_figure,
     panels,
@@ -110,7 +109,7 @@ def latent_use(
     order = np.argsort(-kl, kind="stable")[:MOST_BARS]
     places, turned = np.arange(len(order)), len(order) > 12 or max(map(len, names)) > 6
     width = min(7.2, max(4.2, 0.16 * len(order) + 1.5))
-    figure = new_figure(width, 4.0, counted(title, len(order), len(kl)))
+    figure = new_figure(width, 4.0, title, len(order), len(kl))
     first, second = figure.subplots(2, 1, sharex=True)
     colours = np.where(active[order], TRAIN, GREY)
     first.bar(places, kl[order], color=colours)

@@ -46,7 +46,7 @@ def test_what_does_not_fill_a_row_is_kept():
     assert rows.shape == (3, 3, 1, 4, 4)
     assert np.isfinite(rows).all(axis=(2, 3, 4)).sum() == 7
     assert (picture(figures.image_grid(rows)) == 0.5).sum() == 7 * 16
-    assert gallery.square(values).shape[:2] == (3, 3)
+    assert figures.in_rows(values).shape[:2] == (3, 3)
 
 
 def test_reconstructions_stand_below_their_originals():
