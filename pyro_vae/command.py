@@ -13,24 +13,30 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
 
 import tyro
 
-from .config import Config, DataConfig, InputError
+from .config import Config, DataConfig, InputError, auto, check_seed
 
 if TYPE_CHECKING:
     import torch
 
+    from .autoencoder import Autoencoder
     from .checkpoint import Checkpoint
     from .data import Splits
+    from .vae import VAE
 
 __all__ = [
+    "OpenRun",
+    "RunArguments",
     "choose_device",
     "config_of",
     "fail",
     "load_run_data",
+    "open_run",
     "parse",
     "print_json",
     "refuse_existing",
@@ -168,6 +174,54 @@ def load_run_data(checkpoint: Checkpoint, source: str | None, root: Path | None)
             f"their splits would mix training and test rows. Restore the data, or give --data"
         )
     return splits
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """A run and the conditions for using it.
+
+    Attributes:
+        run: Run folder, or a checkpoint file.
+        data: Other data in place of the run's own, a name or a path; all its rows are test rows.
+        data_root: Folder of torchvision's data sets.
+        seed: Seed of all draws, and of the binarization where the likelihood is bernoulli.
+        device: Where to compute: cpu, cuda, cuda:1, or auto (cuda where there is one).
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    data: Annotated[str | None, auto("NAME|PATH", "the run's own")] = None
+    data_root: Annotated[Path | None, auto("DIR", "the run's own")] = None
+    seed: Annotated[int | None, auto("INT", "the run's own")] = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run's checkpoint, its model and its data on one device, and the seed to draw by."""
+
+    checkpoint: Checkpoint
+    vae: VAE | Autoencoder
+    splits: Splits
+    device: torch.device
+    seed: int
+
+
+def open_run(arguments: RunArguments) -> OpenRun:
+    """Load a run.
+
+    Raises:
+        InputError: the device, the checkpoint or the data cannot be used.
+    """
+    from .checkpoint import load_checkpoint
+
+    device = choose_device(arguments.device)
+    checkpoint = load_checkpoint(arguments.run)
+    splits = load_run_data(checkpoint, arguments.data, arguments.data_root).to(device)
+    seed = checkpoint.config.seed if arguments.seed is None else arguments.seed
+    return OpenRun(checkpoint, checkpoint.vae.to(device), splits, device, seed)
 
 
 def refuse_existing(out: Path, overwrite: bool, endings: Sequence[str]) -> None:

@@ -49,6 +49,11 @@ class DataSpec:
         return len(self.shape) == 3
 
     @property
+    def row(self) -> str:
+        """The word for a datum in titles and messages."""
+        return "image" if self.is_image else "row"
+
+    @property
     def bound(self) -> int:
         """`max_value` of bounded data.
 

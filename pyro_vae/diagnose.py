@@ -21,46 +21,30 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
-
-from .command import choose_device, load_run_data, parse, print_json, run_command
-from .config import InputError, auto, check_seed
+from .command import OpenRun, RunArguments, open_run, parse, print_json, run_command
+from .config import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .data import Split, Units
-    from .verdicts import Finding
+    from .studies import Effort, Study
 
 
-@dataclass(frozen=True)
-class DiagnoseArguments:
+@dataclass(frozen=True, kw_only=True)
+class DiagnoseArguments(RunArguments):
     """What to diagnose.
 
     Attributes:
-        run: Run folder.
         quick: Fewer rows, draws and steps: under a minute on small data, wider intervals.
         strict: End with exit status 1 when a line is wrong.
-        data: Other data in place of the run's own; all its rows count as held out.
-        data_root: Folder of torchvision's data sets.
-        seed: Seed of all draws.
-        device: Where to compute: cpu, cuda, cuda:1, or auto (cuda where there is one).
         json: Print the contents of diagnostics.json instead of the table.
     """
 
-    run: Annotated[Path, tyro.conf.Positional]
     quick: bool = False
     strict: bool = False
-    data: Annotated[str | None, auto("NAME|PATH", "the run's own")] = None
-    data_root: Annotated[Path | None, auto("DIR", "the run's own")] = None
-    seed: Annotated[int | None, auto("INT", "the run's own")] = None
-    device: str = "auto"
     json: bool = False
-
-    def __post_init__(self) -> None:
-        check_seed(self.seed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,100 +54,85 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(arguments: DiagnoseArguments) -> int:
     from tqdm import tqdm
 
-    from .checkpoint import load_checkpoint
-    from .figures import save
-    from .gallery import latent_codes
+    from .codes import latent_codes
+    from .pages import write_report
     from .randomness import derive, random_states
-    from .report import write_report
     from .studies import FULL, QUICK, studies
     from .vae import VAE
 
-    run = arguments.run
-    if not run.is_dir():
-        raise InputError(f"expected a run folder, where diagnostics.json will be; got {run}")
-    device = choose_device(arguments.device)
-    checkpoint = load_checkpoint(run)
-    splits = load_run_data(checkpoint, arguments.data, arguments.data_root).to(device)
-    vae = checkpoint.vae.to(device)
-    if not isinstance(vae, VAE):
-        raise InputError(f"{run} is an autoencoder, which has no posterior to diagnose")
-    seed = checkpoint.config.seed if arguments.seed is None else arguments.seed
+    folder = arguments.run
+    if not folder.is_dir():
+        raise InputError(f"expected a run folder, where diagnostics.json will be; got {folder}")
+    run = open_run(arguments)
+    if not isinstance(run.vae, VAE):
+        raise InputError(f"{folder} is an autoencoder, which has no posterior to diagnose")
     effort = QUICK if arguments.quick else FULL
-    units = vae.likelihood_module.units
-    if len(splits.test) < 4:
-        raise InputError(f"expected at least 4 held-out rows; {splits.name} has {len(splits.test)}")
-    held_out = _some_rows(splits.test, units, effort.held_out, seed)
-    # Other data have no training rows: the aggregate posterior is then that of what there is.
-    known = splits.train if len(splits.train) else splits.test
-    training = _some_rows(known, units, effort.aggregate, seed)
-    report: dict[str, Any] = {
-        "checkpoint": str(checkpoint.path),
-        "step": checkpoint.history[-1]["step"] if checkpoint.history else 0,
-        "fingerprint": splits.fingerprint,
-        "data": splits.name,
-        "held_out": len(held_out),
-        "likelihood": checkpoint.config.model.likelihood,
-        "binarization": f"fixed, seed {seed}" if splits.spec.binarizes(units) else "none",
-        "seed": seed,
-        "effort": {"quick": arguments.quick, **dataclasses.asdict(effort)},
-        "complete": False,
-        "findings": [],
-        "details": {},
-    }
-    figures = run / "figures"
-    figures.mkdir(exist_ok=True)
-    bar = tqdm(
-        total=100,
-        disable=None,
-        bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-    )
+    held_out, training = _rows(run, effort)
+    report = _report(run, len(held_out), arguments.quick, effort)
+    (folder / "figures").mkdir(exist_ok=True)
+    style = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+    bar = tqdm(total=100, disable=None, bar_format=style)
     try:
-        with bar, random_states(device, derive(seed, "diagnose")):
-            for study in studies(vae, held_out, training, effort, bar.update):
-                report["findings"] += [_as_dict(finding) for finding in study.findings]
-                report["details"].update(study.details)
+        with bar, random_states(run.device, derive(run.seed, "diagnose")):
+            for study in studies(run.vae, held_out, training, effort, bar.update):
+                _record(study, report, folder)
                 bar.set_postfix({"ELBO": f"{report['details']['elbo']:.2f}"})
-                for name, figure in study.figures.items():
-                    save(figure, figures / f"diagnose_{name}.png")
-                # After every study: what an interruption leaves is whole, and says what it lacks.
-                _write(run / "diagnostics.json", report)
             bar.update(100 - bar.n)
         report["complete"] = True
-        _write(run / "diagnostics.json", report)
-        if arguments.data is None and checkpoint.history:
-            codes = latent_codes(vae, splits, checkpoint.config.seed)
-            write_report(run, checkpoint, splits, codes)
+        _write(folder / "diagnostics.json", report)
+        if arguments.data is None and run.checkpoint.history:
+            codes = latent_codes(run.vae, run.splits, run.checkpoint.config.seed)
+            write_report(folder, run.checkpoint, run.splits, codes)
     finally:
         if report["findings"] and not arguments.json:
-            print(_table(report, run))
+            print(_table(report, folder))
     if arguments.json:
         print_json(_plain(report))
     return int(arguments.strict and any(f["verdict"] == "wrong" for f in report["findings"]))
 
 
-def _some_rows(split: Split, units: Units, count: int, seed: int) -> Tensor:
-    """At most `count` rows of a split, as x, chosen at random: files are often sorted by class."""
-    import torch
+def _rows(run: OpenRun, effort: Effort) -> tuple[Tensor, Tensor]:
+    """Random held-out and training rows, as x."""
+    from .studies import random_rows
 
-    from .randomness import derive
+    splits, units = run.splits, run.vae.likelihood_module.units
+    if len(splits.test) < 4:
+        raise InputError(f"expected at least 4 held-out rows; {splits.name} has {len(splits.test)}")
+    # Other data have no training rows: the aggregate posterior is then that of the test rows.
+    known = splits.train if len(splits.train) else splits.test
+    held_out = random_rows(splits.test, units, effort.held_out, run.seed)
+    return held_out, random_rows(known, units, effort.aggregate, run.seed)
 
-    generator = torch.Generator().manual_seed(derive(seed, "rows"))
-    chosen = split.rows[torch.randperm(len(split), generator=generator)[:count]]
-    part = dataclasses.replace(split, rows=chosen, labels=None)
-    return torch.cat(list(part.fixed(units, seed)))
 
-
-def _as_dict(finding: Finding) -> dict[str, Any]:
+def _report(run: OpenRun, num_rows: int, quick: bool, effort: Effort) -> dict[str, Any]:
+    """The contents of diagnostics.json before the first study."""
+    checkpoint, splits = run.checkpoint, run.splits
+    binarized = splits.spec.binarizes(checkpoint.vae.likelihood_module.units)
     return {
-        "check": finding.check,
-        "verdict": finding.verdict,
-        "effect": finding.effect,
-        **dataclasses.asdict(finding.size),
-        "ideal": finding.ideal,
-        "limits": finding.limits,
-        "meaning": finding.meaning,
-        "advice": finding.advice,
+        "checkpoint": str(checkpoint.path),
+        "step": checkpoint.history[-1]["step"] if checkpoint.history else 0,
+        "fingerprint": splits.fingerprint,
+        "data": splits.name,
+        "held_out": num_rows,
+        "likelihood": checkpoint.config.model.likelihood,
+        "binarization": f"fixed, seed {run.seed}" if binarized else "none",
+        "seed": run.seed,
+        "effort": {"quick": quick, **dataclasses.asdict(effort)},
+        "complete": False,
+        "findings": [],
+        "details": {},
     }
+
+
+def _record(study: Study, report: dict[str, Any], folder: Path) -> None:
+    """Add a study to the report, and write its files: an interruption then leaves whole ones."""
+    from .figures import save
+
+    report["findings"] += [finding.as_dict() for finding in study.findings]
+    report["details"].update(study.details)
+    for name, figure in study.figures.items():
+        save(figure, folder / "figures" / f"diagnose_{name}.png")
+    _write(folder / "diagnostics.json", report)
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:

@@ -14,38 +14,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from .command import choose_device, load_run_data, parse, refuse_existing, run_command
-from .config import auto, check_seed
+from .command import RunArguments, open_run, parse, refuse_existing, run_command
 
 
-@dataclass(frozen=True)
-class EncodeArguments:
+@dataclass(frozen=True, kw_only=True)
+class EncodeArguments(RunArguments):
     """What to encode.
 
     Attributes:
-        run: Run folder, or a checkpoint file.
         out: File to write, ending in .npz.
-        data: Data to encode, a name or a path.
-        data_root: Folder of torchvision's data sets.
-        seed: Seed of the binarization of grey images, where the likelihood is bernoulli.
         overwrite: Replace the file.
-        device: Where to compute: cpu, cuda, cuda:1, or auto (cuda where there is one).
     """
 
-    run: Annotated[Path, tyro.conf.Positional]
     out: Path
-    data: Annotated[str | None, auto("NAME|PATH", "the run's own")] = None
-    data_root: Annotated[Path | None, auto("DIR", "the run's own")] = None
-    seed: Annotated[int | None, auto("INT", "the run's own")] = None
     overwrite: bool = False
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        check_seed(self.seed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,18 +40,14 @@ def _main(arguments: EncodeArguments) -> None:
     import numpy as np
     import torch
 
-    from .checkpoint import load_checkpoint, write_atomically
+    from .checkpoint import write_atomically
 
-    device = choose_device(arguments.device)
-    checkpoint = load_checkpoint(arguments.run)
-    splits = load_run_data(checkpoint, arguments.data, arguments.data_root).to(device)
-    vae = checkpoint.vae.to(device)
-    seed = checkpoint.config.seed if arguments.seed is None else arguments.seed
-    whole = splits.whole()
+    run = open_run(arguments)
+    splits, whole = run.splits, run.splits.whole()
     means, deviations = [], []
     with torch.no_grad():
-        for x in whole.fixed(vae.likelihood_module.units, seed):
-            posterior = vae.posterior(x)
+        for x in whole.fixed(run.vae.likelihood_module.units, run.seed):
+            posterior = run.vae.posterior(x)
             means.append(posterior.mean.cpu())
             deviations.append(posterior.variance.sqrt().cpu())
     arrays = {

@@ -1,8 +1,9 @@
-"""What the decoder makes of planes of two latents, computed in advance for a page without one.
+"""Data of the page's interactive views: points, and decoded planes of two latents.
 
-On a plane two latents take the values of a grid while the others stay at an anchor, the code of an
-image. The decoded means of p(x|z) are the tiles of a sheet, one PNG for each anchor and pair of
-latents, at 8 bits a value: column by column the first latent grows, row by row the second.
+The page has no decoder, so the planes are decoded in advance. On a plane, two latents take the
+values of a grid while the others keep those of an anchor, the code of a row of data. The means of
+p(x|z) are the tiles of a sheet, one PNG of 8 bits a value for each anchor and pair of latents: the
+first latent grows from left to right, the second from top to bottom.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import io
 import math
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +20,13 @@ from PIL import Image
 from torch import Tensor
 
 from .autoencoder import Autoencoder
-from .gallery import Codes, to_display
+from .codes import Codes
+from .data import Splits
+from .gallery import to_display
+from .page import data_url
 from .vae import VAE
 
-__all__ = ["Explorer", "explore", "png", "tiles"]
+__all__ = ["Explorer", "explore", "interactive", "sheet", "tiles"]
 
 # Latents to choose from, anchors, points a side: the first plan whose sheets fit is taken.
 PLANS = [(4, 4, 15), (4, 3, 13), (3, 3, 13), (3, 2, 11), (2, 2, 11), (2, 1, 9), (2, 1, 5)]
@@ -29,6 +34,7 @@ PLANS = [(4, 4, 15), (4, 3, 13), (3, 3, 13), (3, 2, 11), (2, 2, 11), (2, 1, 9), 
 WHOLE = [(2, 1, 41), (2, 1, 33), (2, 1, 25), (2, 1, 17), (2, 1, 9), (2, 1, 5)]
 
 MAX_PIXELS = 64  # a side of a tile; larger images are reduced
+THUMBNAIL_BYTES = 400_000  # of the thumbnails of all runs on a page
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Explorer:
     Attributes:
         latents: (L,) indices of those that vary on some plane, the most used first.
         grid: (L, n) the values that each takes.
-        anchors: (M,) indices into `Codes` of the images whose codes the other latents stay at.
+        anchors: (M,) indices into `Codes` of the rows whose codes the other latents stay at.
         sheets: PNG of each (anchor, first latent, second latent), by positions in `anchors` and
             `latents`; of a single latent, that latent twice.
         tile: height, width and channels of a tile; a table's row is one pixel high.
@@ -62,11 +68,11 @@ def explore(vae: VAE | Autoencoder, codes: Codes, budget: int) -> Explorer:
     98% of some latent's means go; an autoencoder's over the middle 98% of its codes.
 
     Args:
-        codes: of the images that may be anchors.
+        vae: decodes.
+        codes: of the rows that may be anchors.
         budget: bytes that the sheets may take; fewer latents, anchors and points make them fit.
     """
-    spread = codes.means.std(0)
-    order = np.argsort(-spread, kind="stable").tolist()
+    order = np.argsort(-codes.means.std(0), kind="stable").tolist()
     plans = PLANS if len(order) > 2 else WHOLE
     for plan in plans:
         num_latents, num_anchors, side = plan
@@ -105,14 +111,18 @@ def tiles(
     return (bits[..., 0] if bits.shape[-1] == 1 else bits).numpy()
 
 
-def png(sheet: np.ndarray) -> bytes:
+def sheet(parts: np.ndarray, columns: int) -> bytes:
+    """PNG of tiles (N, H, W) or (N, H, W, 3), row by row; black where a row is not filled."""
+    missing = np.zeros((-len(parts) % columns, *parts.shape[1:]), parts.dtype)
+    lines = np.concatenate([parts, missing]).reshape(-1, columns, *parts.shape[1:]).swapaxes(1, 2)
     buffer = io.BytesIO()
-    Image.fromarray(sheet).save(buffer, "png")
+    pixels = lines.reshape(-1, columns * parts.shape[2], *parts.shape[3:])
+    Image.fromarray(pixels).save(buffer, "png")
     return buffer.getvalue()
 
 
 def _of_several_classes(codes: Codes, count: int) -> list[int]:
-    """The first images, each of another class where there are labels."""
+    """The first rows, each of another class where there are labels."""
     if codes.labels is None:
         return list(range(min(count, len(codes.means))))
     firsts = np.unique(codes.labels, return_index=True)[1]
@@ -160,9 +170,60 @@ def _sheets(
         span = float(min(part.min() for part in shown)), float(max(part.max() for part in shown))
     drawn: dict[tuple[int, int, int], bytes] = {}
     for key in keys:
-        parts = tiles(vae, decoded(key), span)
-        sheet = parts.reshape(-1, side, *parts.shape[1:]).swapaxes(1, 2)
-        drawn[key] = png(sheet.reshape(-1, side * parts.shape[2], *parts.shape[3:]))
+        drawn[key] = sheet(tiles(vae, decoded(key), span), side)
         if sum(map(len, drawn.values())) > budget:
             return {}, span
     return drawn, span
+
+
+def interactive(
+    found: Explorer, vae: VAE | Autoencoder, splits: Splits, codes: Codes, num_runs: int
+) -> dict[str, Any]:
+    """The data of the page's script, fit for JSON: points, thumbnails and the explorer."""
+    labels = None if codes.labels is None else codes.labels.tolist()
+    anchors = tiles(vae, codes.x[found.anchors], found.span)
+    return {
+        "row": splits.spec.row,
+        "classes": [] if labels is None else list(splits.class_names),
+        "labels": labels,
+        "planes": [
+            {
+                "title": plane.second.split(" ")[0] if i else "principal components",
+                "names": [_plain(plane.first), _plain(plane.second)],
+                "points": _rounded(plane.points),
+            }
+            for i, plane in enumerate(codes.planes)
+        ],
+        "thumbnails": _thumbnails(vae, codes, num_runs),
+        "explorer": {
+            "latents": found.latents,
+            "grid": [[float(f"{value:.6g}") for value in line] for line in found.grid],
+            "anchors": found.anchors,
+            "sheets": {" ".join(map(str, k)): data_url(v) for k, v in found.sheets.items()},
+            "images": data_url(sheet(anchors, len(anchors))),
+            "tile": found.tile[:2],
+            "codes": _rounded(codes.means[:, found.latents]),
+            "more": codes.means.shape[1] > 2,
+        },
+    }
+
+
+def _thumbnails(vae: VAE | Autoencoder, codes: Codes, num_runs: int) -> dict[str, Any] | None:
+    """The images behind the dots, on one sheet; None where they would take too much room."""
+    if codes.x.ndim != 4:
+        return None
+    parts = tiles(vae, codes.x, largest=32)
+    columns = math.ceil(math.sqrt(len(parts)))
+    content = sheet(parts, columns)
+    if len(content) > THUMBNAIL_BYTES // num_runs:
+        return None
+    return {"sheet": data_url(content), "columns": columns, "tile": parts.shape[1:3]}
+
+
+def _rounded(points: np.ndarray) -> list[list[float]]:
+    return np.round(np.asarray(points, dtype=float), 3).tolist()
+
+
+def _plain(text: str) -> str:
+    """An axis' label without its mathematics: $z_1$ → z₁."""
+    return text.replace("$z_1$", "z₁").replace("$z_2$", "z₂")

@@ -1,13 +1,15 @@
-"""Results → matplotlib figures. Nothing here knows a model, draws at random or writes a file.
+"""Figures of a run, and the style that all figures share: arrays in, matplotlib Figure out.
 
 Images come as arrays (..., C, H, W) of intensities in [0, 1]; rows of tables as (..., D), drawn as
-profiles. `save` writes a figure as PNG.
+profiles. `save` and `svg` write a figure.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import re
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,26 +18,32 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 __all__ = [
     "Plane",
     "compare_curves",
+    "dot_size",
     "elbo_curves",
     "image_grid",
     "in_rows",
-    "interpolations",
     "latent_scatter",
     "manifold",
+    "new_figure",
+    "panels",
     "plain",
     "reconstructions",
     "save",
+    "short",
+    "styled",
     "svg",
 ]
 
 STYLE: Any = {
     "font.size": 9,
+    "figure.labelsize": 9,
     "axes.titlesize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -46,6 +54,21 @@ STYLE: Any = {
 # With no interpolation an SVG holds the very pixels.
 TILES: Any = {"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "none"}
 TRAIN, VALIDATION = "#2a6f97", "#d1495b"
+GREY = "0.72"
+GUIDE: Any = {"color": "0.35", "linewidth": 0.7}
+DOTS: Any = {"alpha": 0.5, "linewidths": 0}
+MOST_PANELS = 24
+
+# The terms of an ELBO, by their names in metrics.jsonl.
+TERMS = {
+    "elbo": "ELBO",
+    "reconstruction": "reconstruction  $E_q[\\log p(x|z)]$",
+    "kl": "KL$(q(z|x)\\,\\|\\,p(z))$",
+}
+
+styled = matplotlib.rc_context(STYLE)  # decorates a function that draws
+
+Curve = tuple[str, str, Sequence[dict[str, Any]], str]
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -75,11 +98,71 @@ def svg(figure: Figure) -> str:
     return re.sub('<g id="[^"]*"', "<g", text[text.index("<svg") :])
 
 
+def plain(text: str) -> str:
+    """Escape user-supplied text: matplotlib then reads no mathematics and hides no label."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def short(text: str, most: int) -> str:
+    """At most `most` characters of user-supplied text, escaped."""
+    return plain(text if len(text) <= most else f"{text[: most - 1]}…")
+
+
+def new_figure(
+    width: float, height: float, title: str = "", shown: int = 0, count: int = 0
+) -> Figure:
+    """An empty figure, in inches. Its title states how many of `count` things it shows."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    if shown < count:
+        title = f"{title} ({shown} of {count} shown)".strip()
+    lines = textwrap.wrap(title, int(12 * width), break_long_words=False, break_on_hyphens=False)
+    figure.suptitle("\n".join(lines))
+    return figure
+
+
+def panels(
+    names: Sequence[str],
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    notes: Sequence[str] = (),
+    most: int = MOST_PANELS,
+    columns: int = 6,
+    width: float = 2.2,
+    sharex: bool = False,
+    sharey: bool = False,
+) -> tuple[Figure, list[Axes]]:
+    """A panel of at most `width` inches for each of the first `most` names, over a note."""
+    shown = min(len(names), most)
+    rows = math.ceil(shown / columns)
+    columns = math.ceil(shown / rows)
+    whole = min(7.2, max(3.6, width * columns))
+    height = min(0.85 * whole / columns, 3.1 if rows < 3 else 1.5) + (0.35 if notes else 0.2)
+    figure = new_figure(whole, rows * height + 0.5, title, shown, len(names))
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
+    for i, axes in enumerate(grid.flat):
+        if i >= shown:
+            axes.remove()
+            continue
+        lines = [short(names[i], int(14 * whole / columns)), *notes[i : i + 1]]
+        axes.set_title("\n".join(lines), fontsize=8)
+        axes.locator_params(nbins=3 if columns > 3 else 5)
+        # Where nothing stands below, the panel has to have the shared labels.
+        axes.tick_params(labelsize=7, labelbottom=not sharex or i + columns >= shown)
+    figure.supxlabel(xlabel)
+    figure.supylabel(ylabel)
+    return figure, list(grid.flat)[:shown]
+
+
+def dot_size(count: int) -> float:
+    """Size of the dots of a scatter plot."""
+    return float(np.clip(3000 / count, 2, 12))
+
+
 def image_grid(values: np.ndarray, title: str = "") -> Figure:
     """A grid of images or profiles: (rows, columns, *shape)."""
     rows, columns = values.shape[:2]
-    figure = _figure(0.65 * columns + 0.4, 0.65 * rows * _aspect(values) + 0.6)
-    figure.suptitle(title)
+    figure = new_figure(0.65 * columns + 0.4, 0.65 * rows * _aspect(values) + 0.6, title)
     _draw_tiles(figure, values)
     return figure
 
@@ -90,15 +173,10 @@ def reconstructions(originals: np.ndarray, decoded: np.ndarray, title: str = "")
     pairs = np.stack([in_rows(originals, columns), in_rows(decoded, columns)], axis=1)
     values = pairs.reshape(-1, *pairs.shape[2:])
     labels = ["original", "decoded"] * len(pairs)
-    figure = _figure(0.65 * columns + 1.2, 0.65 * len(values) * _aspect(values) + 0.6)
-    figure.suptitle(title)
+    height = 0.65 * len(values) * _aspect(values) + 0.6
+    figure = new_figure(0.65 * columns + 1.2, height, title)
     _draw_tiles(figure, values, labels)
     return figure
-
-
-def interpolations(values: np.ndarray, title: str = "") -> Figure:
-    """Rows of decoded points between two images: (rows, steps, *shape), ends included."""
-    return image_grid(values, title)
 
 
 def manifold(values: np.ndarray, quantiles: np.ndarray, title: str = "") -> Figure:
@@ -111,7 +189,7 @@ def manifold(values: np.ndarray, quantiles: np.ndarray, title: str = "") -> Figu
     side = len(quantiles)
     if values.ndim != 5:
         return image_grid(values[::-1], title)
-    figure = _figure(6.5, 6.5 * _aspect(values) + 0.5)
+    figure = new_figure(6.5, 6.5 * _aspect(values) + 0.5)
     axes = figure.add_subplot()
     axes.set_title(title)
     mosaic = _mosaic(values[::-1], gap=1)
@@ -123,81 +201,62 @@ def manifold(values: np.ndarray, quantiles: np.ndarray, title: str = "") -> Figu
     return figure
 
 
-def elbo_curves(history: Sequence[dict[str, Any]], title: str = "") -> Figure:
+@styled
+def elbo_curves(history: Sequence[dict[str, Any]], title: str = "", row: str = "row") -> Figure:
     """ELBO, reconstruction and KL over epochs, for train and validation.
 
     Args:
         history: lines of metrics.jsonl. An autoencoder's, whose ELBO is None, shows the
             reconstruction alone.
+        row: the word for a datum.
     """
-    epochs = [line["epoch"] for line in history]
-    panels = [
-        ("ELBO", "train_elbo", "validation_elbo"),
-        ("reconstruction  $E_q[\\log p(x|z)]$", "reconstruction", "validation_reconstruction"),
-        ("KL$(q(z|x)\\,\\|\\,p(z))$", "kl", "validation_kl"),
-    ]
-    panels = [panel for panel in panels if history[-1][panel[1]] is not None]
-    with matplotlib.rc_context(STYLE):
-        figure = _figure(3.3 * len(panels) + 0.2, 3.0)
-        figure.suptitle(title)
-        for i, (name, train, validation) in enumerate(panels):
-            axes = figure.add_subplot(1, len(panels), i + 1)
-            marker = "o" if len(epochs) == 1 else None
-            for key, colour, label in (
-                (train, TRAIN, "train"),
-                (validation, VALIDATION, "validation"),
-            ):
-                axes.plot(
-                    epochs,
-                    [line[key] for line in history],
-                    color=colour,
-                    label=label,
-                    marker=marker,
-                )
-            axes.set_title(name)
-            axes.set_xlabel("epoch")
-            axes.set_ylabel("nats per image")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.grid(alpha=0.25)
-            if name.startswith(("ELBO", "rec")):
-                _focus(axes, [line[key] for line in history for key in (train, validation)])
-        figure.axes[0].legend(loc="lower right")
+    keys = {"elbo": "train_elbo", "reconstruction": "reconstruction", "kl": "kl"}
+    terms = [term for term in TERMS if history[-1][keys[term]] is not None]
+    figure = new_figure(3.3 * len(terms) + 0.2, 3.0, title)
+    for axes, term in zip(figure.subplots(1, len(terms), squeeze=False)[0], terms, strict=True):
+        train = ("train", TRAIN, history, keys[term])
+        validation = ("validation", VALIDATION, history, f"validation_{term}")
+        _draw_curves(axes, term, row, [train, validation])
+    figure.axes[0].legend(loc="lower right")
     return figure
 
 
-def compare_curves(histories: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
+@styled
+def compare_curves(histories: Mapping[str, Sequence[dict[str, Any]]], row: str = "row") -> Figure:
     """Validation ELBO, reconstruction and KL over epochs, a line for each run.
 
     Args:
         histories: lines of metrics.jsonl by the run's name.
+        row: the word for a datum.
     """
-    panels = [
-        ("ELBO", "validation_elbo"),
-        ("reconstruction  $E_q[\\log p(x|z)]$", "validation_reconstruction"),
-        ("KL$(q(z|x)\\,\\|\\,p(z))$", "validation_kl"),
-    ]
-    with matplotlib.rc_context(STYLE):
-        figure = _figure(10.1, 3.2)
-        for i, (name, key) in enumerate(panels):
-            axes = figure.add_subplot(1, len(panels), i + 1)
-            shown: list[float] = []
-            for k, (run, history) in enumerate(histories.items()):
-                lines = [line for line in history if line[key] is not None]
-                values = [line[key] for line in lines]
-                epochs = [line["epoch"] for line in lines]
-                marker = "o" if len(epochs) == 1 else None
-                axes.plot(epochs, values, color=f"C{k}", label=plain(run), marker=marker)
-                shown += values
-            axes.set_title(name)
-            axes.set_xlabel("epoch")
-            axes.set_ylabel("nats per image")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.grid(alpha=0.25)
-            if key != "validation_kl" and shown:
-                _focus(axes, shown)
-        handles = figure.axes[1].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=min(4, len(histories)))
+    figure = new_figure(10.1, 3.2)
+    for axes, term in zip(figure.subplots(1, len(TERMS)), TERMS, strict=True):
+        runs = enumerate(histories.items())
+        curves = [(plain(run), f"C{k}", lines, f"validation_{term}") for k, (run, lines) in runs]
+        _draw_curves(axes, term, row, curves)
+    handles = figure.axes[1].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=min(4, len(histories)))
     return figure
+
+
+def _draw_curves(axes: Axes, term: str, row: str, curves: Sequence[Curve]) -> None:
+    """Curves (label, colour, lines of metrics.jsonl, key) of a term over epochs."""
+    shown: list[float] = []
+    for label, colour, history, key in curves:
+        lines = [line for line in history if line[key] is not None]
+        values = [line[key] for line in lines]
+        marker = "o" if len(lines) == 1 else None
+        epochs = [line["epoch"] for line in lines]
+        axes.plot(epochs, values, color=colour, label=label, marker=marker)
+        shown += values
+    axes.set(title=TERMS[term], xlabel="epoch", ylabel=f"nats per {row}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    if term != "kl" and shown:
+        # The first epochs may leave the frame where they would flatten all that follows.
+        low, high = np.percentile(shown, [10, 100])
+        if min(shown) < low - 3 * (high - low):
+            axes.set_ylim(low - 0.6 * (high - low), high + 0.08 * (high - low))
 
 
 @dataclass(frozen=True)
@@ -209,6 +268,7 @@ class Plane:
     second: str
 
 
+@styled
 def latent_scatter(
     planes: Sequence[Plane], labels: np.ndarray | None, class_names: Sequence[str], title: str = ""
 ) -> Figure:
@@ -219,57 +279,42 @@ def latent_scatter(
         labels: (N,) indices into `class_names`, or None.
         class_names: one for each label.
     """
-    with matplotlib.rc_context(STYLE):
-        figure = _figure(5.2 * len(planes) + 1.2, 5.2)
-        figure.suptitle(title)
-        few = labels is not None and len(class_names) <= 20
-        for i, plane in enumerate(planes):
-            axes = figure.add_subplot(1, len(planes), i + 1)
-            axes.set_xlabel(plane.first)
-            axes.set_ylabel(plane.second)
-            axes.set_aspect("equal", adjustable="datalim")
-            axes.grid(alpha=0.2)
-            style: dict[str, Any] = {
-                "s": float(np.clip(8000 / len(plane.points), 3, 18)),
-                "alpha": 0.8,
-                "linewidths": 0,
-            }
-            if labels is None:
-                axes.scatter(*plane.points.T, color=TRAIN, **style)
-            elif few:
-                colours = matplotlib.colormaps["tab10" if len(class_names) <= 10 else "tab20"]
-                for k, name in enumerate(class_names):
-                    chosen = plane.points[labels == k]
-                    axes.scatter(*chosen.T, color=colours(k), label=name, **style)
-            else:
-                drawn = axes.scatter(
-                    plane.points[:, 0], plane.points[:, 1], c=labels, cmap="turbo", **style
-                )
-        if few:
-            handles = figure.axes[0].get_legend_handles_labels()
-            legend = figure.legend(*handles, loc="outside right center")
-            for handle in legend.legend_handles:
-                handle.set_sizes([30.0])  # type: ignore[union-attr]
-        elif labels is not None:
-            figure.colorbar(drawn, ax=figure.axes, label=f"label (of {len(class_names)})")
+    figure = new_figure(5.2 * len(planes) + 1.2, 5.2, title)
+    dots: Any = {"alpha": 0.8, "linewidths": 0}
+    dots["s"] = float(np.clip(8000 / len(planes[0].points), 3, 18))
+    few = labels is not None and len(class_names) <= 20
+    colours = matplotlib.colormaps["tab10" if len(class_names) <= 10 else "tab20"]
+    for axes, plane in zip(figure.subplots(1, len(planes), squeeze=False)[0], planes, strict=True):
+        axes.set(xlabel=plane.first, ylabel=plane.second)
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.grid(alpha=0.2)
+        if labels is None:
+            axes.scatter(*plane.points.T, color=TRAIN, **dots)
+        elif few:
+            for k, name in enumerate(class_names):
+                axes.scatter(*plane.points[labels == k].T, color=colours(k), label=name, **dots)
+        else:
+            drawn = axes.scatter(*plane.points.T, c=labels, cmap="turbo", **dots)
+    if few:
+        handles = figure.axes[0].get_legend_handles_labels()
+        legend = figure.legend(*handles, loc="outside right center")
+        for handle in legend.legend_handles:
+            handle.set_sizes([30.0])  # type: ignore[union-attr]
+    elif labels is not None:
+        figure.colorbar(drawn, ax=figure.axes, label=f"label (of {len(class_names)})")
     return figure
 
 
-def plain(text: str) -> str:
-    """Text of a user's as it stands: no mathematics in it, no underscore that hides a label."""
-    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+def in_rows(values: np.ndarray, columns: int = 0) -> np.ndarray:
+    """(N, *shape) → (rows, columns, *shape), filled up with NaN, which is drawn as nothing.
 
-
-def in_rows(values: np.ndarray, columns: int) -> np.ndarray:
-    """(N, *shape) → (rows, columns, *shape), filled up with NaN, which is drawn as nothing."""
+    By default there are about as many rows as columns.
+    """
+    columns = columns or math.ceil(math.sqrt(len(values)))
     rows = -(-len(values) // columns)
     filled = np.full((rows * columns, *values.shape[1:]), np.nan, dtype=np.float32)
     filled[: len(values)] = values
     return filled.reshape(rows, columns, *values.shape[1:])
-
-
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _aspect(values: np.ndarray) -> float:
@@ -277,22 +322,13 @@ def _aspect(values: np.ndarray) -> float:
     return values.shape[-2] / values.shape[-1] if values.ndim == 5 else 1.0
 
 
-def _focus(axes: Any, values: Sequence[float]) -> None:
-    """Let the first epochs leave the frame where they would flatten all that follows."""
-    low, high = np.percentile(values, [10, 100])
-    if np.min(values) < low - 3 * (high - low):
-        axes.set_ylim(low - 0.6 * (high - low), high + 0.08 * (high - low))
-
-
 def _mosaic(values: np.ndarray, gap: int) -> np.ndarray:
     """(rows, columns, C, H, W) → one image: (height, width), NaN in the gaps, or RGBA."""
-    rows, columns, channels, height, width = values.shape
-    shape = (rows * (height + gap) - gap, columns * (width + gap) - gap, channels)
-    sheet = np.full(shape, np.nan)
-    for i in range(rows):
-        for j in range(columns):
-            top, left = i * (height + gap), j * (width + gap)
-            sheet[top : top + height, left : left + width] = np.moveaxis(values[i, j], 0, -1)
+    rows, _, channels, height, _ = values.shape
+    room = [(0, 0)] * 3 + [(0, gap)] * 2
+    padded = np.pad(values.astype(float), room, constant_values=np.nan)
+    sheet = padded.transpose(0, 3, 1, 4, 2).reshape(rows * (height + gap), -1, channels)
+    sheet = sheet[:-gap, :-gap]
     if channels == 1:
         return sheet[..., 0]
     opaque = np.isfinite(sheet[..., :1]).astype(float)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -27,7 +27,7 @@ class GenerateArguments:
         run: Run folder, or a checkpoint file.
         out: File to write. A .png holds a grid; a .npy the values x, on the scale of the training
             data (0 to 255 for 8-bit images); a .npz x and its latents z.
-        num: Number of images.
+        num: Number of rows.
         draw: Draw x from p(x|z) rather than take its mean.
         seed: Seed of the draws.
         overwrite: Replace the file.
@@ -59,8 +59,8 @@ def _main(arguments: GenerateArguments) -> None:
     import numpy as np
 
     from .checkpoint import load_checkpoint, write_atomically
-    from .figures import image_grid, save
-    from .gallery import generate_images, square, to_display
+    from .figures import image_grid, in_rows, save
+    from .gallery import generate_images, to_display
     from .randomness import random_states
     from .vae import VAE
 
@@ -76,19 +76,18 @@ def _main(arguments: GenerateArguments) -> None:
         x, z = generate_images(vae, arguments.num, arguments.draw)
     ending = arguments.out.suffix.lower()
     if ending == ".png":
-        save(image_grid(square(to_display(vae, x))), arguments.out)
+        save(image_grid(in_rows(to_display(vae, x))), arguments.out)
     else:
         likelihood = vae.likelihood_module
-        x = likelihood.spec.from_units(x, likelihood.units)
-        values: dict[str, Any] = {"x": x.cpu().numpy(), "z": z.cpu().numpy()}
+        values = likelihood.spec.from_units(x, likelihood.units).cpu().numpy()
         buffer = io.BytesIO()
         if ending == ".npy":
-            np.save(buffer, values["x"])
+            np.save(buffer, values)
         else:
-            np.savez(buffer, **values)
+            np.savez(buffer, x=values, z=z.cpu().numpy())
         write_atomically(arguments.out, buffer.getvalue())
-    what = "draws from" if arguments.draw else "means of"
-    print(f"{arguments.out}: {arguments.num} {what} p(x|z), z from the prior")
+    kind = "draws from" if arguments.draw else "means of"
+    print(f"{arguments.out}: {arguments.num} {kind} p(x|z), z from the prior")
 
 
 if __name__ == "__main__":

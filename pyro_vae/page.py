@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Mapping
-from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -15,6 +15,8 @@ from .config import VERSION
 
 __all__ = ["data_url", "render"]
 
+TEMPLATES = Path(__file__).with_name("templates")
+
 
 def render(values: Mapping[str, Any]) -> str:
     """The page of one run or several, side by side.
@@ -22,34 +24,26 @@ def render(values: Mapping[str, Any]) -> str:
     Text among the values is escaped; only a picture's `svg` stands in the page as it is.
 
     Args:
-        values: what templates/report.html names.
+        values: the names in templates/report.html.
 
     Raises:
-        jinja2.UndefinedError: something that it names is missing.
+        jinja2.UndefinedError: a name is missing.
     """
-    environment = _environment()
-    source = environment.loader.get_source  # type: ignore[union-attr]
-    parts = {name: source(environment, f"report.{name}")[0] for name in ("css", "js")}
-    return environment.get_template("report.html").render(
-        values, version=VERSION, css=parts["css"], script=parts["js"]
-    )
-
-
-def data_url(content: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-@cache
-def _environment() -> jinja2.Environment:
+    css, script = ((TEMPLATES / f"report.{kind}").read_text("utf-8") for kind in ("css", "js"))
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pyro_vae"),
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["words"] = _words
-    return environment
+    template = environment.get_template("report.html")
+    return template.render(values, version=VERSION, css=css, script=script)
+
+
+def data_url(content: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _words(text: str) -> Markup:

@@ -1,210 +1,49 @@
-"""Checks of the posterior → matplotlib figures, as `figures` draws the rest: arrays in, Figure out.
+"""Figures of evidence, latents and posteriors: arrays in, matplotlib Figure out.
 
-Z latents, N simulations, B images, L = `num_draws`; `names` are those of the arrays' columns. Of
-many quantities the first `MOST_PANELS` get a panel, and the title says so.
+Z latents, B rows of data; `names` are those of the arrays' columns.
 """
 
 from __future__ import annotations
 
-import math
-import textwrap
-from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import Any, ParamSpec
+from collections.abc import Sequence
+from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
-from scipy import stats
 
-from .figures import STYLE, TRAIN, VALIDATION, plain
+from .figures import (
+    DOTS,
+    GREY,
+    GUIDE,
+    TRAIN,
+    VALIDATION,
+    dot_size,
+    new_figure,
+    panels,
+    short,
+    styled,
+)
 
 __all__ = [
     "aggregate_posterior",
     "chains_against_guide",
-    "contraction_and_z",
-    "coverage_curve",
-    "ecdf_differences",
     "inference_gaps",
     "latent_use",
     "predictive_checks",
-    "rank_histograms",
-    "recovery",
     "sandwich",
     "weight_tails",
 ]
 
-MOST_PANELS, MOST_BARS, MOST_IMAGES = 24, 64, 6
-GUIDE: Any = {"color": "0.35", "linewidth": 0.7}
-DOTS: Any = {"alpha": 0.5, "linewidths": 0}
-BOLD: Any = {"markersize": 4, "linewidth": 1.8, "capsize": 2.5}
+MOST_BARS, MOST_ROWS = 64, 6
 THIN: Any = {"markersize": 2, "linewidth": 0.5, "alpha": 0.7}
 INTERVAL: Any = {"markersize": 2.5, "linewidth": 1.3}
-GREY, THIRD = "0.72", "#cf7f17"
+THIRD = "#cf7f17"
 GOOD, DOUBTFUL, MEANINGLESS = "#d9ecd9", "#fcefc9", "#f6d3d3"
 
-P = ParamSpec("P")
 
-
-def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    @wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with matplotlib.rc_context({**STYLE, "figure.labelsize": 9}):
-            return draw(*args, **kwargs)
-
-    return drawn
-
-
-@_styled
-def rank_histograms(
-    ranks: np.ndarray, num_draws: int, names: Sequence[str], title: str = ""
-) -> Figure:
-    """Ranks of the truth among draws from q(z|x): uniform where q is right.
-
-    ∪ means that q is too narrow, ∩ too wide, a slope that it is shifted. If q is right, the grey
-    band holds each bar, by itself, with probability 99%.
-
-    Args:
-        ranks: (N, Q) integers 0 … L.
-    """
-    num_ranks = num_draws + 1
-    # About 20 bins of equally many ranks; where L + 1 has no such divisor, their sizes differ by 1.
-    divisors = [b for b in range(10, 31) if num_ranks % b == 0]
-    bins = min(divisors, key=lambda b: abs(b - 20), default=min(20, num_ranks))
-    edges = np.ceil(np.arange(bins + 1) * num_ranks / bins) - 0.5
-    low, high = stats.binom.interval(0.99, len(ranks), np.diff(edges) / num_ranks)
-    labels = (f"rank of the truth among {num_draws} draws", "simulations")
-    figure, panels = _panels(names, title, *labels, sharex=True)
-    for j, axes in enumerate(panels):
-        counts = np.histogram(ranks[:, j], edges)[0]
-        axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=TRAIN, alpha=0.75)
-        axes.stairs(high, edges, baseline=low, fill=True, color="0.5", alpha=0.4, zorder=3)
-        axes.set_xticks([0, num_draws])
-    return figure
-
-
-@_styled
-def ecdf_differences(
-    ranks: np.ndarray,
-    num_draws: int,
-    names: Sequence[str],
-    lower: np.ndarray,
-    upper: np.ndarray,
-    title: str = "",
-) -> Figure:
-    """The ranks' distribution function less the uniform one, in red where it leaves the band.
-
-    Args:
-        ranks: (N, Q) integers 0 … L.
-        lower, upper: (L,) simultaneous band of the share of ranks below i = 1 … L.
-    """
-    uniform = np.arange(1, num_draws + 1) / (num_draws + 1)
-    labels = ("$i\\,/\\,(L+1)$", "share below $i$, less uniform")
-    figure, panels = _panels(names, title, *labels, sharex=True, sharey=True)
-    for j, axes in enumerate(panels):
-        below = np.bincount(ranks[:, j], minlength=num_draws + 1).cumsum()[:-1] / len(ranks)
-        outside = bool(((below < lower) | (below > upper)).any())
-        axes.fill_between(uniform, lower - uniform, upper - uniform, color="0.85", linewidth=0)
-        axes.axhline(0, **GUIDE)
-        axes.plot(uniform, below - uniform, color=VALIDATION if outside else TRAIN, linewidth=1.2)
-        axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
-    return figure
-
-
-@_styled
-def coverage_curve(
-    nominal: np.ndarray,
-    covered: np.ndarray,
-    low: np.ndarray,
-    high: np.ndarray,
-    names: Sequence[str],
-    title: str = "",
-) -> Figure:
-    """How often regions of q(z|x) hold the truth, against how often they should.
-
-    Args:
-        nominal: (M,) probabilities under q.
-        covered: (M, R) shares of simulations; the last two of the R regions are drawn bold, the
-            others, one for each latent, thin.
-        low, high: (M, R) ends of the confidence intervals.
-    """
-    figure = _figure(4.2, 4.4, title)
-    axes = figure.add_subplot()
-    note: Any = {"color": "0.6", "fontsize": 11, "style": "italic", "zorder": 0}
-    axes.text(0.04, 0.94, "too wide", **note)
-    axes.text(0.96, 0.03, "too narrow", ha="right", **note)
-    axes.axline((0, 0), slope=1, linestyle="--", **GUIDE)
-    for j in range(len(names) - 2):
-        label = "each latent" if j == 0 else None
-        axes.plot(nominal, covered[:, j], color=GREY, linewidth=0.7, label=label)
-    for j, colour, marker in ((-2, TRAIN, "o"), (-1, VALIDATION, "s")):
-        middle = covered[:, j]
-        errors = np.abs([middle - low[:, j].clip(0, 1), high[:, j].clip(0, 1) - middle])
-        look: Any = {"color": colour, "marker": marker, **BOLD}
-        axes.errorbar(nominal, middle, errors, label=plain(names[j]), **look)
-    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    axes.set(xlabel="nominal coverage", ylabel="share of simulations covered")
-    figure.legend(loc="outside lower center", ncols=3)
-    return figure
-
-
-@_styled
-def recovery(z: np.ndarray, mean: np.ndarray, names: Sequence[str], title: str = "") -> Figure:
-    """The truth against the posterior mean, with their correlation r, 0 if either is constant.
-
-    This way round the points of an exact posterior lie about the diagonal, however little x says
-    of z.
-
-    Args:
-        z: (N, Z) truths.
-        mean: (N, Z) means of q(z|x).
-    """
-    varied = (np.ptp(z, axis=0) > 0) & (np.ptp(mean, axis=0) > 0)
-    r = [np.corrcoef(z[:, j], mean[:, j])[0, 1] if varied[j] else 0.0 for j in range(len(names))]
-    notes = [f"$r = {value:.2f}$" for value in r]
-    labels = ("posterior mean", "truth")
-    figure, panels = _panels(names, title, *labels, notes=notes, sharex=True, sharey=True)
-    reach = 1.05 * max(np.abs(z).max(), np.abs(mean).max())
-    for j, axes in enumerate(panels):
-        axes.scatter(mean[:, j], z[:, j], s=_size(len(z)), color=TRAIN, **DOTS)
-        axes.axline((0, 0), slope=1, linestyle="--", **GUIDE)
-        axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
-    return figure
-
-
-@_styled
-def contraction_and_z(
-    contraction: np.ndarray, z_scores: np.ndarray, names: Sequence[str], title: str = ""
-) -> Figure:
-    """How far x narrows each latent, and how many standard deviations off the truth then lies.
-
-    Up to ten latents share one panel, a colour each.
-
-    Args:
-        contraction: (N, Z) 1 − posterior variance / prior variance.
-        z_scores: (N, Z) (truth − mean) / standard deviation of q(z|x).
-    """
-    many = len(names) > 10
-    labels = ("posterior contraction", "z-score of the truth")
-    shape: Any = {"width": 2.2 if many else 5.0, "sharex": True, "sharey": True}
-    figure, panels = _panels(names if many else [""], title, *labels, **shape)
-    for axes in panels:
-        for height, line in ((0, "-"), (-2, ":"), (2, ":")):
-            axes.axhline(height, linestyle=line, **GUIDE)
-    for j in range(len(panels) if many else len(names)):
-        colour = TRAIN if many else matplotlib.colormaps["tab10"](j)
-        look: Any = {"color": colour, "s": _size(len(z_scores)), **DOTS}
-        axes = panels[j if many else 0]
-        axes.scatter(contraction[:, j], z_scores[:, j], label=_short(names[j], 20), **look)
-    if not many:
-        figure.legend(loc="outside right center", markerscale=2)
-    return figure
-
-
-@_styled
+@styled
 def weight_tails(
     pareto_k: np.ndarray,
     effective_sample_size: np.ndarray,
@@ -233,12 +72,12 @@ def weight_tails(
         (threshold, 1, DOUBTFUL, "doubtful", ~good & ~meaningless),
         (1, top, MEANINGLESS, "no meaning, above 1", meaningless),
     )
-    figure = _figure(7.2, 3.4, title)
+    figure = new_figure(7.2, 3.4, title)
     left, right = figure.subplots(1, 2, sharey=True)
     for start, stop, colour, name, inside in regions:
         left.axhspan(start, stop, color=colour, linewidth=0, label=f"{name}: {inside.sum()}")
         right.axhspan(start, stop, color=colour, linewidth=0)
-    look: Any = {"s": _size(len(drawn)) + 4, "color": TRAIN, **DOTS}
+    look: Any = {"s": dot_size(len(drawn)) + 4, "color": TRAIN, **DOTS}
     left.scatter(np.arange(1, len(drawn) + 1), np.sort(drawn), **look)
     right.scatter(effective_sample_size / num_samples, drawn, **look)
     ticks = [t for t in MaxNLocator(6).tick_values(low, high) if low <= t <= high]
@@ -252,7 +91,7 @@ def weight_tails(
     return figure
 
 
-@_styled
+@styled
 def latent_use(
     kl: np.ndarray,
     mean_variance: np.ndarray,
@@ -270,14 +109,14 @@ def latent_use(
     order = np.argsort(-kl, kind="stable")[:MOST_BARS]
     places, turned = np.arange(len(order)), len(order) > 12 or max(map(len, names)) > 6
     width = min(7.2, max(4.2, 0.16 * len(order) + 1.5))
-    figure = _figure(width, 4.0, title, len(order), len(kl))
+    figure = new_figure(width, 4.0, title, len(order), len(kl))
     first, second = figure.subplots(2, 1, sharex=True)
     colours = np.where(active[order], TRAIN, GREY)
     first.bar(places, kl[order], color=colours)
     second.bar(places, mean_variance[order], color=colours)
     first.set_ylabel("KL, nats")
     second.set_ylabel("variance of\nposterior means")
-    second.set_xticks(places, [_short(names[j], 16) for j in order])
+    second.set_xticks(places, [short(names[j], 16) for j in order])
     second.tick_params("x", rotation=90 if turned else 0, labelsize=6 if turned else 8)
     second.set_ylim(bottom=0)
     second.set_xlim(-0.8, len(order) - 0.2)
@@ -287,7 +126,7 @@ def latent_use(
     return figure
 
 
-@_styled
+@styled
 def inference_gaps(
     amortization: np.ndarray, correlation: np.ndarray, remainder: np.ndarray, title: str = ""
 ) -> Figure:
@@ -299,7 +138,7 @@ def inference_gaps(
     values = np.stack([amortization, correlation, remainder])
     means, quartiles = values.mean(1), np.percentile(values, [25, 50, 75], axis=1)
     names = ("encoder's error", "latents held independent", "beyond any Gaussian")
-    figure = _figure(6.6, 3.6, title)
+    figure = new_figure(6.6, 3.6, title)
     above, below = figure.subplots(2, 1, height_ratios=(1, 3))
     # Spread evenly across the row, without a pattern and without chance.
     spread = 0.5 * (np.arange(values.shape[1]) * 0.618034 % 1 - 0.5)
@@ -309,7 +148,7 @@ def inference_gaps(
         bar = above.barh(0, means[i], left=start, color=colour, height=0.6)
         if abs(means[i]) > 0.1 * np.abs(means).sum():
             above.bar_label(bar, [f"${means[i]:.2f}$"], label_type="center", color="white")
-        below.scatter(values[i], i + spread, s=_size(len(spread)) + 2, color=colour, **DOTS)
+        below.scatter(values[i], i + spread, s=dot_size(len(spread)) + 2, color=colour, **DOTS)
         below.hlines(i, quartiles[0, i], quartiles[2, i], color="0.15", linewidth=2.5)
         below.plot(quartiles[1, i], i, "o", color="white", markeredgecolor="0.15", markersize=6)
     above.set_title(f"mean of $\\log p(x)$ less ELBO: ${means.sum():.2f}$ nats", fontsize=9)
@@ -322,14 +161,14 @@ def inference_gaps(
     return figure
 
 
-@_styled
+@styled
 def sandwich(estimators: Sequence[tuple[str, float, float, str]], title: str = "") -> Figure:
     """Estimates of the mean log p(x) on simulated data from below (▷) and from above (◁).
 
     Args:
         estimators: (name, mean, standard error, "lower" or "upper"), drawn from the top down.
     """
-    figure = _figure(6.6, 0.32 * len(estimators) + 1.3, title)
+    figure = new_figure(6.6, 0.32 * len(estimators) + 1.3, title)
     axes = figure.add_subplot()
     colours, labelled = {"lower": TRAIN, "upper": VALIDATION}, set()
     for i, (_, mean, error, kind) in enumerate(estimators):
@@ -339,7 +178,7 @@ def sandwich(estimators: Sequence[tuple[str, float, float, str]], title: str = "
         axes.errorbar(mean, i, xerr=2 * error, label=label, **look)
         text = f"${mean:.2f} \\pm {2 * error:.2f}$"
         axes.text(1.02, i, text, va="center", transform=axes.get_yaxis_transform())
-    axes.set_yticks(range(len(estimators)), [_short(name, 40) for name, *_ in estimators])
+    axes.set_yticks(range(len(estimators)), [short(name, 40) for name, *_ in estimators])
     axes.set_ylim(len(estimators) - 0.5, -0.5)
     axes.set_xlabel("mean, nats, ± 2 standard errors")
     axes.ticklabel_format(axis="x", useOffset=False)
@@ -349,7 +188,7 @@ def sandwich(estimators: Sequence[tuple[str, float, float, str]], title: str = "
     return figure
 
 
-@_styled
+@styled
 def chains_against_guide(
     guide_mean: np.ndarray,
     guide_scale: np.ndarray,
@@ -365,11 +204,11 @@ def chains_against_guide(
     count, latent_dim = guide_mean.shape
     columns = 3 if latent_dim <= 8 else 2 if latent_dim <= 20 else 1
     width = max(2.2, 0.3 * latent_dim)
-    shape: Any = {"most": MOST_IMAGES, "columns": columns, "width": width}
+    shape: Any = {"most": MOST_ROWS, "columns": columns, "width": width}
     names, labels = [f"image {i + 1}" for i in range(count)], ("latent", "mean ± 2 sd")
-    figure, panels = _panels(names, title, *labels, sharex=True, sharey=True, **shape)
+    figure, grid = panels(names, title, *labels, sharex=True, sharey=True, **shape)
     places = np.arange(1, latent_dim + 1)
-    for i, axes in enumerate(panels):
+    for i, axes in enumerate(grid):
         axes.axhline(0, zorder=0, **GUIDE)
         for label, shift, mean, scale, colour, marker in (
             ("guide", -0.17, guide_mean, guide_scale, TRAIN, "o"),
@@ -379,11 +218,11 @@ def chains_against_guide(
             axes.errorbar(places + shift, mean[i], 2 * scale[i], label=label, **look)
         axes.set_xlim(0.4, latent_dim + 0.6)
         axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
-@_styled
+@styled
 def predictive_checks(
     observed: np.ndarray,
     replicated_mean: np.ndarray,
@@ -398,8 +237,8 @@ def predictive_checks(
     """
     inside = np.abs(observed - replicated_mean) <= 2 * replicated_scale
     notes = [f"{100 * share:.0f}% within 2 sd" for share in inside.mean(0)]
-    figure, panels = _panels(names, title, "replicated", "observed", notes=notes, columns=4)
-    for j, axes in enumerate(panels):
+    figure, grid = panels(names, title, "replicated", "observed", notes=notes, columns=4)
+    for j, axes in enumerate(grid):
         for k, colour in ((inside[:, j], TRAIN), (~inside[:, j], VALIDATION)):
             look: Any = {"fmt": "o", "color": colour, "xerr": 2 * replicated_scale[k, j], **THIN}
             axes.errorbar(replicated_mean[k, j], observed[k, j], **look)
@@ -410,7 +249,7 @@ def predictive_checks(
     return figure
 
 
-@_styled
+@styled
 def aggregate_posterior(
     prior_draws: np.ndarray, aggregate_draws: np.ndarray, title: str = ""
 ) -> Figure:
@@ -426,7 +265,7 @@ def aggregate_posterior(
     latent_dim = prior_draws.shape[1]
     sets = (("prior $p(z)$", prior_draws, "0.55"), ("aggregate posterior", aggregate_draws, TRAIN))
     many = latent_dim > 2
-    figure = _figure(7.2 if many else 4.4, 4.0, title)
+    figure = new_figure(7.2 if many else 4.4, 4.0, title)
     axes, *others = figure.subplots(1, 2 if many else 1, squeeze=False)[0]
     if latent_dim == 1:
         edges = np.histogram_bin_edges(np.concatenate([prior_draws, aggregate_draws]), 40)
@@ -442,7 +281,7 @@ def aggregate_posterior(
             names = [f"principal axis {j + 1} of the aggregate ({shares[j]:.0f}%)" for j in (0, 1)]
         for label, draws, colour in sets:
             points = (draws - centre) @ directions[:2].T
-            axes.scatter(*points.T, s=_size(len(points)) + 1, color=colour, label=label, **DOTS)
+            axes.scatter(*points.T, s=dot_size(len(points)) + 1, color=colour, label=label, **DOTS)
         axes.set(xlabel=names[0], ylabel=names[1])
         axes.set_aspect("equal", adjustable="datalim")
     for bars in others:
@@ -453,56 +292,3 @@ def aggregate_posterior(
         bars.set_ylabel("standard deviation of the aggregate")
     figure.legend(loc="outside lower center", ncols=2, markerscale=2)
     return figure
-
-
-def _figure(width: float, height: float, title: str, shown: int = 0, count: int = 0) -> Figure:
-    """A figure whose title says how many of how many are shown, if not all."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    if shown < count:
-        title = f"{title} ({shown} of {count} shown)".strip()
-    lines = textwrap.wrap(title, int(12 * width), break_long_words=False, break_on_hyphens=False)
-    figure.suptitle("\n".join(lines))
-    return figure
-
-
-def _panels(
-    names: Sequence[str],
-    title: str,
-    xlabel: str,
-    ylabel: str,
-    notes: Sequence[str] = (),
-    most: int = MOST_PANELS,
-    columns: int = 6,
-    width: float = 2.2,
-    sharex: bool = False,
-    sharey: bool = False,
-) -> tuple[Figure, list[Axes]]:
-    """A panel of at most `width` inches for each of the first names, its title, over a note."""
-    shown = min(len(names), most)
-    rows = math.ceil(shown / columns)
-    columns = math.ceil(shown / rows)
-    whole = min(7.2, max(3.6, width * columns))
-    height = min(0.85 * whole / columns, 3.1 if rows < 3 else 1.5) + (0.35 if notes else 0.2)
-    figure = _figure(whole, rows * height + 0.5, title, shown, len(names))
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
-    for i, axes in enumerate(grid.flat):
-        if i >= shown:
-            axes.remove()
-            continue
-        lines = [_short(names[i], int(14 * whole / columns)), *notes[i : i + 1]]
-        axes.set_title("\n".join(lines), fontsize=8)
-        axes.locator_params(nbins=3 if columns > 3 else 5)
-        # Where nothing stands below, the panel has to have the shared labels.
-        axes.tick_params(labelsize=7, labelbottom=not sharex or i + columns >= shown)
-    figure.supxlabel(xlabel)
-    figure.supylabel(ylabel)
-    return figure, list(grid.flat)[:shown]
-
-
-def _short(name: str, most: int) -> str:
-    return plain(name if len(name) <= most else f"{name[: most - 1]}…")
-
-
-def _size(count: int) -> float:
-    """Of the dots of a scatter plot."""
-    return float(np.clip(3000 / count, 2, 12))

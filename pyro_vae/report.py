@@ -14,17 +14,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from .command import load_run_data, parse, refuse_existing, run_command
-from .config import Config, InputError, auto
-
-if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
-    from .data import Splits
-    from .gallery import Codes
+from .config import InputError, auto
 
 
 @dataclass(frozen=True)
@@ -69,8 +64,9 @@ def _main(arguments: ReportArguments) -> None:
     from tqdm import tqdm
 
     from .checkpoint import load_checkpoint
-    from .gallery import latent_codes
+    from .codes import latent_codes
     from .overview import overview
+    from .pages import write_page
 
     views = []
     with tqdm(total=len(runs), disable=None, unit="run") as bar:
@@ -85,106 +81,8 @@ def _main(arguments: ReportArguments) -> None:
             codes = latent_codes(checkpoint.vae, splits, checkpoint.config.seed)
             views.append(overview(run, checkpoint, splits, codes, len(runs)))
             bar.update()
-    _write(out, views)
+    write_page(out, views)
     print(out)
-
-
-def write_report(run: Path, checkpoint: Checkpoint, splits: Splits, codes: Codes) -> Path:
-    """Write RUN/report.html; returns the file.
-
-    Args:
-        run: the run's folder.
-        checkpoint: its best.
-        splits: the data it was trained on.
-        codes: `gallery.latent_codes` of both.
-    """
-    from .overview import overview
-
-    _write(run / "report.html", [overview(run, checkpoint, splits, codes, 1)])
-    return run / "report.html"
-
-
-def _write(out: Path, views: Sequence[dict[str, Any]]) -> None:
-    """The overviews of the runs → one page."""
-    from . import figures
-    from .checkpoint import write_atomically
-    from .page import render
-
-    several = len(views) > 1
-    names = _distinct([view["path"] for view in views])
-    for view, name in zip(views, names, strict=True):
-        view["name"] = name
-    if several:
-        curves = figures.compare_curves({view["name"]: view["history"] for view in views})
-        svg, best = figures.svg(curves), ", ".join(names)
-        alt = f"ELBO, reconstruction and KL on validation data over epochs, of {best}"
-    else:
-        svg, alt = views[0]["curves"], views[0]["curves_alt"]
-    checks = dict.fromkeys(check for view in views for check in view["trust"]["by_check"])
-    numbers = dict.fromkeys(label for view in views for label in view["numbers"])
-    rows = {view["row"] for view in views}
-    which = "validation" if several else "training and validation"
-    row = rows.pop() if len(rows) == 1 else "row"
-    page = render(
-        {
-            "title": " · ".join(names),
-            "several": several,
-            "runs": views,
-            "numbers": list(numbers),
-            "checks": list(checks),
-            "warnings": _warnings(views),
-            "settings": _settings(views),
-            "curves": {"caption": f"By epoch, {which} {row}s", "svg": svg, "alt": alt},
-            "row": row,
-            "views": {str(k): view["interactive"] for k, view in enumerate(views)},
-        }
-    )
-    write_atomically(out, page.encode(errors="replace"))  # a folder's name may be no UTF-8
-
-
-def _distinct(paths: Sequence[Path]) -> list[str]:
-    """Names of runs: the folder's, or as much of the path as tells them apart."""
-    names = [path.resolve().name for path in paths]
-    if len(set(names)) < len(names):
-        names = [str(path) for path in paths]
-    if len(set(names)) < len(names):
-        names = [f"{name} ({k})" for k, name in enumerate(names, 1)]
-    return [name.encode(errors="replace").decode() for name in names]
-
-
-def _settings(views: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each setting; marked are those that differ, or that are not the default."""
-    from .overview import flat
-
-    default = flat(Config().to_dict())
-    flags = {"source": "data", "root": "data-root", "kind": "model"}
-    rows = []
-    for name in views[0]["settings"]:
-        values = [view["settings"][name] for view in views]
-        if len(views) > 1:
-            marked = len(set(values)) > 1
-        else:  # the root is a path of the machine
-            marked = views[0]["asked"][name] != default[name] and name != "root"
-        if set(values) == {"None"}:  # an option of another model or objective
-            continue
-        flag = f"--{flags.get(name, name.replace('_', '-'))}"
-        rows.append({"name": flag, "values": values, "marked": marked})
-    return sorted(rows, key=lambda line: len(views) > 1 and not line["marked"])
-
-
-def _warnings(views: Sequence[dict[str, Any]]) -> list[str]:
-    """What stands in the way of comparing these runs."""
-    found = []
-    if len({view["fingerprint"] for view in views}) > 1:
-        found.append("These runs are of different data: their numbers do not compare.")
-    elif len({view["validation"] for view in views}) > 1:
-        found.append(
-            "These runs hold other rows of the data back for validation, which is a difference "
-            "between their numbers too."
-        )
-    if len({view["settings"]["likelihood"] for view in views}) > 1:
-        found.append("Their likelihoods differ: densities of one do not compare with the other's.")
-    return found
 
 
 if __name__ == "__main__":

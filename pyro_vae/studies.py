@@ -1,27 +1,22 @@
-"""What `diagnose` looks into: each study computes, judges and draws one side of the inference."""
+"""The studies of `diagnose`: each computes, judges and draws one aspect of the inference."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.distributions import kl_divergence
 
-from . import posterior_figures as draw
-from . import verdicts
+from . import calibration_figures, posterior_figures, verdicts
 from .annealing import anneal
-from .calibration import (
-    Simulations,
-    check_ranks,
-    coverage,
-    gamma_band,
-    miscalibration,
-    simulate,
-)
+from .calibration import Simulations, check_ranks, coverage, gamma_band, miscalibration, simulate
+from .data import Split, Units
 from .diagnostics import (
     aggregate_posterior,
     energy_coefficient,
@@ -32,16 +27,17 @@ from .diagnostics import (
 )
 from .evidence import importance_sample, reliable_k, upper_bound
 from .nuts import compare_with_nuts
+from .randomness import derive
 from .refinement import gaps
 from .vae import VAE
 from .verdicts import Finding
 
-__all__ = ["FULL", "QUICK", "Effort", "Study", "studies"]
+__all__ = ["FULL", "QUICK", "Effort", "Study", "random_rows", "studies"]
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is computed.
+    """Sizes of the computations.
 
     Attributes:
         held_out: rows for weights, latents and predictive checks, at most.
@@ -53,29 +49,29 @@ class Effort:
         aggregate: draws from the aggregate posterior, at most.
     """
 
-    held_out: int
-    importance_samples: int
-    refined: int
-    refine_steps: int
-    simulations: int
-    draws: int
-    annealed: int
-    anneal_steps: int
-    anneal_chains: int
-    chain_rows: int
-    chains: int
-    chain_warmup: int
-    chain_draws: int
-    aggregate: int
+    held_out: int = 1000
+    importance_samples: int = 5000
+    refined: int = 128
+    refine_steps: int = 1000
+    simulations: int = 4000
+    draws: int = 199
+    annealed: int = 64
+    anneal_steps: int = 1000
+    anneal_chains: int = 8
+    chain_rows: int = 8
+    chains: int = 4
+    chain_warmup: int = 200
+    chain_draws: int = 300
+    aggregate: int = 2000
 
 
+FULL = Effort()
 QUICK = Effort(
     held_out=200,
     importance_samples=1000,
     refined=32,
     refine_steps=200,
     simulations=500,
-    draws=199,
     annealed=16,
     anneal_steps=200,
     anneal_chains=4,
@@ -85,35 +81,29 @@ QUICK = Effort(
     chain_draws=50,
     aggregate=500,
 )
-FULL = Effort(
-    held_out=1000,
-    importance_samples=5000,
-    refined=128,
-    refine_steps=1000,
-    simulations=4000,
-    draws=199,
-    annealed=64,
-    anneal_steps=1000,
-    anneal_chains=8,
-    chain_rows=8,
-    chains=4,
-    chain_warmup=200,
-    chain_draws=300,
-    aggregate=2000,
-)
 
 
 @dataclass(frozen=True)
 class Study:
-    """Attributes:
-    findings: lines of the table.
-    details: numbers behind them, fit for JSON.
-    figures: name → figure.
+    """The results of a study.
+
+    Attributes:
+        findings: lines of the table.
+        details: numbers behind them, fit for JSON.
+        figures: name → figure.
     """
 
     findings: list[Finding]
     details: dict[str, Any]
     figures: dict[str, Figure]
+
+
+def random_rows(split: Split, units: Units, count: int, seed: int) -> Tensor:
+    """At most `count` rows of a split, as x, chosen at random: files are often sorted by class."""
+    generator = torch.Generator().manual_seed(derive(seed, "rows"))
+    chosen = split.rows[torch.randperm(len(split), generator=generator)[:count]]
+    part = dataclasses.replace(split, rows=chosen, labels=None)
+    return torch.cat(list(part.fixed(units, seed)))
 
 
 def studies(
@@ -128,108 +118,100 @@ def studies(
         effort: how much to compute.
         advance: called with percentages of the whole work as they are done.
     """
-    # The share of the work that each study is, in percent, as measured on the digits.
-    yield _weights(
-        vae, held_out, effort, _steps(advance, 8, len(held_out) * effort.importance_samples)
-    )
-    yield _latents(vae, held_out, advance)
-    yield _gaps(
-        vae, held_out[: effort.refined], effort, _steps(advance, 25, 2 * effort.refine_steps)
-    )
-    yield _calibration(vae, effort, _steps(advance, 8, effort.simulations))
-    pairs = 3 * effort.anneal_steps * effort.annealed * effort.anneal_chains
-    yield _bounds(vae, effort, _steps(advance, 30, pairs))
+
+    def part(percent: float, total: int) -> Callable[[int], object]:
+        """Progress within a study that takes `percent` of the time, as measured on the digits."""
+        return lambda done: advance(percent * done / total)
+
+    yield _weights(vae, held_out, effort, part(8, len(held_out) * effort.importance_samples))
+    yield _latents(vae, held_out)
+    advance(2)
+    yield _gaps(vae, held_out[: effort.refined], effort, part(25, 2 * effort.refine_steps))
+    yield _calibration(vae, effort, part(8, effort.simulations))
+    moves = 3 * effort.anneal_steps * effort.annealed * effort.anneal_chains
+    yield _bounds(vae, effort, part(30, moves))
     transitions = effort.chains * (effort.chain_warmup + effort.chain_draws)
-    yield _chains(vae, held_out[: effort.chain_rows], effort, _steps(advance, 25, transitions))
-    yield _aggregate(vae, training, effort, advance)
-
-
-def _steps(
-    advance: Callable[[float], object], percent: float, count: int
-) -> Callable[[int], object]:
-    return lambda done: advance(percent * done / count)
+    yield _chains(vae, held_out[: effort.chain_rows], effort, part(25, transitions))
+    yield _aggregate(vae, training, effort)
+    advance(2)
 
 
 def _weights(vae: VAE, x: Tensor, effort: Effort, on_chunk: Callable[[int], object]) -> Study:
-    evidence = importance_sample(vae, x, effort.importance_samples, on_chunk, with_pareto_k=True)
-    assert evidence.pareto_k is not None
-    k = evidence.pareto_k.cpu().numpy()
-    size = evidence.effective_sample_size.cpu().numpy()
-    threshold = reliable_k(effort.importance_samples)
+    num_samples = effort.importance_samples
+    evidence = importance_sample(vae, x, num_samples, on_chunk, with_pareto_k=True)
     with torch.no_grad():
-        kl = torch.distributions.kl_divergence(vae.posterior(x), vae.prior()).double()
-    elbo = evidence.reconstruction - kl
+        kl = kl_divergence(vae.posterior(x), vae.prior()).double()
+    k, size = _array(evidence.pareto_k), _array(evidence.effective_sample_size)
+    limit = reliable_k(num_samples)
+
+    findings = [verdicts.about_weights(k > limit)]
     details = {
-        "elbo": elbo.mean().item(),
+        "elbo": (evidence.reconstruction - kl).mean().item(),
         "log_evidence": evidence.log_evidence.mean().item(),
-        "importance_samples": effort.importance_samples,
-        "pareto_k": {"limit": threshold, **_summary(k[np.isfinite(k)])},
+        "importance_samples": num_samples,
+        "pareto_k": {"limit": limit, **_summary(k[np.isfinite(k)])},
         "effective_sample_size": _summary(size),
     }
-    figure = draw.weight_tails(
-        k, size, effort.importance_samples, threshold, "Importance weights of held-out rows"
+    figure = posterior_figures.weight_tails(
+        k, size, num_samples, limit, "Importance weights of held-out rows"
     )
-    return Study([verdicts.about_weights(k > threshold)], details, {"weights": figure})
+    return Study(findings, details, {"weights": figure})
 
 
-def _latents(vae: VAE, x: Tensor, advance: Callable[[float], object]) -> Study:
+def _latents(vae: VAE, x: Tensor) -> Study:
     use, check = latent_use(vae, x), predictive_check(vae, x)
-    advance(2)
-    names = [f"z{j + 1}" for j in range(len(use.kl))]
+
+    findings = [verdicts.about_collapse(use), verdicts.about_predictions(check)]
+    outside = abs(check.p_values - 0.5) > 0.475
     details = {
         "latent_kl": use.kl.tolist(),
         "latent_mean_variance": use.mean_variance.tolist(),
         "active_units": int(use.active.sum()),
-        "predictive_effects": dict(zip(check.names, check.effects.mean(0).tolist(), strict=True)),
-        "predictive_p_values_beyond_95%": dict(
-            zip(check.names, (abs(check.p_values - 0.5) > 0.475).mean(0).tolist(), strict=True)
+        "predictive_effects": _by_name(check.names, check.effects.mean(0)),
+        "predictive_p_values_beyond_95%": _by_name(check.names, outside.mean(0)),
+    }
+    names = [f"z{j + 1}" for j in range(len(use.kl))]
+    title = "Held-out rows and what the model draws in their place"
+    figures = {
+        "latents": posterior_figures.latent_use(
+            use.kl, use.mean_variance, use.active, names, "What each latent carries"
+        ),
+        "predictive": posterior_figures.predictive_checks(
+            check.observed, check.replicated_mean, check.replicated_scale, check.names, title
         ),
     }
-    return Study(
-        [verdicts.about_collapse(use), verdicts.about_predictions(check)],
-        details,
-        {
-            "latents": draw.latent_use(
-                use.kl, use.mean_variance, use.active, names, "What each latent carries"
-            ),
-            "predictive": draw.predictive_checks(
-                check.observed,
-                check.replicated_mean,
-                check.replicated_scale,
-                check.names,
-                "Held-out rows and what the model draws in their place",
-            ),
-        },
-    )
+    return Study(findings, details, figures)
 
 
 def _gaps(vae: VAE, x: Tensor, effort: Effort, on_step: Callable[[int], object]) -> Study:
     result = gaps(vae, x, effort.refine_steps, effort.importance_samples, on_step)
     parts = {
-        "amortization_gap": result.amortization,
-        "correlation_gap": result.correlation,
-        "remaining_gap": result.remainder,
-        "refined_log_evidence": result.evidence.log_evidence,
+        "amortization_gap": _array(result.amortization),
+        "correlation_gap": _array(result.correlation),
+        "remaining_gap": _array(result.remainder),
     }
-    arrays = {name: part.cpu().numpy() for name, part in parts.items()}
-    assert result.evidence.pareto_k is not None
-    k = result.evidence.pareto_k.cpu().numpy()
-    details: dict[str, Any] = {name: _summary(array) for name, array in arrays.items()}
+    k = _array(result.evidence.pareto_k)
+
+    details = {name: _summary(values) for name, values in parts.items()}
+    details["refined_log_evidence"] = _summary(_array(result.evidence.log_evidence))
     details["refined_pareto_k"] = _summary(k[np.isfinite(k)])
-    figure = draw.inference_gaps(
-        arrays["amortization_gap"],
-        arrays["correlation_gap"],
-        arrays["remaining_gap"],
-        "What the ELBO of held-out rows lacks to log p(x)",
-    )
+    amortization, correlation, remainder = parts.values()
+    title = "What the ELBO of held-out rows lacks to log p(x)"
+    figure = posterior_figures.inference_gaps(amortization, correlation, remainder, title)
     return Study(verdicts.about_gaps(result), details, {"gaps": figure})
 
 
 def _calibration(vae: VAE, effort: Effort, on_chunk: Callable[[int], object]) -> Study:
     simulations = simulate(vae, effort.simulations, effort.draws, on_chunk=on_chunk)
-    covered = coverage(simulations)
-    sizes = miscalibration(simulations)
+    covered, sizes = coverage(simulations), miscalibration(simulations)
     names = simulations.names[: simulations.z.shape[1]]
+
+    findings = [
+        verdicts.about_spread(simulations),
+        verdicts.about_bias(simulations),
+        *verdicts.about_coverage(covered),
+        verdicts.about_likelihood_ranks(simulations),
+    ]
     details = {
         "rank_tests": {
             test.name: {
@@ -239,48 +221,39 @@ def _calibration(vae: VAE, effort: Effort, on_chunk: Callable[[int], object]) ->
             }
             for test in check_ranks(simulations)
         },
-        "bias": {n: [i.estimate, i.low, i.high] for n, i in zip(names, sizes.bias, strict=True)},
-        "spread": {
-            n: [i.estimate, i.low, i.high] for n, i in zip(names, sizes.spread, strict=True)
-        },
+        "bias": dict(zip(names, map(astuple, sizes.bias), strict=True)),
+        "spread": dict(zip(names, map(astuple, sizes.spread), strict=True)),
         "coverage": {
             "nominal": covered.nominal.tolist(),
-            **dict(zip(covered.names, covered.covered.T.tolist(), strict=True)),
+            **_by_name(covered.names, covered.covered.T),
         },
-        "contraction": dict(zip(names, simulations.contraction.mean(0).tolist(), strict=True)),
-        "recovery": dict(zip(names, simulations.recovery.tolist(), strict=True)),
+        "contraction": _by_name(names, simulations.contraction.mean(0)),
+        "recovery": _by_name(names, simulations.recovery),
     }
-    findings = [
-        verdicts.about_spread(simulations),
-        verdicts.about_bias(simulations),
-        *verdicts.about_coverage(covered),
-        verdicts.about_likelihood_ranks(simulations),
-    ]
     return Study(findings, details, _calibration_figures(simulations, names))
 
 
-def _calibration_figures(simulations: Simulations, names: tuple[str, ...]) -> dict[str, Figure]:
-    levels = tuple(np.linspace(0.1, 0.95, 18))
-    curve = coverage(simulations, levels)
+def _calibration_figures(simulations: Simulations, names: Sequence[str]) -> dict[str, Figure]:
+    curve = coverage(simulations, tuple(np.linspace(0.1, 0.95, 18)))
     band = gamma_band(len(simulations.ranks), simulations.num_draws)
     # The two quantities of all latents first: of many latents only some are shown.
     order = [*range(len(names), len(simulations.names)), *range(len(names))]
     quantities = [simulations.names[i] for i in order]
     ranks, num_draws = simulations.ranks[:, order], simulations.num_draws
     return {
-        "ranks": draw.rank_histograms(
+        "ranks": calibration_figures.rank_histograms(
             ranks, num_draws, quantities, "Ranks of the truth among draws from q(z|x)"
         ),
-        "ecdf": draw.ecdf_differences(
+        "ecdf": calibration_figures.ecdf_differences(
             ranks, num_draws, quantities, *band, "Ranks: distribution less the uniform one"
         ),
-        "coverage": draw.coverage_curve(
+        "coverage": calibration_figures.coverage_curve(
             curve.nominal, curve.covered, curve.low, curve.high, curve.names, "Expected coverage"
         ),
-        "recovery": draw.recovery(
+        "recovery": calibration_figures.recovery(
             simulations.z, simulations.mean, names, "Truth and posterior mean, simulated rows"
         ),
-        "contraction": draw.contraction_and_z(
+        "contraction": calibration_figures.contraction_and_z(
             simulations.contraction,
             simulations.z_scores,
             names,
@@ -296,33 +269,30 @@ def _bounds(vae: VAE, effort: Effort, on_step: Callable[[int], object]) -> Study
     importance = importance_sample(vae, x, effort.importance_samples).log_evidence
     free = upper_bound(vae, x, z, effort.importance_samples)
     annealed = anneal(vae, x, effort.anneal_steps, effort.anneal_chains, z, on_step)
-    assert annealed.upper is not None
+    upper = _array(annealed.upper)
     bounds = {
-        "importance sampling": (importance, "lower"),
-        "annealing, forward": (annealed.lower, "lower"),
-        "annealing, reverse": (annealed.upper, "upper"),
-        "importance sampling with the true z": (free, "upper"),
+        "importance sampling": (_array(importance), "lower"),
+        "annealing, forward": (_array(annealed.lower), "lower"),
+        "annealing, reverse": (upper, "upper"),
+        "importance sampling with the true z": (_array(free), "upper"),
     }
+
+    findings = [verdicts.about_bounds(annealed, _array(importance))]
     details = {
-        "bounds": {name: _summary(values.cpu().numpy()) for name, (values, _) in bounds.items()},
-        "annealing_gap": _summary((annealed.upper - annealed.lower).cpu().numpy()),
+        "bounds": {name: _summary(values) for name, (values, _) in bounds.items()},
+        "annealing_gap": _summary(upper - _array(annealed.lower)),
         "acceptance": annealed.acceptance.mean().item(),
     }
     # Drawn against the annealed upper bound of each row: the rows' own spread would hide the rest.
     shown = []
     for name, (values, kind) in bounds.items():
-        difference = (values - annealed.upper).double()
-        error = difference.std().item() / len(x) ** 0.5
-        shown.append((name, difference.mean().item(), error, kind))
-    return Study(
-        [verdicts.about_bounds(annealed, importance.cpu().numpy())],
-        details,
-        {
-            "bounds": draw.sandwich(
-                shown, "log p(x) of simulated rows, less its annealed upper bound"
-            )
-        },
+        difference = values - upper
+        error = difference.std(ddof=1) / len(x) ** 0.5
+        shown.append((name, float(difference.mean()), float(error), kind))
+    figure = posterior_figures.sandwich(
+        shown, "log p(x) of simulated rows, less its annealed upper bound"
     )
+    return Study(findings, details, {"bounds": figure})
 
 
 def _chains(vae: VAE, x: Tensor, effort: Effort, on_sample: Callable[[int], object]) -> Study:
@@ -331,6 +301,7 @@ def _chains(vae: VAE, x: Tensor, effort: Effort, on_sample: Callable[[int], obje
     )
     with torch.no_grad():
         posterior = vae.posterior(x)
+
     details = {
         "nuts": {
             "rows": len(x),
@@ -343,9 +314,9 @@ def _chains(vae: VAE, x: Tensor, effort: Effort, on_sample: Callable[[int], obje
             "energy_coefficient_of_halves": result.null_distance.tolist(),
         }
     }
-    figure = draw.chains_against_guide(
-        posterior.mean.cpu().numpy(),
-        posterior.variance.sqrt().cpu().numpy(),
+    figure = posterior_figures.chains_against_guide(
+        _array(posterior.mean),
+        _array(posterior.variance.sqrt()),
         result.draws.mean((0, 1)),
         result.draws.std((0, 1)),
         "q(z|x) and NUTS, held-out rows",
@@ -353,43 +324,45 @@ def _chains(vae: VAE, x: Tensor, effort: Effort, on_sample: Callable[[int], obje
     return Study(verdicts.about_chains(result), details, {"nuts": figure})
 
 
-def _aggregate(
-    vae: VAE, training: Tensor, effort: Effort, advance: Callable[[float], object]
-) -> Study:
+def _aggregate(vae: VAE, training: Tensor, effort: Effort) -> Study:
     count = min(effort.aggregate, len(training))
     with torch.no_grad():
         z = vae.prior().sample((effort.aggregate,))
-        simulated_x = torch.cat([vae.likelihood(part).sample() for part in z.split(256)])
-        prior = vae.prior().sample((effort.aggregate,)).cpu().numpy()
-    simulated = aggregate_posterior(vae, simulated_x)
-    seen = aggregate_posterior(vae, training[:count])
-    blocks = [
-        energy_coefficient(a, b)
-        for a, b in zip(np.array_split(simulated, 10), np.array_split(prior, 10), strict=True)
+        x = torch.cat([vae.likelihood(part).sample() for part in z.split(256)])
+        prior = _array(vae.prior().sample((effort.aggregate,)))
+    simulated, seen = aggregate_posterior(vae, x), aggregate_posterior(vae, training[:count])
+    blocks = zip(np.array_split(simulated, 10), np.array_split(prior, 10), strict=True)
+    test, share = energy_test(simulated, prior), holes(seen, prior[:count])
+
+    findings = [
+        verdicts.about_aggregate(np.array([energy_coefficient(a, b) for a, b in blocks])),
+        verdicts.about_holes(share, count),
     ]
-    test = energy_test(simulated, prior)
-    share = holes(seen, prior[:count])
-    advance(2)
     details = {
         "aggregate": {
             "simulated": {"energy_coefficient": test.coefficient, "p_value": test.p_value},
             "training": {"energy_coefficient": energy_coefficient(seen, prior), "holes": share},
         }
     }
-    figure = draw.aggregate_posterior(
-        prior, seen, "Prior, and the aggregate posterior of training rows"
-    )
-    findings = [
-        verdicts.about_aggregate(np.array(blocks)),
-        verdicts.about_holes(share, count),
-    ]
+    title = "Prior, and the aggregate posterior of training rows"
+    figure = posterior_figures.aggregate_posterior(prior, seen, title)
     return Study(findings, details, {"aggregate": figure})
 
 
+def _array(values: Tensor | None) -> np.ndarray:
+    """The values of a tensor that was asked for."""
+    assert values is not None
+    return values.cpu().numpy()
+
+
+def _by_name(names: Sequence[str], values: np.ndarray) -> dict[str, Any]:
+    return dict(zip(names, values.tolist(), strict=True))
+
+
 def _summary(values: np.ndarray) -> dict[str, float | None]:
-    """Mean, median and extremes, or nothing of no values."""
-    if values.size == 0:
-        return dict.fromkeys(("mean", "median", "least", "largest"))
-    numbers = (values.mean(), np.median(values), values.min(), values.max())
+    """Mean, median and extremes, or None for each if there are no values."""
     names = ("mean", "median", "least", "largest")
+    if values.size == 0:
+        return dict.fromkeys(names)
+    numbers = (values.mean(), np.median(values), values.min(), values.max())
     return {name: float(number) for name, number in zip(names, numbers, strict=True)}

@@ -313,8 +313,9 @@ def _describe(run: RunFolder) -> None:
 def _summarize(run: RunFolder) -> None:
     """Draw the pictures, write the report, and print where everything is."""
     from .checkpoint import load_checkpoint
-    from .gallery import draw_reconstructions, draw_run, latent_codes
-    from .report import write_report
+    from .codes import latent_codes
+    from .gallery import draw_reconstructions, draw_run
+    from .pages import write_report
 
     history, figures, seed = run.history, run.path / "figures", run.config.seed
     device = next(run.vae.parameters()).device

@@ -1,21 +1,21 @@
-"""What the checks of a posterior found, in one line each: a size, its interval, a verdict, advice.
+"""Findings of the posterior checks: a size with its interval, a verdict, and advice.
 
-A size is compared with two limits, by its whole 95% interval:
+The whole 95% interval of a size is compared with two limits:
 
     sound      the interval lies within the first limit: the error is shown to be small
     wrong      the interval lies beyond the second: the error is shown to be large
-    doubtful   neither: in between, or too uncertain to say
+    doubtful   otherwise: the size is in between, or too uncertain
 
-So a verdict never rests on a p-value, which for a guide that is not exact only counts simulations;
-and too few simulations make doubts, not trust. The limits are conventions; each finding shows its
-own.
+No verdict rests on a p-value. For a guide that is not exact, a p-value measures the number of
+simulations; here too few simulations give doubtful findings, not sound ones. The limits are
+conventions, and each finding states its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from .nuts import Comparison
 from .refinement import Gaps
 
 __all__ = [
+    "Check",
     "Finding",
     "Verdict",
     "about_aggregate",
@@ -56,284 +57,303 @@ Verdict = Literal["sound", "doubtful", "wrong"]
 
 
 def number(value: float) -> str:
-    """A size as it is shown: to two places, below 1 to three."""
+    """Format a size: two decimals, three below 1."""
     return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One line of the table.
+class Check:
+    """One row of the table of checks.
 
     Attributes:
-        check: what was looked at.
-        effect: what the number is, with its unit.
-        size: the number and its 95% confidence interval.
-        ideal: its value for an exact guide.
+        name: of the check.
+        effect: the number that is reported, with its unit. `{ideal}` and `{subject}` are filled in.
         limits: of sound and of wrong, as distances from `ideal`, or as ratios where `is_ratio`.
+        meaning: how to read the number; `{direction}` is one of `directions`.
+        advice: what to do if the finding is not sound.
+        ideal: the value for an exact guide.
+        directions: the words for a size up to `ideal`, and for a larger one.
         is_ratio: whether deviations are ratios to `ideal`, 2 and ½ being equally far.
-        meaning: what the number says.
-        advice: what to do about it.
-        wrong_at_all: whether the finding can be an error; if not it is doubtful at most.
-        reliable: whether the check itself worked; if not the verdict is doubtful.
+        unreliable: precedes the meaning if the check itself did not work.
     """
 
-    check: str
+    name: str
     effect: str
-    size: Interval
-    ideal: float
     limits: tuple[float, float]
     meaning: str
     advice: str
+    ideal: float = 0.0
+    directions: tuple[str, str] = ("", "")
     is_ratio: bool = False
-    wrong_at_all: bool = True
+    unreliable: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of a check.
+
+    Attributes:
+        check: its row of the table.
+        size: the number and its 95% confidence interval.
+        subject: the latent or statistic that the number describes, named in the effect.
+        reliable: whether the check itself worked; if not, the verdict is doubtful.
+    """
+
+    check: Check
+    size: Interval
+    subject: str = ""
     reliable: bool = True
 
     @property
     def verdict(self) -> Verdict:
-        ends = [self._distance(self.size.low), self._distance(self.size.high)]
-        # The least distance is 0 where the interval holds the ideal value.
-        least = 0.0 if self.size.low <= self.ideal <= self.size.high else min(ends)
-        if not self.reliable:
-            return "doubtful"
-        if max(ends) <= self.limits[0]:
+        check, size = self.check, self.size
+        distances = [self._distance(size.low), self._distance(size.high)]
+        least = 0.0 if size.low <= check.ideal <= size.high else min(distances)
+        if self.reliable and max(distances) <= check.limits[0]:
             return "sound"
-        return "wrong" if least > self.limits[1] and self.wrong_at_all else "doubtful"
+        return "wrong" if self.reliable and least > check.limits[1] else "doubtful"
 
     def _distance(self, value: float) -> float:
-        if not self.is_ratio:
-            return abs(value - self.ideal)
-        ratio = max(value, 1e-12) / self.ideal
+        if not self.check.is_ratio:
+            return abs(value - self.check.ideal)
+        ratio = max(value, 1e-12) / self.check.ideal
         return max(ratio, 1 / ratio)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The finding as an entry of diagnostics.json."""
+        check = self.check
+        direction = check.directions[self.size.estimate > check.ideal]
+        return {
+            "check": check.name,
+            "verdict": self.verdict,
+            "effect": check.effect.format(ideal=check.ideal, subject=self.subject),
+            **asdict(self.size),
+            "ideal": check.ideal,
+            "limits": check.limits,
+            "meaning": ("" if self.reliable else check.unreliable)
+            + check.meaning.format(direction=direction),
+            "advice": check.advice,
+        }
+
+
+WEIGHTS = Check(
+    "importance weights",
+    "share of rows whose Pareto k is too high to rely on log p(x)",
+    (0.1, 0.5),
+    "where k is high q(z|x) lacks mass that p(z|x) has, and log p(x) comes out too low",
+    "quote log p(x) as a lower bound, with its number of samples; a wider or richer guide, or one "
+    "refined for each row (pyro_vae.refinement), mends the weights",
+)
+BOUNDS = Check(
+    "log p(x), bounded",
+    "annealed upper bound less importance-sampled log p(x), nats a row",
+    (0.2, 2.0),
+    "log p(x) as `evaluate` estimates it is too low by this at most; part of it may be the "
+    "annealing's own error, see annealing_gap in diagnostics.json",
+    "more importance samples; where the annealed lower bound is higher, quote that one",
+)
+AMORTIZATION = Check(
+    "amortization gap",
+    "ELBO of the best diagonal Gaussian less the encoder's, nats a row",
+    (1.0, 5.0),
+    "the encoder's posterior is worse by this than one fitted to each row alone",
+    "more data or fewer epochs, if training and validation ELBO part; else a larger encoder; or "
+    "refine each row's posterior by SVI (pyro_vae.refinement)",
+)
+APPROXIMATION = Check(
+    "approximation gap",
+    "log p(x) less the best diagonal Gaussian's ELBO, nats a row",
+    (1.0, 5.0),
+    "no Gaussian with independent latents comes closer, however it is trained",
+    "a guide with full covariance, more particles with --objective dreg, or fewer latents",
+)
+WIDTH = Check(
+    "posterior width",
+    "factor by which posterior sds fall short (root mean square z-score)",
+    (1.1, 1.5),
+    "intervals of q(z|x) are too {direction}",
+    "multiply the standard deviations by this factor before you use them as errors; --kl-warmup, "
+    "more data for the encoder, or a richer guide mend it at the root",
+    ideal=1.0,
+    directions=("wide: the guide is too cautious", "narrow: the guide is overconfident"),
+    is_ratio=True,
+)
+BIAS = Check(
+    "posterior bias",
+    "mean z-score of {subject}, the worst latent, in posterior sds",
+    (0.2, 0.5),
+    "the posterior mean of that latent lies too low by this, over data of the model",
+    "longer training, a learning rate that falls (--schedule cosine), or a larger encoder",
+)
+INTERVALS = Check(
+    "coverage, intervals",
+    "share of truths inside the {ideal:.0%} regions, of single latents' central intervals",
+    (0.03, 0.1),
+    "regions hold the truth {direction} often than they say",
+    "widen them by the factor of `posterior width`",
+    ideal=0.9,
+    directions=("less", "more"),
+)
+REGIONS = replace(
+    INTERVALS,
+    name="coverage, regions",
+    effect="share of truths inside the {ideal:.0%} regions, of joint highest-density regions",
+    limits=(0.05, 0.2),
+    advice="joint regions suffer most from latents held independent: a guide with full covariance, "
+    "or fewer latents",
+)
+LIKELIHOOD_RANKS = Check(
+    "use of the data",
+    "mean rank of log p(x|z) at the truth among draws from q(z|x), 0 to 1",
+    (0.05, 0.2),
+    "draws from q(z|x) explain x {direction} than draws from the posterior would",
+    "above ½: --kl-warmup and more capacity against collapse, or a refined guide; below ½: the "
+    "guide is too narrow, see `posterior width`",
+    ideal=0.5,
+    directions=("better", "worse"),
+)
+COLLAPSE = Check(
+    "collapsed latents",
+    "share of the {subject} latents with a KL below 0.01 nats",
+    (0.5, 0.99),
+    "latents that the model has no use for: their posterior is the prior",
+    "nothing, or as many fewer --latent-dim",
+)
+FULL_COLLAPSE = replace(
+    COLLAPSE,
+    meaning="every latent ignores x: the model is a likelihood without latents",
+    advice="--kl-warmup 0.2, a smaller decoder, a lower --beta",
+)
+CHAIN_MEANS = Check(
+    "means against NUTS",
+    "root mean square difference of posterior means, in sds of NUTS",
+    (0.3, 1.0),
+    "q(z|x) is centred this far from the posterior of the same row",
+    "as for the amortization gap: refine each row's posterior, or a larger encoder",
+    unreliable="the chains disagree (R-hat above 1.05): run them longer; ",
+)
+CHAIN_WIDTHS = Check(
+    "widths against NUTS",
+    "geometric mean of sd of q(z|x) / sd of NUTS",
+    (1.2, 2.0),
+    "independent Gaussians are narrower than the posterior's marginals by their nature",
+    "a guide with full covariance, or divide the sds by this ratio",
+    ideal=1.0,
+    is_ratio=True,
+    unreliable=CHAIN_MEANS.unreliable,
+)
+PREDICTIONS = Check(
+    "predictive check",
+    "{subject} of held-out rows less that of their replicates, in sds of these",
+    (0.5, 2.0),
+    "rows that the model draws, given this guide, differ from real ones in this",
+    "another --likelihood, a larger decoder or more latents; log p(x|z) alone points at "
+    "overfitting or at the guide",
+)
+AGGREGATE = Check(
+    "aggregate posterior",
+    "energy coefficient between it and the prior, on simulated rows, 0 to 1",
+    (0.02, 0.1),
+    "averaged over the model's own data q(z|x) does not give back p(z)",
+    "the errors of `posterior width` and `posterior bias` add up to this: mend those",
+)
+HOLES = Check(
+    "holes in the prior",
+    "share of p(z) where the aggregate posterior of training rows is 10 times thinner",
+    (0.1, 1.0),  # no share exceeds 1: holes depend on data and model, and are no error of inference
+    "z drawn there was never trained on: samples from them may be unlike any data",
+    "fewer latents, --beta above 1, or draw z from the aggregate posterior",
+)
 
 
 def about_weights(unreliable: np.ndarray) -> Finding:
-    """Importance weights on held-out rows.
-
-    Args:
-        unreliable: (B,) whether k̂ of the row's weights is above `reliable_k`.
-    """
-    share = share_interval(unreliable)
-    return Finding(
-        check="importance weights",
-        effect="share of rows whose Pareto k is too high to rely on log p(x)",
-        size=share,
-        ideal=0.0,
-        limits=(0.1, 0.5),
-        meaning="where k is high q(z|x) lacks mass that p(z|x) has, and log p(x) comes out too low",
-        advice="quote log p(x) as a lower bound, with its number of samples; a wider or richer "
-        "guide, or one refined for each row (pyro_vae.refinement), mends the weights",
-    )
+    """Importance weights of held-out rows: (B,) whether k̂ of a row exceeds `reliable_k`."""
+    return Finding(WEIGHTS, share_interval(unreliable))
 
 
 def about_bounds(annealed: Annealed, importance: np.ndarray) -> Finding:
     """How much too low importance-sampled log p(x) may be, on simulated rows.
 
+    Doubtful if the annealed bounds are as far from each other as from the estimate.
+
     Args:
         annealed: with its reverse chains.
         importance: (B,) importance-sampled log p(x) of the same rows.
+
+    Raises:
+        ValueError: there are no reverse chains.
     """
     if annealed.upper is None:
         raise ValueError("the bounds expect reverse chains, from the z that generated x; got none")
     short = interval(annealed.upper.cpu().numpy() - importance)
-    own = (annealed.upper - annealed.lower).mean().item()
-    return Finding(
-        check="log p(x), bounded",
-        effect="annealed upper bound less importance-sampled log p(x), nats a row",
-        size=short,
-        ideal=0.0,
-        limits=(0.2, 2.0),
-        meaning="log p(x) as `evaluate` estimates it is too low by this at most; part of it may be "
-        "the annealing's own error, see annealing_gap in diagnostics.json",
-        advice="more importance samples; where the annealed lower bound is higher, quote that one",
-        # Bounds that are as far from each other as from the estimate say nothing of it.
-        reliable=own < max(0.2, short.estimate / 2),
-    )
+    between = (annealed.upper - annealed.lower).mean().item()
+    return Finding(BOUNDS, short, reliable=between < max(0.2, short.estimate / 2))
 
 
 def about_gaps(gaps: Gaps) -> list[Finding]:
-    """Amortization and approximation gap on held-out rows."""
+    """Amortization and approximation gap of held-out rows."""
     reliable = bool((gaps.evidence.effective_sample_size > 10).double().mean() > 0.5)
     return [
-        Finding(
-            check="amortization gap",
-            effect="ELBO of the best diagonal Gaussian less the encoder's, nats a row",
-            size=interval(gaps.amortization.cpu().numpy()),
-            ideal=0.0,
-            limits=(1.0, 5.0),
-            meaning="the encoder's posterior is worse by this than one fitted to each row alone",
-            advice="more data or fewer epochs, if training and validation ELBO part; else a larger "
-            "encoder; or refine each row's posterior by SVI (pyro_vae.refinement)",
-        ),
-        Finding(
-            check="approximation gap",
-            effect="log p(x) less the best diagonal Gaussian's ELBO, nats a row",
-            size=interval(gaps.approximation.cpu().numpy()),
-            ideal=0.0,
-            limits=(1.0, 5.0),
-            meaning="no Gaussian with independent latents comes closer, however it is trained",
-            advice="a guide with full covariance, more particles with --objective dreg, or fewer "
-            "latents",
-            reliable=reliable,
-        ),
+        Finding(AMORTIZATION, interval(gaps.amortization.cpu().numpy())),
+        Finding(APPROXIMATION, interval(gaps.approximation.cpu().numpy()), reliable=reliable),
     ]
 
 
 def about_spread(simulations: Simulations) -> Finding:
     """The width of q(z|x), over all latents."""
     scores = simulations.z_scores
-    centred = interval(((scores - scores.mean(0)) ** 2).mean(1))
-    ends = [max(value, 0.0) ** 0.5 for value in (centred.estimate, centred.low, centred.high)]
-    narrow = ends[0] > 1
-    return Finding(
-        check="posterior width",
-        effect="factor by which posterior sds fall short (root mean square z-score)",
-        size=Interval(*ends),
-        ideal=1.0,
-        limits=(1.1, 1.5),
-        is_ratio=True,
-        meaning="intervals of q(z|x) are too "
-        + ("narrow: the guide is overconfident" if narrow else "wide: the guide is too cautious"),
-        advice="multiply the standard deviations by this factor before you use them as errors; "
-        "--kl-warmup, more data for the encoder, or a richer guide mend it at the root",
-    )
+    squares = ((scores - scores.mean(0)) ** 2).mean(1)
+    return Finding(WIDTH, _transformed(squares, _root))
 
 
 def about_bias(simulations: Simulations) -> Finding:
-    """The worst systematic shift of a latent's mean.
-
-    Simultaneous over latents: the interval of the worst is widened by Bonferroni's correction.
-    """
-    scores = simulations.z_scores
-    intervals = [interval(column, 0.05 / scores.shape[1]) for column in scores.T]
-    j = int(np.argmax([abs(i.estimate) for i in intervals]))
-    return Finding(
-        check="posterior bias",
-        effect=f"mean z-score of {simulations.names[j]}, the worst latent, in posterior sds",
-        size=intervals[j],
-        ideal=0.0,
-        limits=(0.2, 0.5),
-        meaning="the posterior mean of that latent lies too low by this, over data of the model",
-        advice="longer training, a learning rate that falls (--schedule cosine), or a larger "
-        "encoder",
-    )
+    """The largest systematic error of a latent's mean."""
+    worst, size = _worst(simulations.z_scores)
+    return Finding(BIAS, size, simulations.names[worst])
 
 
 def about_coverage(coverage: Coverage, level: float = 0.9) -> list[Finding]:
     """Central intervals and highest-density regions at the level nearest to the one given."""
     row = int(np.abs(coverage.nominal - level).argmin())
-    nominal = float(coverage.nominal[row])
     findings = []
-    for name, check, effect, limits in (
-        (MEAN, "coverage, intervals", "of single latents' central intervals", (0.03, 0.1)),
-        (HDR, "coverage, regions", "of joint highest-density regions", (0.05, 0.2)),
-    ):
+    for check, name in ((INTERVALS, MEAN), (REGIONS, HDR)):
         column = coverage.names.index(name)
-        covered = Interval(*(float(a[row, column]) for a in _coverage_arrays(coverage)))
-        findings.append(
-            Finding(
-                check=check,
-                effect=f"share of truths inside the {nominal:.0%} regions, {effect}",
-                size=covered,
-                ideal=nominal,
-                limits=limits,
-                meaning="regions hold the truth "
-                + ("less" if covered.estimate < nominal else "more")
-                + " often than they say",
-                advice="widen them by the factor of `posterior width`"
-                if name == MEAN
-                else "joint regions suffer most from latents held independent: a guide with full "
-                "covariance, or fewer latents",
-            )
-        )
+        covered = (coverage.covered, coverage.low, coverage.high)
+        size = Interval(*(float(values[row, column]) for values in covered))
+        findings.append(Finding(replace(check, ideal=float(coverage.nominal[row])), size))
     return findings
 
 
 def about_likelihood_ranks(simulations: Simulations) -> Finding:
     """Ranks of log p(x|z): does the guide use x as much as the posterior does?"""
     ranks = simulations.ranks[:, simulations.names.index(LIKELIHOOD)]
-    # Midpoints of the cells that the L draws make: mean ½ for uniform ranks.
-    mean = interval((ranks + 0.5) / (simulations.num_draws + 1))
-    return Finding(
-        check="use of the data",
-        effect="mean rank of log p(x|z) at the truth among draws from q(z|x), 0 to 1",
-        size=mean,
-        ideal=0.5,
-        limits=(0.05, 0.2),
-        meaning="draws from q(z|x) explain x "
-        + ("worse" if mean.estimate > 0.5 else "better")
-        + " than draws from the posterior would",
-        advice="above ½: --kl-warmup and more capacity against collapse, or a refined guide; below "
-        "½: the guide is too narrow, see `posterior width`",
-    )
+    # The L draws divide [0, 1] into L + 1 cells. Uniform ranks have cell midpoints of mean ½.
+    return Finding(LIKELIHOOD_RANKS, interval((ranks + 0.5) / (simulations.num_draws + 1)))
 
 
 def about_collapse(use: LatentUse) -> Finding:
-    """Latents that carry nothing. Pruned latents are no error, unless all are."""
+    """Latents that carry no information. Pruned latents are no error, unless all are."""
     share = float(use.collapsed.mean())
-    all_collapsed = bool(use.collapsed.all())
-    return Finding(
-        check="collapsed latents",
-        effect=f"share of the {len(use.kl)} latents with a KL below 0.01 nats",
-        size=Interval(share, share, share),
-        ideal=0.0,
-        limits=(0.5, 0.99),
-        meaning="every latent ignores x: the model is a likelihood without latents"
-        if all_collapsed
-        else "latents that the model has no use for: their posterior is the prior",
-        advice="--kl-warmup 0.2, a smaller decoder, a lower --beta"
-        if all_collapsed
-        else "nothing, or as many fewer --latent-dim",
-    )
+    check = FULL_COLLAPSE if use.collapsed.all() else COLLAPSE
+    return Finding(check, Interval(share, share, share), str(len(use.kl)))
 
 
 def about_chains(comparison: Comparison) -> list[Finding]:
-    """q(z|x) against NUTS. Doubtful where the chains do not agree with each other."""
+    """q(z|x) compared with NUTS. Doubtful where the chains do not agree with each other."""
     agree = bool(comparison.r_hat.max() < 1.05)
-    # The chains' means are themselves uncertain by 1/√ESS: the mean square has that much of noise.
+    # The chains' own means have the variance 1/ESS, which the mean square contains.
     squares = comparison.mean_difference**2 - 1 / comparison.effective_sample_size
-    difference = _over(squares.mean(1), lambda value: max(value, 0.0) ** 0.5)
-    ratio = _over(np.log(comparison.scale_ratio).mean(1), np.exp)
-    trust = "" if agree else "the chains disagree (R-hat above 1.05): run them longer; "
+    ratio = _transformed(np.log(comparison.scale_ratio).mean(1), np.exp)
     return [
-        Finding(
-            check="means against NUTS",
-            effect="root mean square difference of posterior means, in sds of NUTS",
-            size=difference,
-            ideal=0.0,
-            limits=(0.3, 1.0),
-            meaning=f"{trust}q(z|x) is centred this far from the posterior of the same row",
-            advice="as for the amortization gap: refine each row's posterior, or a larger encoder",
-            reliable=agree,
-        ),
-        Finding(
-            check="widths against NUTS",
-            effect="geometric mean of sd of q(z|x) / sd of NUTS",
-            size=ratio,
-            ideal=1.0,
-            limits=(1.2, 2.0),
-            is_ratio=True,
-            meaning=f"{trust}independent Gaussians are narrower than the posterior's marginals by "
-            "their nature",
-            advice="a guide with full covariance, or divide the sds by this ratio",
-            reliable=agree,
-        ),
+        Finding(CHAIN_MEANS, _transformed(squares.mean(1), _root), reliable=agree),
+        Finding(CHAIN_WIDTHS, ratio, reliable=agree),
     ]
 
 
 def about_predictions(check: PredictiveCheck) -> Finding:
-    """The statistic in which held-out rows differ most from what the model draws for them."""
-    intervals = [interval(c, 0.05 / len(check.names)) for c in check.effects.T]
-    t = int(np.argmax([abs(i.estimate) for i in intervals]))
-    return Finding(
-        check="predictive check",
-        effect=f"{check.names[t]} of held-out rows less that of their replicates, in sds of these",
-        size=intervals[t],
-        ideal=0.0,
-        limits=(0.5, 2.0),
-        meaning="rows that the model draws, given this guide, differ from real ones in this",
-        advice="another --likelihood, a larger decoder or more latents; log p(x|z) alone points at "
-        "overfitting or at the guide",
-    )
+    """The statistic in which held-out rows differ most from draws of the model in their place."""
+    worst, size = _worst(check.effects)
+    return Finding(PREDICTIONS, size, check.names[worst])
 
 
 def about_aggregate(blocks: np.ndarray) -> Finding:
@@ -342,41 +362,29 @@ def about_aggregate(blocks: np.ndarray) -> Finding:
     Args:
         blocks: energy coefficients of independent parts of the draws.
     """
-    return Finding(
-        check="aggregate posterior",
-        effect="energy coefficient between it and the prior, on simulated rows, 0 to 1",
-        size=interval(blocks),
-        ideal=0.0,
-        limits=(0.02, 0.1),
-        meaning="averaged over the model's own data q(z|x) does not give back p(z)",
-        advice="the errors of `posterior width` and `posterior bias` add up to this: mend those",
-    )
+    return Finding(AGGREGATE, interval(blocks))
 
 
 def about_holes(share: float, count: int) -> Finding:
-    """Holes of the aggregate posterior of real rows: no error of inference.
+    """Holes of the aggregate posterior of real rows: the share of `count` draws of the prior."""
+    return Finding(HOLES, share_interval(np.arange(count) < round(share * count)))
 
-    Args:
-        share: of the prior's mass.
-        count: number of prior draws.
+
+def _worst(values: np.ndarray) -> tuple[int, Interval]:
+    """The column of (B, K) whose mean is furthest from 0, and the interval of this mean.
+
+    The intervals hold for all columns at once, by Bonferroni's correction.
     """
-    return Finding(
-        check="holes in the prior",
-        effect="share of p(z) where the aggregate posterior of training rows is 10 times thinner",
-        size=share_interval(np.arange(count) < round(share * count)),
-        ideal=0.0,
-        limits=(0.1, 1.0),
-        meaning="z drawn there was never trained on: samples from them may be unlike any data",
-        advice="fewer latents, --beta above 1, or draw z from the aggregate posterior",
-        wrong_at_all=False,
-    )
+    intervals = [interval(column, 0.05 / values.shape[1]) for column in values.T]
+    worst = int(np.argmax([abs(one.estimate) for one in intervals]))
+    return worst, intervals[worst]
 
 
-def _coverage_arrays(coverage: Coverage) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return coverage.covered, coverage.low, coverage.high
-
-
-def _over(values: np.ndarray, transform: Callable[[float], float]) -> Interval:
-    """The interval of a mean, on another scale."""
+def _transformed(values: np.ndarray, transform: Callable[[float], float]) -> Interval:
+    """The interval of the mean of `values`, on another scale."""
     mean = interval(values)
     return Interval(*(float(transform(v)) for v in (mean.estimate, mean.low, mean.high)))
+
+
+def _root(square: float) -> float:
+    return max(square, 0.0) ** 0.5

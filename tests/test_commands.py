@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import pyro_vae
-from pyro_vae import capture, encode, evaluate, generate, train
+from pyro_vae import capture, encode, evaluate, evaluation, generate, train
 from pyro_vae.checkpoint import load_checkpoint
 from pyro_vae.command import run_command
 from pyro_vae.randomness import derive
@@ -200,7 +200,7 @@ def test_evaluate(run, capsys):
     assert error == pytest.approx(results["standard_error"], rel=1e-9)
     assert evaluate.main([str(run), "--num-samples", "50", "--num-images", "7"]) == 0
     out = capsys.readouterr().out
-    assert "7 test images of digits" in out
+    assert "7 test rows of digits; likelihood binomial; nats per row" in out
     assert "50 importance samples" in out
 
 
@@ -274,14 +274,14 @@ def test_one_row_can_be_encoded_and_evaluated(run, tmp_path, capsys):
 def test_active_units_are_told_by_the_variance(run):
     """A latent whose means have the sd 0.05, variance 0.0025, is not active."""
     vae, splits = pyro_vae.load(run), pyro_vae.load_data("digits")
-    assert evaluate.evaluate(vae, splits.test, 2)["active_units"] == 2
+    assert evaluation.evaluate(vae, splits.test, 2).active_units == 2
     x = next(splits.test.fixed("count", 0))
     head = vae.encoder.layers[-1]
     with torch.no_grad():
         factor = 0.05 / vae.posterior(x).mean[:, 0].std()
         head.weight[0] *= factor
         head.bias[0] *= factor
-    assert evaluate.evaluate(vae, splits.test, 2)["active_units"] == 1
+    assert evaluation.evaluate(vae, splits.test, 2).active_units == 1
 
 
 def test_generate(run, tmp_path):

@@ -175,14 +175,14 @@ def test_quick_is_less_than_full():
 
 def test_rows_are_taken_from_everywhere(digits):
     """Folders are read class by class: the first rows would be of one class."""
-    parts = [diagnose._some_rows(digits.train, "count", 60, seed) for seed in (0, 0, 1)]
+    parts = [studies.random_rows(digits.train, "count", 60, seed) for seed in (0, 0, 1)]
     assert torch.equal(parts[0], parts[1])
     assert not torch.equal(parts[0], parts[2])
     everything = next(iter(digits.train.fixed("count", 0, 100_000))).flatten(1)
     first = {tuple(row) for row in everything[:200].tolist()}
     taken = [tuple(row) in first for row in parts[0].flatten(1).tolist()]
     assert sum(taken[:30]) < 20
-    assert len(diagnose._some_rows(digits.test, "count", 10_000, 0)) == len(digits.test)
+    assert len(studies.random_rows(digits.test, "count", 10_000, 0)) == len(digits.test)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

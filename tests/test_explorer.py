@@ -13,9 +13,9 @@ from PIL import Image
 from torch import nn
 
 from pyro_vae.autoencoder import Autoencoder
+from pyro_vae.codes import Codes
 from pyro_vae.data import DataSpec
-from pyro_vae.explorer import PLANS, WHOLE, explore, png, tiles
-from pyro_vae.gallery import Codes
+from pyro_vae.explorer import PLANS, WHOLE, explore, sheet, tiles
 from pyro_vae.likelihoods import LIKELIHOODS
 from pyro_vae.priors import StandardNormal
 from pyro_vae.vae import VAE
@@ -248,4 +248,4 @@ def test_a_flat_table_is_drawn_without_a_division_by_zero(tmp_path):
 @pytest.mark.parametrize("shape", [(7, 5), (7, 5, 3)])
 def test_png_is_lossless(shape):
     values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    np.testing.assert_array_equal(opened(png(values)), values)
+    np.testing.assert_array_equal(opened(sheet(values[None], 1)), values)

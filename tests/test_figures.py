@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import pyro_vae
-from pyro_vae import figures, gallery
+from pyro_vae import codes, figures, gallery
 from pyro_vae.data import DataSpec
 from pyro_vae.likelihoods import LIKELIHOODS
 from pyro_vae.priors import StandardNormal
@@ -46,7 +46,7 @@ def test_what_does_not_fill_a_row_is_kept():
     assert rows.shape == (3, 3, 1, 4, 4)
     assert np.isfinite(rows).all(axis=(2, 3, 4)).sum() == 7
     assert (picture(figures.image_grid(rows)) == 0.5).sum() == 7 * 16
-    assert gallery.square(values).shape[:2] == (3, 3)
+    assert figures.in_rows(values).shape[:2] == (3, 3)
 
 
 def test_reconstructions_stand_below_their_originals():
@@ -88,10 +88,10 @@ def test_points_have_their_own_labels():
 def test_latent_means_and_labels_belong_together(run):
     """Against the posterior of each image, one by one, over all splits."""
     vae, splits = pyro_vae.load(run), pyro_vae.load_data("digits")
-    codes = gallery.latent_codes(vae, splits, 0)
-    points, labels = codes.planes[0].points, codes.labels
-    np.testing.assert_array_equal(points, codes.means)
-    assert len(codes.x) == len(points) == len(labels) == 1797
+    found = codes.latent_codes(vae, splits, 0)
+    points, labels = found.planes[0].points, found.labels
+    np.testing.assert_array_equal(points, found.means)
+    assert len(found.x) == len(points) == len(labels) == 1797
     for part, offset in [(splits.test, 0), (splits.validation, 179), (splits.train, 179 + 161)]:
         x = part.take(torch.tensor([5]), "count")
         np.testing.assert_allclose(

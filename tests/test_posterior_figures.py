@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgba
 from scipy import stats
 
-from pyro_vae import posterior_figures
+from pyro_vae import calibration_figures, posterior_figures
 from pyro_vae.figures import TRAIN, VALIDATION, save
 
 RANDOM = np.random.default_rng(0)
@@ -49,7 +49,7 @@ def legend(owner) -> list[str]:
 def test_ranks_fill_their_bins(num_draws, bins):
     ranks = RANDOM.integers(0, num_draws + 1, (300, 2))
     ranks[:, 1] = num_draws
-    figure = posterior_figures.rank_histograms(ranks, num_draws, ["a", "b"])
+    figure = calibration_figures.rank_histograms(ranks, num_draws, ["a", "b"])
     for j, axes in enumerate(figure.axes):
         bars = axes.containers[0]
         assert len(bars) == bins
@@ -63,7 +63,7 @@ def test_ranks_fill_their_bins(num_draws, bins):
 @pytest.mark.parametrize("num_draws", [199, 100])
 def test_band_of_the_ranks_is_that_of_each_bin(num_draws):
     ranks = RANDOM.integers(0, num_draws + 1, (500, 1))
-    (axes,) = posterior_figures.rank_histograms(ranks, num_draws, ["a"]).axes
+    (axes,) = calibration_figures.rank_histograms(ranks, num_draws, ["a"]).axes
     band = axes.patches[-1].get_data()
     widths = [bar.get_width() for bar in axes.containers[0]]
     assert sum(widths) == num_draws + 1
@@ -82,7 +82,7 @@ def test_ranks_that_leave_the_band_are_red():
     low = np.minimum(even, 5)  # at no i beyond 5 is the share of ranks below i less than 1
     high = np.where(even == 0, 1, even)  # exactly at the band's lower end at i = 1: still inside
     ranks = np.stack([even, low, high], axis=1)
-    figure = posterior_figures.ecdf_differences(ranks, num_draws, names(3), lower, upper)
+    figure = calibration_figures.ecdf_differences(ranks, num_draws, names(3), lower, upper)
     lines = [axes.lines[-1] for axes in figure.axes]
     assert [line.get_color() for line in lines] == [TRAIN, VALIDATION, TRAIN]
     for line in lines:
@@ -99,7 +99,7 @@ def test_coverage_stands_at_its_level_with_its_interval():
     covered = np.array([[0.1, 0.2, 0.3, 0.4, 0.6], [0.5, 0.6, 0.7, 0.8, 0.95]])
     low, high = covered - 0.05, covered + np.array([[0.02], [0.04]])
     low[0, 3], high[1, 3] = -np.inf, np.inf
-    figure = posterior_figures.coverage_curve(
+    figure = calibration_figures.coverage_curve(
         nominal, covered, low, high, [*names(3), "mean over latents", "HDR"]
     )
     (axes,) = figure.axes
@@ -118,7 +118,7 @@ def test_coverage_stands_at_its_level_with_its_interval():
 def test_recovery_has_the_truth_upwards_and_its_correlation():
     z = normal(50, 3)
     mean = np.stack([2 * z[:, 0], -z[:, 1], np.full(50, 0.1)], axis=1)
-    figure = posterior_figures.recovery(z, mean, names(3))
+    figure = calibration_figures.recovery(z, mean, names(3))
     for j, axes in enumerate(figure.axes):
         points = axes.collections[0].get_offsets()
         np.testing.assert_allclose(points, np.column_stack([mean[:, j], z[:, j]]))
@@ -126,15 +126,14 @@ def test_recovery_has_the_truth_upwards_and_its_correlation():
         assert np.abs(points).max() < axes.get_xlim()[1]
     notes = [axes.get_title() for axes in figure.axes]
     assert notes == ["z1\n$r = 1.00$", "z2\n$r = -1.00$", "z3\n$r = 0.00$"]
-    assert (
-        posterior_figures.recovery(z[:1], mean[:1], names(3)).axes[0].get_title().endswith("0.00$")
-    )
+    figure = calibration_figures.recovery(z[:1], mean[:1], names(3))
+    assert figure.axes[0].get_title().endswith("0.00$")
 
 
 @pytest.mark.parametrize("latents", [1, 10, 11])
 def test_contraction_has_one_panel_or_one_each(latents):
     contraction, scores = RANDOM.uniform(0, 1, (30, latents)), normal(30, latents)
-    figure = posterior_figures.contraction_and_z(contraction, scores, names(latents))
+    figure = calibration_figures.contraction_and_z(contraction, scores, names(latents))
     assert len(figure.axes) == (1 if latents <= 10 else latents)
     drawn = [dots for axes in figure.axes for dots in axes.collections]
     assert [dots.get_label() for dots in drawn] == names(latents)
@@ -344,10 +343,10 @@ def panelled(count: int, labels: list[str], text: str = ""):
     """Each figure with a panel for each quantity."""
     ranks, values = RANDOM.integers(0, 20, (40, count)), normal(40, count)
     ends = np.arange(1, 20) / 20 - 0.2, np.arange(1, 20) / 20 + 0.2
-    yield posterior_figures.rank_histograms(ranks, 19, labels, text)
-    yield posterior_figures.ecdf_differences(ranks, 19, labels, *ends, text)
-    yield posterior_figures.recovery(values, values, labels, text)
-    yield posterior_figures.contraction_and_z(values, values, labels, text)
+    yield calibration_figures.rank_histograms(ranks, 19, labels, text)
+    yield calibration_figures.ecdf_differences(ranks, 19, labels, *ends, text)
+    yield calibration_figures.recovery(values, values, labels, text)
+    yield calibration_figures.contraction_and_z(values, values, labels, text)
     yield posterior_figures.predictive_checks(values, values, values**2, labels, text)
 
 
@@ -362,10 +361,10 @@ def test_the_title_says_how_many_panels_are_shown():
 
 
 def test_panels_with_nothing_below_have_labels():
-    figure = posterior_figures.rank_histograms(RANDOM.integers(0, 20, (40, 8)), 19, names(8))
+    figure = calibration_figures.rank_histograms(RANDOM.integers(0, 20, (40, 8)), 19, names(8))
     shown = [axes.xaxis.get_tick_params()["labelbottom"] for axes in figure.axes]
     assert shown == [False] * 4 + [True] * 4
-    figure = posterior_figures.rank_histograms(RANDOM.integers(0, 20, (40, 7)), 19, names(7))
+    figure = calibration_figures.rank_histograms(RANDOM.integers(0, 20, (40, 7)), 19, names(7))
     shown = [axes.xaxis.get_tick_params()["labelbottom"] for axes in figure.axes]
     assert shown == [False] * 3 + [True] * 4
 

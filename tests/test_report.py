@@ -32,14 +32,16 @@ from PIL import Image
 
 import pyro_vae
 from pyro_vae import page as page_module
+from pyro_vae import pages as pages_module
 from pyro_vae import report, train
 from pyro_vae.checkpoint import load_checkpoint, serialize, write_atomically
+from pyro_vae.codes import latent_codes
 from pyro_vae.config import Config, DataConfig, FitConfig, ModelConfig, resolve
-from pyro_vae.explorer import explore
+from pyro_vae.explorer import THUMBNAIL_BYTES, explore
 from pyro_vae.factory import build
-from pyro_vae.gallery import latent_codes
 from pyro_vae.loading import load_data
-from pyro_vae.overview import EXPLORER_BYTES, THUMBNAIL_BYTES, overview
+from pyro_vae.overview import EXPLORER_BYTES, Overview, overview
+from pyro_vae.pages import write_page
 
 HOSTILE = ("</script><b>bold</b>", "<i>\"x' & $y$", "_{{ 7 * 7 }}")
 
@@ -190,7 +192,7 @@ def _quick_tsne() -> Iterator[None]:
         yield
 
 
-def view_of(run: Path, num_runs: int = 1) -> dict[str, Any]:
+def view_of(run: Path, num_runs: int = 1) -> Overview:
     checkpoint = load_checkpoint(run)
     splits = load_data(checkpoint.config.data, checkpoint.config.seed)
     codes = latent_codes(checkpoint.vae, splits, checkpoint.config.seed)
@@ -227,7 +229,7 @@ def no_figures(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def views(runs: dict[str, Path]) -> dict[str, dict[str, Any]]:
+def views(runs: dict[str, Path]) -> dict[str, Overview]:
     """Made once: what the pages of single runs and of several share."""
     return {name: view_of(run) for name, run in runs.items()}
 
@@ -240,7 +242,7 @@ def pages(views, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
     def made(*names: str) -> Path:
         out = folder / f"{'-'.join(names)}.html"
         if not out.exists():
-            report._write(out, [dict(views[name]) for name in names])
+            write_page(out, [views[name] for name in names])
         return out
 
     return made
@@ -481,16 +483,17 @@ def test_the_island_holds_codes_labels_and_sheets(runs, pages):
 def test_text_of_users_is_text(pages, views, tmp_path):
     """Class names, names of runs and data: none of them becomes markup or leaves its string."""
     name = "</script><script>alert(1)</script>\"'<i>{{x}}"
-    view = {**views["grey"], "path": Path('<b>it\'s</b> "&quot;" {{x}}'.replace("/", "|"))}
-    view["sentence"] = view["scatter_words"] = view["explorer_words"] = view["origin"] = name
-    view["trust"] = {**view["trust"], "stale": name, "words": name, "command": name}
+    path = Path('<b>it\'s</b> "&quot;" {{x}}'.replace("/", "|"))
+    texts = dict.fromkeys(["sentence", "scatter_words", "explorer_words", "origin"], name)
+    trust = dataclasses.replace(views["grey"].trust, stale=name, words=name, command=name)
+    view = dataclasses.replace(views["grey"], path=path, trust=trust, **texts)
     for several in (1, 2):
-        report._write(tmp_path / "a.html", [dict(view), dict(views["colour"])][:several])
+        write_page(tmp_path / "a.html", [view, views["colour"]][:several])
         page = read(tmp_path / "a.html")
         assert len(page.all("script")) == 2
         assert not page.all("b")
         assert not page.all("i")
-        assert view["path"].name in page.one("title").text
+        assert view.path.name in page.one("title").text
         assert island(page)["0"]["classes"] == sorted(HOSTILE)
         raw = "".join(map(str, page.one("script", id="views").children))
         assert not set("<>&'") & set(raw)
@@ -896,7 +899,7 @@ def test_what_does_not_compare_is_said(pages, tmp_path, undrawn):
     assert "different data" in both
     assert "likelihoods differ" in both
     same = [view_of(make_grey(tmp_path / f"{i}", seed=0, latent_dim=i)) for i in (2, 3)]
-    report._write(tmp_path / "same.html", same)
+    write_page(tmp_path / "same.html", same)
     assert warnings(tmp_path / "same.html") == ""
 
 
@@ -904,28 +907,27 @@ def test_what_does_not_compare_is_said(pages, tmp_path, undrawn):
 def test_other_splits_of_the_same_data_do_not_compare(tmp_path):
     """Without a word; here the one trains on what validates the other."""
     runs = [make_grey(tmp_path / f"{i}", validation_size=i) for i in (4, 8)]
-    views = [{**view_of(run), "name": run.name} for run in runs]
-    assert report._warnings(views)
+    assert pages_module._warnings([view_of(run) for run in runs])
 
 
 def test_same_names_are_told_apart(views, tmp_path):
     paths = [tmp_path / folder / "digits" for folder in ("first", "second")]
-    both = [{**views["grey"], "path": path} for path in paths]
-    report._write(tmp_path / "a.html", both)
+    both = [dataclasses.replace(views["grey"], path=path) for path in paths]
+    write_page(tmp_path / "a.html", both)
     head = rows_of(read(tmp_path / "a.html").one("section", id="summary"))[0]
     assert head == ["", *map(str, paths)]
 
 
 def test_the_same_run_twice(views, tmp_path):
     """As `report runs/a runs/a`: both stand in the curves, or it is refused."""
-    report._write(tmp_path / "a.html", [dict(views["grey"]), dict(views["grey"])])
+    write_page(tmp_path / "a.html", [views["grey"], views["grey"]])
     head = rows_of(read(tmp_path / "a.html").one("section", id="summary"))[0]
     assert len(set(head)) == 3
 
 
 def test_a_name_like_a_colour_stays(views, tmp_path):
-    runs = [{**views["grey"], "path": Path("#000000")}, dict(views["plain"])]
-    report._write(tmp_path / "a.html", runs)
+    runs = [dataclasses.replace(views["grey"], path=Path("#000000")), views["plain"]]
+    write_page(tmp_path / "a.html", runs)
     assert "#000000" in read(tmp_path / "a.html").one("section", id="training").text
 
 
@@ -946,8 +948,8 @@ def test_a_page_of_mnists_size_stays_below_5_mb(tmp_path):
     settings = {"likelihood": "discretized-logistic", "latent_dim": 50, "hidden": (64,)}
     run = make_run(tmp_path / "run", blobs(1500, 1, 28), **settings)
     view = view_of(run)
-    assert len(view["interactive"]["explorer"]["sheets"]) > 1
-    report._write(tmp_path / "a.html", [view])
+    assert len(view.interactive["explorer"]["sheets"]) > 1
+    write_page(tmp_path / "a.html", [view])
     assert (tmp_path / "a.html").stat().st_size < 5_000_000
 
 
@@ -959,8 +961,8 @@ def test_the_pictures_of_three_runs_leave_room_for_the_rest(tmp_path, monkeypatc
         tmp_path / "run", blobs(60, 3, 64), likelihood="discretized-logistic", **settings
     )
     view = view_of(run, 3)
-    view["interactive"]["thumbnails"] = None
-    report._write(tmp_path / "a.html", [{**view} for _ in range(3)])
+    view.interactive["thumbnails"] = None
+    write_page(tmp_path / "a.html", [view] * 3)
     rest = (EXPLORER_BYTES + THUMBNAIL_BYTES) * 4 // 3
     assert (tmp_path / "a.html").stat().st_size + rest < 5_000_000
 
@@ -1006,11 +1008,11 @@ def opened(browser, path: Path, width: int = 1200, **options: Any) -> Iterator[A
 class Seen:
     """One explorer as it stands in the browser, beside its run's own decoder."""
 
-    def __init__(self, page, run: Path, view: dict[str, Any], number: int = 0):
+    def __init__(self, page, run: Path, view: Overview, number: int = 0):
         self.page = page
         self.host = page.locator(".explorer").nth(number)
         self.plane = self.host.locator(".plane svg")
-        self.data = view["interactive"]["explorer"]
+        self.data = view.interactive["explorer"]
         self.checkpoint = load_checkpoint(run)
         codes = latent_codes(self.checkpoint.vae, load_data(self.checkpoint.config.data), 0)
         self.means = codes.means
@@ -1275,7 +1277,7 @@ def test_the_scatter_is_walked_by_keyboard(browser, pages):
 
 def test_legend_and_projection(browser, views, pages):
     """A class's button dims the others, the same again brings them back; t-SNE moves the dots."""
-    labels = np.array(views["colour"]["interactive"]["labels"])
+    labels = np.array(views["colour"].interactive["labels"])
     with opened(browser, pages("colour")) as page:
         host = page.locator(".scatter")
         buttons = host.locator(".legend button")

@@ -14,12 +14,13 @@ from pyro_vae.evidence import importance_sample
 from pyro_vae.linear_gaussian import LinearGaussian
 from pyro_vae.nuts import Comparison
 from pyro_vae.refinement import gaps
-from pyro_vae.verdicts import Finding
+from pyro_vae.verdicts import Check, Finding
 
 
-def finding(low, high, ideal=0.0, **settings):
+def finding(low, high, ideal=0.0, reliable=True):
     size = Interval((low + high) / 2, low, high)
-    return Finding("check", "effect", size, ideal, (0.1, 0.5), "meaning", "advice", **settings)
+    check = Check("check", "effect", (0.1, 0.5), "meaning", "advice", ideal)
+    return Finding(check, size, reliable=reliable)
 
 
 @pytest.mark.parametrize(
@@ -38,17 +39,15 @@ def finding(low, high, ideal=0.0, **settings):
 def test_verdicts(low, high, verdict):
     assert finding(low, high).verdict == verdict
     assert finding(low + 3, high + 3, ideal=3.0).verdict == verdict
-    assert finding(low, high, wrong_at_all=False).verdict in ("sound", "doubtful")
     assert finding(low, high, reliable=False).verdict == "doubtful"
 
 
 def test_ratios_are_equally_far_on_both_sides():
+    check = Check("c", "e", (1.1, 2.0), "m", "a", ideal=1.0, is_ratio=True)
     for size in (Interval(2.5, 2.1, 2.9), Interval(0.4, 1 / 2.9, 1 / 2.1)):
-        result = Finding("c", "e", size, 1.0, (1.1, 2.0), "m", "a", is_ratio=True)
-        assert result.verdict == "wrong"
+        assert Finding(check, size).verdict == "wrong"
     for size in (Interval(1.0, 0.95, 1.05), Interval(1.0, 1 / 1.05, 1 / 0.95)):
-        result = Finding("c", "e", size, 1.0, (1.1, 2.0), "m", "a", is_ratio=True)
-        assert result.verdict == "sound"
+        assert Finding(check, size).verdict == "sound"
 
 
 def oracle(guide="exact", scale_factor=1.0, shift=0.0):
@@ -60,7 +59,7 @@ def oracle(guide="exact", scale_factor=1.0, shift=0.0):
 def calibration_findings(vae, count=3000):
     simulations = simulate(vae, count)
     return {
-        f.check: f.verdict
+        f.check.name: f.verdict
         for f in (
             verdicts.about_spread(simulations),
             verdicts.about_bias(simulations),
@@ -146,7 +145,7 @@ def test_collapse():
     assert verdicts.about_collapse(use([1.0, 0.001, 0.001])).verdict == "doubtful"
     all_collapsed = verdicts.about_collapse(use([0.001, 0.002]))
     assert all_collapsed.verdict == "wrong"
-    assert "likelihood without latents" in all_collapsed.meaning
+    assert "likelihood without latents" in all_collapsed.as_dict()["meaning"]
 
 
 def comparison(difference, ratio, r_hat=1.0, ess=400.0):
@@ -176,7 +175,7 @@ def test_chains():
         assert [f.verdict for f in verdicts.about_chains(comparison(difference, ratio))] == expected
     disagreeing = verdicts.about_chains(comparison(2.0, 0.3, r_hat=1.2))
     assert [f.verdict for f in disagreeing] == ["doubtful", "doubtful"]
-    assert "the chains disagree" in disagreeing[0].meaning
+    assert "the chains disagree" in disagreeing[0].as_dict()["meaning"]
     # the chains' own noise is taken out of the difference of means
     noisy = verdicts.about_chains(comparison(0.0, 1.0, ess=30.0))[0]
     assert noisy.size.estimate < 0.5 / np.sqrt(30) * 2
@@ -193,7 +192,7 @@ def test_predictions_name_the_worst_statistic():
     assert verdicts.about_predictions(check(0.1)).verdict == "sound"
     wrong = verdicts.about_predictions(check(-3.0))
     assert wrong.verdict == "wrong"
-    assert wrong.effect.startswith("off of held-out")
+    assert wrong.as_dict()["effect"].startswith("off of held-out")
     assert wrong.size.estimate == pytest.approx(-3.0, abs=0.3)
 
 
