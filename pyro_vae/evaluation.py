@@ -17,7 +17,25 @@ from .evidence import MIN_TAIL_SAMPLES, choose_mode, importance_sample, reliable
 from .randomness import derive, random_states
 from .vae import VAE
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "elbo_terms", "evaluate"]
+
+
+def elbo_terms(
+    vae: VAE | Autoencoder, split: Split, seed: int = 0, num_images: int | None = None
+) -> tuple[float, float | None]:
+    """Mean reconstruction and KL over a split, nats per row, one draw of z a row.
+
+    `seed` fixes draws and binarization; torch's global random state does not change. The KL of an
+    `Autoencoder` is None.
+    """
+    reconstruction, kl, count = 0.0, 0.0, 0
+    with random_states(split.device, derive(seed, "posterior")):
+        for x in split.fixed(vae.likelihood_module.units, seed, num_images):
+            reconstructions, kls = vae.elbo_terms(x)
+            reconstruction += reconstructions.double().sum().item()
+            kl += 0.0 if kls is None else kls.double().sum().item()
+            count += len(x)
+    return reconstruction / count, kl / count if isinstance(vae, VAE) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +99,7 @@ def evaluate(
     binarization = f"fixed, seed {seed}" if binarized else "none"
     batches = split.fixed(likelihood.units, seed, count)
     if not isinstance(vae, VAE):
-        mean = sum(vae.elbo_terms(x)[0].double().sum().item() for x in batches) / count
+        mean, _ = elbo_terms(vae, split, seed, count)
         return Evaluation(reconstruction=mean, num_images=count, binarization=binarization)
 
     size = math.prod(split.spec.shape)

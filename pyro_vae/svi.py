@@ -32,15 +32,16 @@ from .autoencoder import Autoencoder
 from .capture import CapturedSVI, Mode, capture
 from .config import FitConfig, InputError, resolve_epochs
 from .data import Split, Splits
+from .evaluation import elbo_terms
 from .objectives import objective
 from .optimizer import NonFiniteGradient, OneOptimizer
 from .options import KL_WEIGHTED
-from .randomness import OwnState, derive, random_states
+from .randomness import OwnState, derive
 from .records import Diverged, Position, Progress, Record, Sums, pack, unpack
 from .terms import ElboTerms
 from .vae import VAE
 
-__all__ = ["Diverged", "Progress", "Record", "elbo_terms", "fit", "iterate", "run_mode"]
+__all__ = ["Diverged", "Progress", "Record", "fit", "iterate", "run_mode"]
 
 # Objectives that are no sum over rows.
 WHOLE_BATCH = ("free-bits", "beta-tc", "mmd")
@@ -333,24 +334,6 @@ def run_mode(config: FitConfig, train: Split) -> Mode:
     if num_steps * SAVED_BY_STEP + num_values * SAVED_BY_VALUE >= COMPILE_SECONDS:
         return "compiled"
     return "graph" if num_steps >= CAPTURE_FROM else "eager"
-
-
-def elbo_terms(
-    vae: VAE | Autoencoder, split: Split, seed: int = 0, num_images: int | None = None
-) -> tuple[float, float | None]:
-    """Mean reconstruction and KL over a split, nats per row, one draw of z a row.
-
-    `seed` fixes draws and binarization; torch's global random state does not change. The KL of an
-    `Autoencoder` is None.
-    """
-    reconstruction, kl, count = 0.0, 0.0, 0
-    with random_states(_device(vae), derive(seed, "posterior")):
-        for x in split.fixed(vae.likelihood_module.units, seed, num_images):
-            reconstructions, kls = vae.elbo_terms(x)
-            reconstruction += reconstructions.double().sum().item()
-            kl += 0.0 if kls is None else kls.double().sum().item()
-            count += len(x)
-    return reconstruction / count, kl / count if isinstance(vae, VAE) else None
 
 
 @contextmanager

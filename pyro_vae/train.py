@@ -120,10 +120,11 @@ def train(arguments: TrainArguments, checkpoint: Checkpoint | None = None) -> in
 
 def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: torch.device) -> int:
     from . import distributed
+    from .evaluation import elbo_terms
     from .factory import build
     from .loading import load_data
     from .run_folder import RunFolder, choose_folder
-    from .svi import elbo_terms, iterate
+    from .svi import iterate
 
     asked = config_of(arguments)
     if checkpoint is None:

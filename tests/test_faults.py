@@ -31,6 +31,7 @@ from pyro_vae import (
     annealing,
     calibration,
     diagnostics,
+    evaluation,
     evidence,
     linear_gaussian,
     objectives,
@@ -383,7 +384,7 @@ def check_noise_does_not_follow_the_binarization():
     for parameter, value in zip(vae.parameters(), [0.0, 0.0, 3.0, 1.0], strict=True):
         parameter.data.fill_(value)
     split = splits_of(torch.full((512, 1), 76.5), likelihood.spec).train
-    rows = [svi.elbo_terms(vae, split, seed)[0] for seed in range(20)]
+    rows = [evaluation.elbo_terms(vae, split, seed)[0] for seed in range(20)]
     z = torch.linspace(-9, 9, 3601).double()
     log_likelihood = nn.functional.logsigmoid(3 * z + 1) - 0.7 * (3 * z + 1)
     agree(rows, 0.005 * (Normal(0.0, 1.0).log_prob(z).exp() * log_likelihood).sum())
@@ -515,7 +516,7 @@ TABLE: dict[Callable[[], None], list[Fault]] = {
       Fault("particles summed",                            "terms.ElboTerms.observed",
             ".mean(0)",                                    ".sum(0)")],
     check_noise_does_not_follow_the_binarization: [
-      Fault("one seed for noise and binarization",         "svi.elbo_terms",
+      Fault("one seed for noise and binarization",         "evaluation.elbo_terms",
             'derive(seed, "posterior")',                   "seed")],
 }
 # fmt: on
