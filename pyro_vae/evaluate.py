@@ -111,8 +111,8 @@ def evaluate(
     import torch
     from tqdm import tqdm
 
-    from .diagnostics import ACTIVE_VARIANCE
     from .evidence import MIN_TAIL_SAMPLES, choose_mode, importance_sample, reliable_k
+    from .latents import ACTIVE_VARIANCE
     from .randomness import derive, random_states
     from .svi import elbo_terms
     from .vae import VAE

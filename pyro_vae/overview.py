@@ -19,9 +19,9 @@ from .autoencoder import Autoencoder
 from .checkpoint import Checkpoint
 from .config import read_config
 from .data import Splits
-from .diagnostics import ACTIVE_VARIANCE
 from .explorer import explore, png, tiles
 from .gallery import Codes
+from .latents import ACTIVE_VARIANCE
 from .page import data_url
 from .vae import VAE
 from .verdicts import number

@@ -1,11 +1,12 @@
-"""Truths for decoders with one or two latents: p(x), p(z|x) and its draws, by quadrature.
+"""Exact p(x) and p(z|x), and draws from it, for decoders with one or two latents, by quadrature.
 
     p(x) = ∫ p(z) p(x|z) dz ≈ Σₘ h p(zₘ) p(x|zₘ)
 
-on an even grid of spacing h over the prior's bulk, the trapezoidal rule. For a smooth integrand
-that vanishes at the ends its error falls faster than any power of h ("The exponentially convergent
-trapezoidal rule", doi 10.1137/130932132), so the difference to the grid of every second node is an
-upper estimate of it, given about one node or more in each standard deviation of the posterior.
+by the trapezoidal rule, on an even grid of spacing h over the bulk of the prior. For a smooth
+integrand that vanishes at the ends, the error falls faster than any power of h ("The exponentially
+convergent trapezoidal rule", doi 10.1137/130932132). The difference from the grid of every second
+node is then an upper estimate of the error, if each standard deviation of the posterior holds at
+least about one node.
 """
 
 from __future__ import annotations
@@ -16,26 +17,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .log_weights import log_likelihood
 from .vae import LatentModel
 
 __all__ = ["Quadrature", "quadrature"]
 
-# Standard deviations of the prior that the grid reaches to either side.
+# The grid reaches this many standard deviations of the prior to either side.
 REACH = 8.0
 
 
 @dataclass(frozen=True)
 class Quadrature:
-    """What is known of B images, in float64.
+    """Evidence and posterior of B rows, float64.
 
     Attributes:
         log_evidence: (B,) log p(x), nats.
         error: (B,) an upper estimate of its error, nats.
         mean: (B, Z) of p(z|x).
         covariance: (B, Z, Z) of p(z|x).
-        nodes: (M, Z) the grid.
+        nodes: (M, Z) of the grid.
         spacing: (Z,) of the grid.
-        masses: (M, B) p(z|x) at the nodes, normalized to sum to one.
+        masses: (M, B) p(z|x) at the nodes, normalized to sum to 1.
     """
 
     log_evidence: Tensor
@@ -47,7 +49,7 @@ class Quadrature:
     masses: Tensor
 
     def sample(self, num_draws: int) -> Tensor:
-        """Draws from p(z|x) (num_draws, B, Z): a node by its mass, spread over its cell."""
+        """Draws from p(z|x) (num_draws, B, Z): uniform in the cell of a node drawn by its mass."""
         index = torch.multinomial(self.masses.T, num_draws, replacement=True).T
         jitter = torch.rand(*index.shape, len(self.spacing), device=index.device) - 0.5
         return self.nodes[index] + jitter * self.spacing
@@ -55,15 +57,15 @@ class Quadrature:
 
 @torch.no_grad()
 def quadrature(vae: LatentModel, x: Tensor, num_nodes: int = 401) -> Quadrature:
-    """log p(x) and p(z|x), given that z has one or two dimensions.
+    """log p(x) and p(z|x) for a model with one or two latents.
 
     Args:
-        vae: anything with `prior()` and `likelihood(z)`.
+        vae: model with `prior()`, with mean and variance, and `likelihood(z)`.
         x: (B, *data_shape).
-        num_nodes: nodes in each dimension; odd, so that every second one makes a grid too.
+        num_nodes: nodes in each dimension; an odd number, at least 3.
 
     Raises:
-        ValueError: more than two latents, or an even number of nodes.
+        ValueError: more than two latents, or `num_nodes` is even or too small.
     """
     prior = vae.prior()
     (latent_dim,) = prior.event_shape
@@ -76,11 +78,8 @@ def quadrature(vae: LatentModel, x: Tensor, num_nodes: int = 401) -> Quadrature:
     lines = [prior.mean[j] + reach[j] * steps for j in range(latent_dim)]
     nodes = torch.cartesian_prod(*lines).reshape(-1, latent_dim)
     spacing = (2 * reach / (num_nodes - 1)).double()
-    rows = max(1, 2**20 // max(1, x.numel()))
-    log_likelihood = torch.cat(
-        [vae.likelihood(part.unsqueeze(1)).log_prob(x).double() for part in nodes.split(rows)]
-    )  # (M, B)
-    log_joint = log_likelihood + prior.log_prob(nodes).double()[:, None] + spacing.log().sum()
+    reconstruction = log_likelihood(vae, x, nodes.unsqueeze(1)).double()  # (M, B)
+    log_joint = reconstruction + prior.log_prob(nodes).double()[:, None] + spacing.log().sum()
     log_evidence = log_joint.logsumexp(0)
     places = torch.arange(num_nodes, device=x.device) % 2 == 0
     second = torch.cartesian_prod(*[places] * latent_dim).reshape(len(nodes), -1).all(1)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import posterior_figures as draw
 from . import verdicts
+from .aggregate import aggregate_posterior, energy_coefficient, energy_test, holes
 from .annealing import anneal
 from .calibration import (
     Simulations,
@@ -22,16 +23,11 @@ from .calibration import (
     miscalibration,
     simulate,
 )
-from .diagnostics import (
-    aggregate_posterior,
-    energy_coefficient,
-    energy_test,
-    holes,
-    latent_use,
-    predictive_check,
-)
+from .chunks import rows_at_once
 from .evidence import importance_sample, reliable_k, upper_bound
+from .latents import latent_use
 from .nuts import compare_with_nuts
+from .predictive import predictive_check
 from .refinement import gaps
 from .vae import VAE
 from .verdicts import Finding
@@ -359,7 +355,8 @@ def _aggregate(
     count = min(effort.aggregate, len(training))
     with torch.no_grad():
         z = vae.prior().sample((effort.aggregate,))
-        simulated_x = torch.cat([vae.likelihood(part).sample() for part in z.split(256)])
+        rows = rows_at_once(training[0].numel(), z.device)
+        simulated_x = torch.cat([vae.likelihood(part).sample() for part in z.split(rows)])
         prior = vae.prior().sample((effort.aggregate,)).cpu().numpy()
     simulated = aggregate_posterior(vae, simulated_x)
     seen = aggregate_posterior(vae, training[:count])
