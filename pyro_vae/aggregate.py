@@ -15,13 +15,7 @@ from torch import Tensor
 from .chunks import rows_at_once
 from .vae import LatentModel
 
-__all__ = [
-    "TwoSampleTest",
-    "aggregate_posterior",
-    "energy_coefficient",
-    "energy_test",
-    "holes",
-]
+__all__ = ["TwoSampleTest", "aggregate_posterior", "energy_coefficient", "energy_test", "holes"]
 
 
 @torch.no_grad()

@@ -21,7 +21,6 @@ using bidirectional Monte Carlo", arXiv 1511.02543.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,7 +29,7 @@ import torch
 from pyro.distributions import Distribution
 from torch import Tensor
 
-from .chunks import concatenate, rows_at_once
+from .chunks import Callback, concatenate, ignore, rows_at_once
 from .vae import LatentModel
 
 __all__ = ["Annealed", "anneal"]
@@ -68,7 +67,7 @@ def anneal(
     num_steps: int = 500,
     num_chains: int = 8,
     z: Tensor | None = None,
-    on_step: Callable[[int], object] | None = None,
+    on_step: Callback = ignore,
 ) -> Annealed:
     """Annealed estimates of log p(x) for each row.
 
@@ -89,12 +88,12 @@ def anneal(
         raise ValueError(
             f"num_steps and num_chains expect at least 1; got {num_steps} and {num_chains}"
         )
-    betas, on_step = _schedule(num_steps), on_step or (lambda count: None)
+    betas = _schedule(num_steps)
     rows = x.split(rows_at_once(num_chains * x[:1].numel(), x.device))
     starts = [None] * len(rows) if z is None else z.split(len(rows[0]))
     return concatenate(
         [
-            _bounds(_target(vae, part), start, betas, num_chains, on_step)
+            _bounds(_target(vae, part, betas), start, num_chains, on_step)
             for part, start in zip(rows, starts, strict=True)
         ]
     )
@@ -130,6 +129,7 @@ class _Target(NamedTuple):
     vae: LatentModel
     prior: Distribution
     x: Tensor
+    betas: list[float]
     prior_precision: Tensor  # (Z,)
     guide_precision: Tensor  # (B, Z)
 
@@ -151,12 +151,12 @@ class _Target(NamedTuple):
         )
 
 
-def _target(vae: LatentModel, x: Tensor) -> _Target:
-    with torch.no_grad():
-        prior = vae.prior()
-        prior_precision = 1 / prior.sample((1000,)).var(0)
-        guide_precision = 1 / vae.posterior(x).sample((200,)).var(0).clamp_min(1e-12)
-    return _Target(vae, prior, x, prior_precision, guide_precision)
+@torch.no_grad()
+def _target(vae: LatentModel, x: Tensor, betas: list[float]) -> _Target:
+    prior = vae.prior()
+    prior_precision = 1 / prior.sample((1000,)).var(0)
+    guide_precision = 1 / vae.posterior(x).sample((200,)).var(0).clamp_min(1e-12)
+    return _Target(vae, prior, x, betas, prior_precision, guide_precision)
 
 
 def _hmc(target: _Target, start: _State, beta: float, step_size: Tensor) -> tuple[_State, Tensor]:
@@ -194,13 +194,11 @@ def _adapt(step_size: Tensor, probability: Tensor) -> Tensor:
     return step_size * (0.2 * excess).exp()[None, :, None].to(step_size)
 
 
-def _tune(
-    target: _Target, z: Tensor, betas: list[float], on_step: Callable[[int], object]
-) -> list[Tensor]:
+def _tune(target: _Target, z: Tensor, on_step: Callback) -> list[Tensor]:
     """Step sizes (1, B, 1) for β₀ … β_{T−1}, from a forward chain that starts at z (C, B, Z)."""
     state, sizes = target.evaluate(z), [torch.full((1, z.shape[1], 1), FIRST_STEP).to(z)]
     on_step(z[..., 0].numel())
-    for beta in betas[1:-1]:
+    for beta in target.betas[1:-1]:
         state, probability = _hmc(target, state, beta, sizes[-1])
         sizes.append(_adapt(sizes[-1], probability))
         on_step(z[..., 0].numel())
@@ -208,15 +206,10 @@ def _tune(
 
 
 def _chain(
-    target: _Target,
-    z: Tensor,
-    betas: list[float],
-    step_sizes: list[Tensor],
-    on_step: Callable[[int], object],
-    reverse: bool = False,
+    target: _Target, z: Tensor, step_sizes: list[Tensor], on_step: Callback, reverse: bool = False
 ) -> tuple[Tensor, Tensor]:
     """log w (C, B) and the mean acceptance rate (B,) of chains that start at z (C, B, Z)."""
-    num_steps = len(betas) - 1
+    betas, num_steps = target.betas, len(target.betas) - 1
     log_weights = torch.zeros(z.shape[:2], dtype=torch.float64, device=z.device)
     acceptance = torch.zeros(z.shape[1], dtype=torch.float64, device=z.device)
     state = target.evaluate(z)
@@ -230,26 +223,20 @@ def _chain(
     return log_weights, acceptance
 
 
-def _bounds(
-    target: _Target,
-    z: Tensor | None,
-    betas: list[float],
-    num_chains: int,
-    on_step: Callable[[int], object],
-) -> Annealed:
+def _bounds(target: _Target, z: Tensor | None, num_chains: int, on_step: Callback) -> Annealed:
     """`anneal` for the rows of a target."""
     start = target.prior.sample((num_chains, len(target.x)))
     with torch.no_grad():
         target.vae.likelihood(start).log_prob(target.x)  # checks the support of x
-    step_sizes = _tune(target, start, betas, on_step)
+    step_sizes = _tune(target, start, on_step)
     start = target.prior.sample(start.shape[:2])
-    log_weights, acceptance = _chain(target, start, betas, step_sizes, on_step)
+    log_weights, acceptance = _chain(target, start, step_sizes, on_step)
     lower = log_weights.logsumexp(0) - math.log(num_chains)
     spread = (log_weights - lower).exp().std(0) if num_chains > 1 else torch.nan
     upper = None
     if z is not None:
         start = z.expand(start.shape)
-        inverse = -_chain(target, start, betas, step_sizes, on_step, reverse=True)[0]
+        inverse = -_chain(target, start, step_sizes, on_step, reverse=True)[0]
         upper = math.log(num_chains) - inverse.logsumexp(0)
     standard_error = spread / math.sqrt(num_chains) * torch.ones_like(lower)
     return Annealed(lower, upper, standard_error, acceptance)

@@ -27,7 +27,7 @@ from pyro.distributions import Distribution
 from scipy import special, stats
 from torch import Tensor
 
-from .chunks import rows_at_once
+from .chunks import Callback, ignore, rows_at_once
 from .intervals import Interval, interval, share_interval
 from .log_weights import log_likelihood
 from .vae import LatentModel
@@ -102,7 +102,7 @@ def simulate(
     num_simulations: int = 1000,
     num_draws: int = 199,
     quantities: Mapping[str, Quantity] | None = None,
-    on_chunk: Callable[[int], object] | None = None,
+    on_chunk: Callback = ignore,
 ) -> Simulations:
     """Draw data from the model, and rank the true z among draws from the guide.
 
@@ -135,8 +135,7 @@ def simulate(
         ranks.append(torch.stack([_rank(v) for v in values.values()], dim=1))
         means.append(posterior.mean)
         scales.append(posterior.variance.sqrt())
-        if on_chunk is not None:
-            on_chunk(len(x))
+        on_chunk(len(x))
     return Simulations(
         names=tuple(values),
         ranks=torch.cat(ranks).cpu().numpy(),
@@ -149,11 +148,7 @@ def simulate(
 
 
 def _quantities(
-    vae: LatentModel,
-    posterior: Distribution,
-    x: Tensor,
-    z: Tensor,
-    further: Mapping[str, Quantity],
+    vae: LatentModel, posterior: Distribution, x: Tensor, z: Tensor, further: Mapping[str, Quantity]
 ) -> dict[str, Tensor]:
     """The quantities to rank, (1 + L, B) each, at x (B, *data_shape) and z (1 + L, B, Z)."""
     values = {f"z{j + 1}": z[..., j] for j in range(z.shape[-1])}

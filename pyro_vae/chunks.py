@@ -7,19 +7,25 @@ pixels, chunks of 2^17 to 2^20 values of x decode equally fast; 2^22 takes 15% l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["CACHE_VALUES", "MEMORY_VALUES", "concatenate", "rows_at_once"]
-
-Result = TypeVar("Result")
+__all__ = ["Callback", "concatenate", "ignore", "rows_at_once"]
 
 CACHE_VALUES = 2**19
 # A network keeps some ten times as many values for the gradient: one or two gigabytes in all.
 MEMORY_VALUES = 2**25
+
+Result = TypeVar("Result")
+Callback = Callable[[int], object]  # called with the number of items just done
+
+
+def ignore(count: int) -> None:
+    """The default `Callback`."""
 
 
 def rows_at_once(

@@ -17,7 +17,7 @@ arXiv 1507.02646.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -29,7 +29,7 @@ from pyro.distributions import Distribution
 from torch import Tensor, nn
 
 from .capture import CapturedFunction, Mode
-from .chunks import concatenate, rows_at_once
+from .chunks import Callback, concatenate, ignore, rows_at_once
 from .log_weights import log_weights
 from .vae import LatentModel
 
@@ -89,7 +89,7 @@ def importance_sample(
     vae: LatentModel,
     x: Tensor,
     num_samples: int = 5000,
-    on_chunk: Callable[[int], object] | None = None,
+    on_chunk: Callback = ignore,
     with_pareto_k: bool = False,
     proposal: Distribution | None = None,
     mode: Mode | None = None,
@@ -243,10 +243,7 @@ def _blocks(
 
 
 def _estimate(
-    blocks: Iterator[tuple[Tensor, Tensor]],
-    num_samples: int,
-    on_chunk: Callable[[int], object] | None,
-    with_pareto_k: bool,
+    blocks: Iterator[tuple[Tensor, Tensor]], count: int, on_chunk: Callback, with_pareto_k: bool
 ) -> Evidence:
     """The evidence from blocks of log p(x|z) and log w (S, B)."""
     log_sum = log_sum_squares = torch.tensor(-math.inf, dtype=torch.float64)
@@ -255,20 +252,19 @@ def _estimate(
     for log_likelihood, log_w in blocks:
         log_sum = torch.logaddexp(log_sum, log_w.logsumexp(0))
         log_sum_squares = torch.logaddexp(log_sum_squares, (2 * log_w).logsumexp(0))
-        reconstruction = reconstruction + log_likelihood.sum(0) / num_samples
+        reconstruction = reconstruction + log_likelihood.sum(0) / count
         if with_pareto_k:
             kept.append(log_w)
-        if on_chunk is not None:
-            on_chunk(log_w.numel())
+        on_chunk(log_w.numel())
     # Σw²/(Σw)² is between 1/K and 1; times K it is 1 + the relative variance of the weights.
     concentration = torch.exp(log_sum_squares - 2 * log_sum)
-    relative_variance = (num_samples * concentration - 1).clamp_min(0)
-    spread = torch.sqrt(relative_variance / (num_samples - 1)) if num_samples > 1 else torch.nan
+    relative_variance = (count * concentration - 1).clamp_min(0)
+    spread = torch.sqrt(relative_variance / (count - 1)) if count > 1 else torch.nan
     return Evidence(
-        log_evidence=log_sum - math.log(num_samples),
+        log_evidence=log_sum - math.log(count),
         standard_error=spread * torch.ones_like(log_sum),
         reconstruction=reconstruction,
         effective_sample_size=1 / concentration,
-        num_samples=num_samples,
+        num_samples=count,
         pareto_k=pareto_k(torch.cat(kept)) if kept else None,
     )

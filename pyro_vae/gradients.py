@@ -6,9 +6,9 @@
     variance          tr Cov g
     signal-to-noise   |E g| / √tr Cov g
 
-for all parameters of a group together, |·| the Euclidean norm. An estimate of |E g| from n draws is
-biased upwards by noise: |mean g|² has expectation |E g|² + tr Cov g / n, so the second term is
-subtracted. Intervals are those of the squares, jackknifed over blocks of draws.
+for all parameters of a group together, |·| the Euclidean norm. The mean of n draws has the expected
+square |E g|² + tr Cov g / n; the second term is subtracted. Intervals are those of the squares,
+jackknifed over blocks of draws.
 
 Source: "Tighter variational bounds are not necessarily better", arXiv 1802.04537.
 """
@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .chunks import Callback, ignore
 from .intervals import Interval
 from .updates import gradients_aside
 
@@ -65,16 +66,15 @@ class Gradient:
     @property
     def variance(self) -> Interval:
         """tr Cov g of one draw."""
-        return self._jackknife(lambda mean, variance, draws: variance)
+        return self._jackknife(lambda mean, variance, n: variance)
 
     @property
     def signal_to_noise(self) -> Interval:
         """|E g| / √tr Cov g of one draw; 0 if the signal is within the noise."""
         if self.variance.estimate <= ROUNDING * _square(self.mean):
             return Interval(math.inf, math.inf, math.inf)
-        return self._jackknife(
-            lambda mean, variance, draws: _square(mean) / variance - 1 / draws
-        ).sqrt()
+        square = self._jackknife(lambda mean, variance, n: _square(mean) / variance - 1 / n)
+        return square.sqrt()
 
     def bias(self, exact: Tensor) -> Interval:
         """|E g − exact| / |exact| for the exact gradient (P,); 0 if within the noise.
@@ -89,27 +89,22 @@ class Gradient:
             )
         exact = exact.detach().double().cpu()
         size = _square(exact)
-        return self._jackknife(
-            lambda mean, variance, draws: (_square(mean - exact) - variance / draws) / size
-        ).sqrt()
+        square = self._jackknife(
+            lambda mean, variance, n: (_square(mean - exact) - variance / n) / size
+        )
+        return square.sqrt()
 
     def _jackknife(self, statistic: Callable[[Tensor, float, float], float]) -> Interval:
         """Interval of a statistic of mean, total variance and number of draws."""
-        blocks = len(self.block_means)
 
-        def value(keep: Tensor, draws: float) -> float:
+        def value(keep: Tensor) -> float:
+            n = self.num_draws * int(keep.sum()) / BLOCKS
             mean, square = self.block_means[keep].mean(0), self.block_squares[keep].mean().item()
-            variance = max(0.0, square - _square(mean)) * draws / (draws - 1)
-            return statistic(mean, variance, draws)
+            return statistic(mean, max(0.0, square - _square(mean)) * n / (n - 1), n)
 
-        everything = torch.ones(blocks, dtype=torch.bool)
-        left = []
-        for block in range(blocks):
-            keep = everything.clone()
-            keep[block] = False
-            left.append(value(keep, self.num_draws * (blocks - 1) / blocks))
-        estimate = value(everything, self.num_draws)
-        width = STUDENT * math.sqrt((blocks - 1) * float(np.var(left)))
+        one = torch.eye(BLOCKS, dtype=torch.bool)
+        estimate, without_one = value(one.any(0)), [value(~block) for block in one]
+        width = STUDENT * math.sqrt((BLOCKS - 1) * float(np.var(without_one)))
         return Interval(estimate, estimate - width, estimate + width)
 
 
@@ -135,7 +130,7 @@ def measure_gradients(
     x: Tensor,
     groups: Mapping[str, Iterable[Tensor]],
     num_draws: int = 1000,
-    on_draw: Callable[[int], object] | None = None,
+    on_draw: Callback = ignore,
 ) -> Step:
     """Draw the gradient of an objective many times, with the same parameters and batch.
 
@@ -147,8 +142,7 @@ def measure_gradients(
         model, guide: Pyro programs of x.
         x: the batch.
         groups: parameters by name, such as {"encoder": vae.encoder.parameters(), …}.
-        num_draws: n, at least two for each of the 20 blocks of the jackknife; rounded down to a
-            multiple of 20.
+        num_draws: n, at least 40; rounded down to a multiple of 20.
         on_draw: called with 1 after each draw.
 
     Raises:
@@ -183,8 +177,7 @@ def measure_gradients(
                 seconds.append(time.perf_counter() - started)
                 for group_sums in sums.values():
                     group_sums.add()
-                if on_draw is not None:
-                    on_draw(1)
+                on_draw(1)
     gradients = {name: group_sums.result() for name, group_sums in sums.items()}
     return Step(gradients, float(np.median(seconds)), memory)
 
@@ -235,8 +228,7 @@ class _Sums:
     def add(self) -> None:
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         gradient = -torch.cat([part.flatten() for part in parts]).double().cpu()
-        block = self.count // self.per_block
-        square = gradient.square()
+        square, block = gradient.square(), self.count // self.per_block
         self.sums[block] += gradient
         self.squares += square
         self.norms[block] += square.sum()
@@ -277,23 +269,19 @@ class _Allocations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        known = {
-            leaf.untyped_storage().data_ptr()
-            for leaf in tree_leaves((args, kwargs))
-            if isinstance(leaf, Tensor)
-        }
+        known = {storage.data_ptr() for storage in _storages((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if not isinstance(leaf, Tensor):
-                continue
-            storage = leaf.untyped_storage()
-            if storage.data_ptr() in known or storage in self.seen:
-                continue
-            self.seen.add(storage)
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._free, storage.nbytes())
+        for storage in _storages(result):
+            if storage.data_ptr() not in known and storage not in self.seen:
+                self.seen.add(storage)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._free, storage.nbytes())
         return result
 
     def _free(self, size: int) -> None:
         self.live -= size
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

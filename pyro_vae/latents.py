@@ -68,6 +68,5 @@ def latent_use(vae: LatentModel, x: Tensor) -> LatentUse:
     scale = torch.cat([q.variance for q in posteriors]).sqrt()
     kl = kl_divergence(Normal(mean, scale), marginal)
     return LatentUse(
-        kl=kl.double().mean(0).cpu().numpy(),
-        mean_variance=mean.double().var(0).cpu().numpy(),
+        kl=kl.double().mean(0).cpu().numpy(), mean_variance=mean.double().var(0).cpu().numpy()
     )

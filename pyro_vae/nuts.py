@@ -10,7 +10,6 @@ improved R̂", arXiv 1903.08008.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +18,7 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
 from .aggregate import energy_coefficient
+from .chunks import Callback, ignore
 from .vae import PyroModel, held_fixed
 
 __all__ = ["Comparison", "compare_with_nuts"]
@@ -56,7 +56,7 @@ def compare_with_nuts(
     num_chains: int = 4,
     num_samples: int = 300,
     num_warmup: int = 200,
-    on_sample: Callable[[int], object] | None = None,
+    on_sample: Callback = ignore,
 ) -> Comparison:
     """Run NUTS on `vae.model(x)` and compare the guide with it.
 
@@ -123,21 +123,16 @@ def _distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def _chain(
-    vae: PyroModel,
-    x: Tensor,
-    num_samples: int,
-    num_warmup: int,
-    on_sample: Callable[[int], object] | None,
+    vae: PyroModel, x: Tensor, num_samples: int, num_warmup: int, on_sample: Callback
 ) -> tuple[Tensor, int]:
     """Draws (S, B, Z) of one chain, and the number of its divergent transitions."""
     with held_fixed(vae):
-        kernel = NUTS(vae.model)
         chain = MCMC(
-            kernel,
+            NUTS(vae.model),
             num_samples=num_samples,
             warmup_steps=num_warmup,
             initial_params={vae.latent: vae.prior().sample((len(x),))},
-            hook_fn=None if on_sample is None else lambda *_: on_sample(1),
+            hook_fn=lambda *_: on_sample(1),
             disable_progbar=True,
         )
         chain.run(x)

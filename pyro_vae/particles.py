@@ -1,10 +1,9 @@
 """log p(x, zₖ) and log q(zₖ|x) of each row, for any Pyro model and guide.
 
-A row is one element of the plates that contain all sites of model and guide: one image in `VAE`.
-The other dimensions of a site, such as several latents or inner plates, are summed. The scale of
-the plates stays outside: the bound of a subsampled plate is the scaled sum of the bounds of its
-rows. (Pyro's RenyiELBO takes the scale into the logarithm. It and ReweightedWakeSleep silently give
-the whole batch one weight if a site lies outside the plate.)
+A row is one element of the plates that contain all sites of model and guide. Other dimensions, such
+as inner plates, are summed. The scale of the plates stays outside: the bound of a subsampled plate
+is the scaled sum of the bounds of its rows. (Pyro's RenyiELBO scales inside the logarithm. It and
+ReweightedWakeSleep silently give the whole batch one weight if a site lies outside the plate.)
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ def draw_total(programs: Programs) -> Draws:
     Raises:
         ValueError: a latent has no reparameterized sampler, or sites are scaled differently.
     """
-    guide_trace = _guide_trace(programs)
+    guide_trace = _trace(programs, programs.guide)
     check_reparameterized(latent_sites(guide_trace))
     return _draws(programs, guide_trace)
 
@@ -100,7 +99,7 @@ def draw_score(programs: Programs) -> Draws:
         ValueError: sites are scaled differently.
     """
     with Detached():
-        guide_trace = _guide_trace(programs)
+        guide_trace = _trace(programs, programs.guide)
     return _draws(programs, guide_trace)
 
 
@@ -114,11 +113,11 @@ def draw_path(programs: Programs, path_weight: Callable[[], Tensor | None]) -> D
     Raises:
         ValueError: a latent has no reparameterized sampler, or sites are scaled differently.
     """
-    guide_trace = _guide_trace(programs)
+    guide_trace = _trace(programs, programs.guide)
     latents = latent_sites(guide_trace)
     check_reparameterized(latents)
     copies = {name: site["value"].view_as(site["value"]) for name, site in latents.items()}
-    model_trace = _model_trace(programs, _with_values(guide_trace, copies))
+    model_trace = _trace(programs, programs.model, _with_values(guide_trace, copies))
     shape, scale = _layout(model_trace, guide_trace, programs.max_plate_nesting)
     for name, copy in copies.items():
         if copy.requires_grad:
@@ -127,8 +126,7 @@ def draw_path(programs: Programs, path_weight: Callable[[], Tensor | None]) -> D
     log_q, log_q_fixed = (
         _row_sums(_again(programs, guide_trace, values), shape) for values in (copies, fixed)
     )
-    log_p = _row_sums(model_trace, shape)
-    return Draws(log_p, log_q, log_q_fixed, scale, _subsample(guide_trace))
+    return Draws(_row_sums(model_trace, shape), log_q, log_q_fixed, scale, _subsample(guide_trace))
 
 
 def in_particles(
@@ -214,18 +212,14 @@ class Detached(Messenger):
             msg["value"] = msg["value"].detach()
 
 
-def _guide_trace(programs: Programs) -> Trace:
-    return poutine.trace(programs.guide).get_trace(*programs.args, **programs.kwargs)
-
-
-def _model_trace(programs: Programs, drawn: Trace) -> Trace:
-    model = poutine.replay(programs.model, trace=drawn)
-    return poutine.trace(model).get_trace(*programs.args, **programs.kwargs)
+def _trace(programs: Programs, program: Callable[..., Any], drawn: Trace | None = None) -> Trace:
+    if drawn is not None:
+        program = poutine.replay(program, trace=drawn)
+    return poutine.trace(program).get_trace(*programs.args, **programs.kwargs)
 
 
 def _draws(programs: Programs, guide_trace: Trace) -> Draws:
-    """The densities at the draws of the guide."""
-    model_trace = _model_trace(programs, guide_trace)
+    model_trace = _trace(programs, programs.model, guide_trace)
     shape, scale = _layout(model_trace, guide_trace, programs.max_plate_nesting)
     log_p, log_q = (_row_sums(trace, shape) for trace in (model_trace, guide_trace))
     return Draws(log_p, log_q, log_q, scale, _subsample(guide_trace))
@@ -317,8 +311,7 @@ def _again(programs: Programs, trace: Trace, values: dict[str, Tensor]) -> Trace
     changed = _with_values(trace, values)
     if len(sample_sites(trace)) == 1:  # its distribution depends on no other value
         return changed
-    guide = poutine.replay(programs.guide, trace=changed)
-    return poutine.trace(guide).get_trace(*programs.args, **programs.kwargs)
+    return _trace(programs, programs.guide, changed)
 
 
 def _weigh_gradient(
@@ -333,9 +326,7 @@ def _weigh_gradient(
 
 def _subsample(trace: Trace) -> Trace:
     rows = Trace()
-    for name, node in trace.nodes.items():
-        if node["type"] == "sample" and site_is_subsample(node):
-            rows.nodes[name] = node
+    rows.nodes.update({name: node for name, node in trace.nodes.items() if site_is_subsample(node)})
     return rows
 
 

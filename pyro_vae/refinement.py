@@ -14,7 +14,6 @@ Source: "Inference suboptimality in variational autoencoders", arXiv 1801.03558.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pyro
@@ -23,8 +22,9 @@ from pyro import poutine
 from pyro.distributions import Distribution, MultivariateNormal, Normal
 from pyro.infer import SVI
 from torch import Tensor, nn
+from torch.optim import Adam
 
-from .chunks import rows_at_once
+from .chunks import Callback, ignore, rows_at_once
 from .evidence import Evidence, importance_sample
 from .objectives import objective
 from .optimizer import OneOptimizer
@@ -78,7 +78,7 @@ def refine(
     full: bool = False,
     num_steps: int = 500,
     start: PerRowGuide | None = None,
-    on_step: Callable[[int], object] | None = None,
+    on_step: Callback = ignore,
 ) -> PerRowGuide:
     """Fit a Gaussian to the posterior of each row by SVI, with the model fixed.
 
@@ -105,7 +105,7 @@ def refine(
     guide = PerRowGuide(loc, scale, full, vae.latent)
     parameters = [p for p in guide.parameters() if p.requires_grad]
     # One optimizer for all rows: Adam scales each parameter by itself.
-    adam = torch.optim.Adam(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99))
+    adam = Adam(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99))
     # SVI must not see the parameters of the model.
     model = poutine.block(vae.model, hide_types=["param"])
     svi = SVI(model, guide.guide, OneOptimizer(adam), loss=objective("trace", PARTICLES))
@@ -114,13 +114,7 @@ def refine(
     return guide.requires_grad_(False)
 
 
-def _fit(
-    svi: SVI,
-    adam: torch.optim.Adam,
-    x: Tensor,
-    num_steps: int,
-    on_step: Callable[[int], object] | None,
-) -> None:
+def _fit(svi: SVI, adam: Adam, x: Tensor, num_steps: int, on_step: Callback) -> None:
     """Make the steps, and set the parameters to their averages over the last of them."""
     (group,) = adam.param_groups
     averages = [torch.zeros_like(p) for p in group["params"]]
@@ -131,8 +125,7 @@ def _fit(
         if step >= num_steps - num_averaged:
             for average, parameter in zip(averages, group["params"], strict=True):
                 average += parameter.detach() / num_averaged
-        if on_step is not None:
-            on_step(1)
+        on_step(1)
     with torch.no_grad():
         for average, parameter in zip(averages, group["params"], strict=True):
             parameter.copy_(average)
@@ -184,7 +177,7 @@ def gaps(
     x: Tensor,
     num_steps: int = 500,
     num_samples: int = 1000,
-    on_step: Callable[[int], object] | None = None,
+    on_step: Callback = ignore,
 ) -> Gaps:
     """Split log p(x) − ELBO of each row into its parts.
 

@@ -112,11 +112,7 @@ class WeightedELBO(ELBO):
     """
 
     def __init__(
-        self,
-        rule: Rule,
-        route: Route,
-        num_particles: int = 1,
-        max_plate_nesting: float = math.inf,
+        self, rule: Rule, route: Route, num_particles: int = 1, max_plate_nesting: float = math.inf
     ) -> None:
         super().__init__(num_particles=num_particles, max_plate_nesting=max_plate_nesting)
         self.rule = rule
