@@ -146,13 +146,12 @@ def upper_bound(vae: LatentModel, x: Tensor, z: Tensor, num_samples: int = 5000)
     Raises:
         ValueError: `num_samples` is not positive.
     """
-    log_likelihood = vae.likelihood(z).log_prob(x).double()
-    own = log_likelihood + vae.prior().log_prob(z) - vae.posterior(x).log_prob(z)
+    if num_samples < 1:
+        raise ValueError(f"num_samples expects an integer of at least 1; got {num_samples}")
+    _, (own,) = log_weights(vae, vae.posterior(x), x, z.unsqueeze(0))
     if num_samples > 1:
         others = log_evidence(vae, x, num_samples - 1) + math.log(num_samples - 1)
         own = torch.logaddexp(own, others)
-    elif num_samples < 1:
-        raise ValueError(f"num_samples expects an integer of at least 1; got {num_samples}")
     return own - math.log(num_samples)
 
 
