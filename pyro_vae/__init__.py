@@ -23,14 +23,15 @@ if TYPE_CHECKING:
     from .calibration import check_ranks, miscalibration, simulate
     from .checkpoint import load
     from .data import DataSpec, Split, Splits
-    from .diagnostics import latent_use, predictive_check
     from .evidence import importance_sample, log_evidence, upper_bound
     from .factory import build
     from .gradients import measure_gradients
+    from .latents import latent_use
     from .linear_gaussian import LinearGaussian
     from .loading import load_data
     from .nuts import compare_with_nuts
     from .objectives import objective
+    from .predictive import predictive_check
     from .program import Program
     from .records import Record
     from .refinement import gaps, refine
@@ -90,14 +91,14 @@ _HOMES = {
     "gaps": "refinement",
     "importance_sample": "evidence",
     "iterate": "svi",
-    "latent_use": "diagnostics",
+    "latent_use": "latents",
     "load": "checkpoint",
     "load_data": "loading",
     "log_evidence": "evidence",
     "measure_gradients": "gradients",
     "miscalibration": "calibration",
     "objective": "objectives",
-    "predictive_check": "diagnostics",
+    "predictive_check": "predictive",
     "refine": "refinement",
     "simulate": "calibration",
     "upper_bound": "evidence",

@@ -1,16 +1,15 @@
-"""Simulation-based calibration: is q(z|x) right on average over data that the model makes?
+"""Simulation-based calibration: is q(z|x) right on average over data from the model?
 
     z* ~ p(z),  x ~ p(x|z*),  z₁ … z_L ~ q(z|x)
 
-If q(z|x) = p(z|x), then z*, z₁ … z_L are exchangeable given x, so for any function f the rank of
-f(z*, x) among the f(z_l, x) is uniform on {0, …, L}, z* has the posterior's mean and variance, and
-lies in a region of q with probability p as often as p says. Each is checked here in three separate
-steps: `simulate` computes, `check_ranks`, `coverage` and `miscalibration` judge, and `figures`
-draws.
+If q(z|x) = p(z|x), then z*, z₁ … z_L are exchangeable given x. It follows that for any function f
+the rank of f(z*, x) among the f(z_l, x) is uniform on {0, …, L}, that z* has the posterior's mean
+and variance, and that a region with probability p under q contains z* with probability p.
+`simulate` computes; `check_ranks`, `coverage` and `miscalibration` judge.
 
-Ranks of the latents alone are blind to a guide that ignores x: q(z|x) = p(z) passes. Ranks of
-log p(x|z) are not. For a trained guide a p-value says how many simulations were made, since no
-guide is exact; what counts is the size, which `miscalibration` and `coverage` give with intervals.
+Ranks of the latents alone cannot detect a guide that ignores x: q(z|x) = p(z) passes. Ranks of
+log p(x|z) detect it. No trained guide is exact, and its p-values decrease with the number of
+simulations; `miscalibration` and `coverage` give the size of the error with intervals.
 
 Source: "Validating Bayesian inference algorithms with simulation-based calibration", arXiv
 1804.06788; "Simulation-based calibration checking for Bayesian computation: the choice of test
@@ -19,20 +18,22 @@ quantities shapes sensitivity", arXiv 2211.02383.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from pyro.distributions import Distribution
 from scipy import special, stats
 from torch import Tensor
 
+from .chunks import Callback, ignore, rows_at_once
 from .interface import LatentModel
+from .intervals import Interval, interval, share_interval
+from .log_weights import log_likelihood
 
 __all__ = [
     "Coverage",
-    "Interval",
     "Miscalibration",
     "RankTest",
     "Simulations",
@@ -41,9 +42,7 @@ __all__ = [
     "gamma_band",
     "gamma_discrepancy",
     "gamma_p_value",
-    "interval",
     "miscalibration",
-    "share_interval",
     "simulate",
 ]
 
@@ -51,14 +50,8 @@ Quantity = Callable[[Tensor, Tensor], Tensor]
 
 LIKELIHOOD, DENSITY = "log p(x|z)", "log q(z|x)"
 
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate and its 95% confidence interval."""
-
-    estimate: float
-    low: float
-    high: float
+# Cache-sized chunks whose draws are made together
+CHUNKS_PER_BLOCK = 4
 
 
 @dataclass(frozen=True)
@@ -67,8 +60,7 @@ class Simulations:
 
     Attributes:
         names: of the Q quantities: the latents, `LIKELIHOOD`, `DENSITY`, and the caller's.
-        ranks: (N, Q) int64, 0 … L: how many of the draws lie below the truth. Ties are broken at
-            random.
+        ranks: (N, Q) int64, 0 … L, the number of draws below the truth. Ties are broken at random.
         num_draws: L.
         z: (N, Z) the truths.
         mean, scale: (N, Z) mean and standard deviation of q(z|x).
@@ -85,15 +77,15 @@ class Simulations:
 
     @property
     def z_scores(self) -> np.ndarray:
-        """(N, Z): how many posterior standard deviations the truth lies above the mean.
+        """(N, Z): (truth − posterior mean) / posterior standard deviation.
 
-        Mean 0 and mean square 1 for the exact posterior, whatever its shape.
+        For the exact posterior their mean is 0 and their mean square 1.
         """
         return (self.z - self.mean) / self.scale
 
     @property
     def contraction(self) -> np.ndarray:
-        """(N, Z): 1 − posterior variance / prior variance; 0 where x says nothing of z."""
+        """(N, Z): 1 − posterior variance / prior variance; 0 if x has no information on z."""
         return 1 - (self.scale / self.prior_scale) ** 2
 
     @property
@@ -110,15 +102,14 @@ def simulate(
     num_simulations: int = 1000,
     num_draws: int = 199,
     quantities: Mapping[str, Quantity] | None = None,
-    on_chunk: Callable[[int], object] | None = None,
+    on_chunk: Callback = ignore,
 ) -> Simulations:
-    """Draw data from the model, and rank what generated them among draws from the guide.
+    """Draw data from the model, and rank the true z among draws from the guide.
 
     Draws come from torch's global random state.
 
     Args:
-        vae: anything with `prior()`, `posterior(x)`, which knows its mean and variance, and
-            `likelihood(z)`.
+        vae: model with `prior()`, `posterior(x)`, with mean and variance, and `likelihood(z)`.
         num_simulations: N.
         num_draws: L. With L + 1 a multiple of 200, central regions of 50, 90 and 95% are exact.
         quantities: further quantities to rank, name → f(z (S, B, Z), x (B, *data_shape)) → (S, B).
@@ -134,32 +125,19 @@ def simulate(
     prior = vae.prior()
     truths = prior.sample((num_simulations,))
     size = vae.likelihood(truths[:1]).event_shape.numel()
-    # All draws of some simulations go through the decoder at a time.
-    batch = max(1, 2**21 // (size * (num_draws + 1)))
-    ranks, means, scales, names = [], [], [], []
+    batch = rows_at_once(size * (num_draws + 1), truths.device, CHUNKS_PER_BLOCK)
+    ranks, means, scales = [], [], []
     for truth in truths.split(batch):
         x = vae.likelihood(truth).sample()
         posterior = vae.posterior(x)
         z = torch.cat([truth.unsqueeze(0), posterior.sample((num_draws,))])  # (1 + L, B, Z)
-        values = {f"z{j + 1}": z[..., j] for j in range(z.shape[-1])}
-        values[LIKELIHOOD] = vae.likelihood(z).log_prob(x)
-        values[DENSITY] = posterior.log_prob(z)
-        for name, quantity in (quantities or {}).items():
-            values[name] = quantity(z, x)
-            if values[name].shape != z.shape[:2] or values[name].isnan().any():
-                raise ValueError(
-                    f"quantity {name!r} expects finite values of shape {tuple(z.shape[:2])}; got "
-                    f"{tuple(values[name].shape)}"
-                    + (", NaN among them" if values[name].isnan().any() else "")
-                )
-        names = list(values)
+        values = _quantities(vae, posterior, x, z, quantities or {})
         ranks.append(torch.stack([_rank(v) for v in values.values()], dim=1))
         means.append(posterior.mean)
         scales.append(posterior.variance.sqrt())
-        if on_chunk is not None:
-            on_chunk(len(x))
+        on_chunk(len(x))
     return Simulations(
-        names=tuple(names),
+        names=tuple(values),
         ranks=torch.cat(ranks).cpu().numpy(),
         num_draws=num_draws,
         z=truths.double().cpu().numpy(),
@@ -169,11 +147,28 @@ def simulate(
     )
 
 
+def _quantities(
+    vae: LatentModel, posterior: Distribution, x: Tensor, z: Tensor, further: Mapping[str, Quantity]
+) -> dict[str, Tensor]:
+    """The quantities to rank, (1 + L, B) each, at x (B, *data_shape) and z (1 + L, B, Z)."""
+    values = {f"z{j + 1}": z[..., j] for j in range(z.shape[-1])}
+    values[LIKELIHOOD] = log_likelihood(vae, x, z)
+    values[DENSITY] = posterior.log_prob(z)
+    for name, quantity in further.items():
+        values[name] = value = quantity(z, x)
+        if value.shape != z.shape[:2] or value.isnan().any():
+            raise ValueError(
+                f"quantity {name!r} expects finite values of shape {tuple(z.shape[:2])}; got "
+                f"{tuple(value.shape)}" + (", NaN among them" if value.isnan().any() else "")
+            )
+    return values
+
+
 def _rank(values: Tensor) -> Tensor:
     """values (1 + L, B) → ranks (B,) of the first among the others, ties broken at random."""
     below = (values[1:] < values[0]).sum(0)
     ties = (values[1:] == values[0]).sum(0)
-    # As likely before as after each of its equals: uniform on 0 … ties.
+    # The number of ties that count as below is uniform on 0 … ties.
     uniform = torch.rand(below.shape, device=values.device, dtype=torch.float64)
     return below + (uniform * (ties + 1)).floor().to(below.dtype)
 
@@ -198,14 +193,15 @@ class RankTest:
 
     @property
     def p_value(self) -> float:
-        """Of the two tests together, by Bonferroni's correction."""
+        """p-value of both tests together, by Bonferroni's correction."""
         return min(1.0, 2 * min(self.p_gamma, self.p_chi_squared))
 
 
 def check_ranks(simulations: Simulations) -> list[RankTest]:
-    """Test each quantity's ranks. For an exact guide every `p_value` is uniform or larger.
+    """Test the ranks of each quantity. For an exact guide every `p_value` is uniform or larger.
 
-    Bins of the chi-squared test hold equally many ranks, and 20 simulations or more in expectation.
+    The bins of the chi-squared test hold equally many ranks, and at least 20 simulations in
+    expectation.
 
     Raises:
         ValueError: fewer than 40 simulations.
@@ -218,17 +214,10 @@ def check_ranks(simulations: Simulations) -> list[RankTest]:
     for name, ranks in zip(simulations.names, simulations.ranks.T, strict=True):
         gamma = gamma_discrepancy(ranks, simulations.num_draws)
         observed = np.bincount(ranks * bins // num_ranks, minlength=bins)
-        # One bin alone, where L + 1 has no small divisor, tests nothing: p = 1.
+        # If L + 1 has no small divisor there is one bin, and no test: p = 1.
         chi_squared, p_value = stats.chisquare(observed) if bins > 1 else (0.0, 1.0)
-        tests.append(
-            RankTest(
-                name,
-                gamma,
-                gamma_p_value(gamma, count, simulations.num_draws),
-                float(chi_squared),
-                float(p_value),
-            )
-        )
+        p_gamma = gamma_p_value(gamma, count, simulations.num_draws)
+        tests.append(RankTest(name, gamma, p_gamma, float(chi_squared), float(p_value)))
     return tests
 
 
@@ -259,8 +248,8 @@ def gamma_band(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Simultaneous band of the ranks' distribution function, (L,) lower and (L,) upper ends.
 
-    With the given probability, uniform ranks keep the share of ranks below i within the band for
-    every i = 1 … L.
+    For uniform ranks, the share of ranks below i lies within the band for all i = 1 … L with the
+    given probability.
     """
     tails = _tails(num_simulations, num_draws)
     low, high = 0.0, 1.0  # P(Γ > low) > probability ≥ P(Γ > high)
@@ -285,8 +274,8 @@ def _tails(num_simulations: int, num_draws: int) -> np.ndarray:
 def _stays_within(allowed: np.ndarray, num_simulations: int) -> float:
     """P(every Rᵢ is allowed) for uniform ranks, given `allowed` (L, N + 1), an interval each row.
 
-    The counts of the L + 1 ranks are independent Poisson variables given that they sum to N, so the
-    path of their sums is a Markov chain that is followed exactly.
+    The counts of the L + 1 ranks are independent Poisson variables given that they sum to N. Their
+    partial sums are a Markov chain, whose distribution is computed exactly.
     """
     num_draws = len(allowed)
     mean = num_simulations / (num_draws + 1)
@@ -310,15 +299,15 @@ def _stays_within(allowed: np.ndarray, num_simulations: int) -> float:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How often regions of q(z|x) hold the truth, with 95% confidence intervals.
+    """Shares of simulations whose truth lies in regions of q(z|x), with 95% confidence intervals.
 
     Attributes:
         names: of the R regions: the central interval of each latent, their mean, and "HDR", the
             highest-density region of all latents together.
         nominal: (M,) probability of each region under q.
         covered: (M, R) share of simulations whose truth lies inside.
-        low, high: (M, R) ends of the confidence interval of `covered`: Clopper and Pearson's, but
-            for the mean over latents, where it is Student's over simulations.
+        low, high: (M, R) ends of the confidence interval of `covered`: Student's over simulations
+            for the mean over latents, Clopper and Pearson's for the others.
     """
 
     names: tuple[str, ...]
@@ -336,8 +325,8 @@ def coverage(
 ) -> Coverage:
     """Expected coverage of central intervals and of highest-density regions.
 
-    Regions are made of ranks, so for an exact guide the nominal probability is exact, whatever L:
-    each level is moved to the nearest that L draws can show, and `nominal` says to which.
+    Regions are sets of ranks, and L draws allow only some probabilities: each level is moved to the
+    nearest of these, `nominal`. An exact guide covers with exactly this probability.
 
     Raises:
         ValueError: a level is not between 0 and 1.
@@ -350,7 +339,7 @@ def coverage(
     density = simulations.ranks[:, simulations.names.index(DENSITY)]
     rows = []
     for level in levels:
-        # Ranks left out at either end; the regions are the same for interval and HDR.
+        # Ranks outside the interval at either end; the HDR leaves out the lowest 2·out
         out = min(max(round((1 - level) * num_ranks / 2), 0), (num_ranks - 1) // 2)
         inside = (latents >= out) & (latents < num_ranks - out)
         columns = [share_interval(column) for column in inside.T]
@@ -369,13 +358,13 @@ def coverage(
 
 @dataclass(frozen=True)
 class Miscalibration:
-    """How far q(z|x) is from calibrated, for each latent.
+    """Errors of q(z|x) in mean and standard deviation, for each latent.
 
     Attributes:
-        bias: (Z,) intervals of the mean z-score: how many posterior standard deviations the guide's
-            mean lies too low. 0 for an exact guide.
-        spread: (Z,) intervals of the z-scores' standard deviation: the factor by which the guide's
-            standard deviation falls short. 1 for an exact guide; above 1 it is overconfident.
+        bias: (Z,) intervals of the mean z-score: the guide's mean is too low by this many of its
+            standard deviations. 0 for an exact guide.
+        spread: (Z,) intervals of the z-scores' standard deviation: the guide's standard deviation
+            is too small by this factor. 1 for an exact guide; above 1 the guide is overconfident.
     """
 
     bias: list[Interval]
@@ -383,32 +372,9 @@ class Miscalibration:
 
 
 def miscalibration(simulations: Simulations) -> Miscalibration:
-    """The sizes of the guide's errors, with Student's 95% intervals over simulations."""
-    scores = simulations.z_scores
-    bias = [interval(column) for column in scores.T]
-    spread = []
-    for column in scores.T:
-        deviations = (column - column.mean()) ** 2
-        variance = interval(deviations)
-        spread.append(
-            Interval(
-                *(math.sqrt(max(v, 0)) for v in (variance.estimate, variance.low, variance.high))
-            )
-        )
-    return Miscalibration(bias, spread)
-
-
-def interval(values: np.ndarray, alpha: float = 0.05) -> Interval:
-    """Mean of independent values (N,) with Student's confidence interval of level 1 − α."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return Interval(mean, -math.inf, math.inf)
-    quantile = float(stats.t.isf(alpha / 2, len(values) - 1))
-    error = quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return Interval(mean, mean - error, mean + error)
-
-
-def share_interval(inside: np.ndarray) -> Interval:
-    """Share of true values (N,) with Clopper and Pearson's 95% confidence interval."""
-    result = stats.binomtest(int(inside.sum()), len(inside)).proportion_ci(method="exact")
-    return Interval(float(inside.mean()), float(result.low), float(result.high))
+    """Sizes of the guide's errors, with Student's 95% intervals over simulations."""
+    columns = simulations.z_scores.T
+    return Miscalibration(
+        bias=[interval(column) for column in columns],
+        spread=[interval((column - column.mean()) ** 2).sqrt() for column in columns],
+    )

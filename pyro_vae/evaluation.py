@@ -11,13 +11,17 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from .autoencoder import Autoencoder
+from .chunks import Callback, ignore
 from .data import Split
-from .diagnostics import ACTIVE_VARIANCE
 from .evidence import MIN_TAIL_SAMPLES, choose_mode, importance_sample, reliable_k
 from .randomness import derive, random_states
 from .vae import VAE
 
-__all__ = ["Evaluation", "elbo_terms", "evaluate"]
+__all__ = ["ACTIVE_VARIANCE", "Evaluation", "elbo_terms", "evaluate"]
+
+# A latent is active if the variance over rows of its posterior mean exceeds this ("Importance
+# weighted autoencoders", arXiv 1509.00519).
+ACTIVE_VARIANCE = 0.01
 
 
 def elbo_terms(
@@ -80,7 +84,7 @@ def evaluate(
     num_samples: int = 5000,
     num_rows: int | None = None,
     seed: int = 0,
-    on_chunk: Callable[[int], object] | None = None,
+    on_chunk: Callback = ignore,
     on_batch: Callable[[float, float], object] | None = None,
 ) -> Evaluation:
     """Measure a model on a split; torch's global random state is left as it was.

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from .autoencoder import Autoencoder
+from .chunks import rows_at_once
 from .codes import Codes
 from .data import Splits
 from .gallery import to_display
@@ -159,7 +160,7 @@ def _sheets(
         z = torch.as_tensor(codes.means[anchors[anchor]]).repeat(rows, side, 1)
         z[..., latents[second]] = torch.as_tensor(grid[second])[:rows, None]
         z[..., latents[first]] = torch.as_tensor(grid[first])
-        parts = z.flatten(0, 1).to(device).split(256)
+        parts = z.flatten(0, 1).to(device).split(rows_at_once(codes.x[0].numel(), device))
         return torch.cat([vae.likelihood(part).mean for part in parts])
 
     pairs = list(combinations(range(len(latents)), 2)) or [(0, 0)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from . import figures
 from .autoencoder import Autoencoder
+from .chunks import rows_at_once
 from .codes import Codes, first_rows
 from .data import Splits
 from .randomness import random_states
@@ -54,7 +56,8 @@ def generate_images(vae: VAE, count: int, draw: bool = False) -> tuple[Tensor, T
         x (count, *data_shape) in the likelihood's units; z (count, Z).
     """
     z = vae.prior().sample((count,))
-    likelihoods = [vae.likelihood(part) for part in z.split(256)]
+    rows = rows_at_once(math.prod(vae.likelihood_module.spec.shape), z.device)
+    likelihoods = [vae.likelihood(part) for part in z.split(rows)]
     return torch.cat([p.sample() if draw else p.mean for p in likelihoods]), z
 
 

@@ -1,4 +1,4 @@
-"""Bias, variance and signal-to-noise of an objective's gradient, and what a step costs.
+"""Bias, variance and signal-to-noise ratio of an objective's gradient; time and memory of a step.
 
     g = gradient of the objective from one set of random numbers, a vector over the parameters
 
@@ -6,9 +6,9 @@
     variance          tr Cov g
     signal-to-noise   |E g| / √tr Cov g
 
-of all parameters of a group together, |·| the Euclidean norm. An estimate of |E g| from n draws is
-too large by noise: |mean g|² has the expectation |E g|² + tr Cov g / n, so that much is taken off.
-Intervals are of the squares, jackknifed over blocks of draws.
+for all parameters of a group together, |·| the Euclidean norm. The mean of n draws has the expected
+square |E g|² + tr Cov g / n; the second term is subtracted. Intervals are those of the squares,
+jackknifed over blocks of draws.
 
 Source: "Tighter variational bounds are not necessarily better", arXiv 1802.04537.
 """
@@ -33,26 +33,28 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .calibration import Interval
+from .chunks import Callback, ignore
+from .intervals import Interval
+from .updates import gradients_aside
 
 __all__ = ["Gradient", "Step", "measure_gradients", "slope"]
 
 BLOCKS = 20  # of the jackknife
 STUDENT = float(stats.t.isf(0.025, BLOCKS - 1))
-# A total variance below this share of |E g|² is what rounding leaves of none.
+# A total variance below this share of |E g|² is rounding error: the gradient has no noise.
 ROUNDING = 1e-13
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """n draws of a gradient with P entries, of the objective itself: it points uphill.
+    """n draws of the gradient (P,) of an objective, which is maximized: it points uphill.
 
     Attributes:
         num_draws: n.
         mean: (P,) float64.
         standard_error: (P,) of the mean.
-        block_means: (blocks, P) means of equal parts of the draws.
-        block_squares: (blocks,) means of |g|².
+        block_means: (blocks, P) means over equal parts of the draws.
+        block_squares: (blocks,) means of |g|² over the same parts.
     """
 
     num_draws: int
@@ -64,19 +66,18 @@ class Gradient:
     @property
     def variance(self) -> Interval:
         """tr Cov g of one draw."""
-        return self._jackknife(lambda mean, variance, draws: variance)
+        return self._jackknife(lambda mean, variance, n: variance)
 
     @property
     def signal_to_noise(self) -> Interval:
-        """|E g| / √tr Cov g of one draw; 0 where the signal cannot be told from noise."""
+        """|E g| / √tr Cov g of one draw; 0 if the signal is within the noise."""
         if self.variance.estimate <= ROUNDING * _square(self.mean):
             return Interval(math.inf, math.inf, math.inf)
-        return _root(
-            self._jackknife(lambda mean, variance, draws: _square(mean) / variance - 1 / draws)
-        )
+        square = self._jackknife(lambda mean, variance, n: _square(mean) / variance - 1 / n)
+        return square.sqrt()
 
     def bias(self, exact: Tensor) -> Interval:
-        """|E g − exact| / |exact| for the exact gradient (P,); 0 where noise may be all of it.
+        """|E g − exact| / |exact| for the exact gradient (P,); 0 if within the noise.
 
         Raises:
             ValueError: the exact gradient has another size, or is 0.
@@ -88,40 +89,33 @@ class Gradient:
             )
         exact = exact.detach().double().cpu()
         size = _square(exact)
-        return _root(
-            self._jackknife(
-                lambda mean, variance, draws: (_square(mean - exact) - variance / draws) / size
-            )
+        square = self._jackknife(
+            lambda mean, variance, n: (_square(mean - exact) - variance / n) / size
         )
+        return square.sqrt()
 
     def _jackknife(self, statistic: Callable[[Tensor, float, float], float]) -> Interval:
-        """Of a statistic of the draws' mean, total variance and number."""
-        blocks = len(self.block_means)
+        """Interval of a statistic of mean, total variance and number of draws."""
 
-        def value(keep: Tensor, draws: float) -> float:
+        def value(keep: Tensor) -> float:
+            n = self.num_draws * int(keep.sum()) / BLOCKS
             mean, square = self.block_means[keep].mean(0), self.block_squares[keep].mean().item()
-            variance = max(0.0, square - _square(mean)) * draws / (draws - 1)
-            return statistic(mean, variance, draws)
+            return statistic(mean, max(0.0, square - _square(mean)) * n / (n - 1), n)
 
-        everything = torch.ones(blocks, dtype=torch.bool)
-        left = []
-        for block in range(blocks):
-            keep = everything.clone()
-            keep[block] = False
-            left.append(value(keep, self.num_draws * (blocks - 1) / blocks))
-        estimate = value(everything, self.num_draws)
-        width = STUDENT * math.sqrt((blocks - 1) * float(np.var(left)))
+        one = torch.eye(BLOCKS, dtype=torch.bool)
+        estimate, without_one = value(one.any(0)), [value(~block) for block in one]
+        width = STUDENT * math.sqrt((BLOCKS - 1) * float(np.var(without_one)))
         return Interval(estimate, estimate - width, estimate + width)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one evaluation of an objective and its gradient is like.
+    """Gradient and cost of one evaluation of an objective.
 
     Attributes:
         gradients: of each group of parameters.
         seconds: median time of loss and gradient.
-        memory: most bytes that tensors made by the step hold at once.
+        memory: peak of the bytes held by tensors that the step makes.
     """
 
     gradients: dict[str, Gradient]
@@ -136,19 +130,19 @@ def measure_gradients(
     x: Tensor,
     groups: Mapping[str, Iterable[Tensor]],
     num_draws: int = 1000,
-    on_draw: Callable[[int], object] | None = None,
+    on_draw: Callback = ignore,
 ) -> Step:
-    """Draw the gradient of an objective many times, at the same parameters and batch.
+    """Draw the gradient of an objective many times, with the same parameters and batch.
 
-    Draws come from torch's global random state. The parameters' own gradients are left as they
-    were, and so is Pyro's parameter store.
+    Draws come from torch's global random state. The parameters' own gradients and Pyro's parameter
+    store are restored afterwards.
 
     Args:
         objective: any `pyro.infer.ELBO`.
         model, guide: Pyro programs of x.
         x: the batch.
         groups: parameters by name, such as {"encoder": vae.encoder.parameters(), …}.
-        num_draws: n, at least two for each of the jackknife's blocks; rounded down to whole blocks.
+        num_draws: n, at least 40; rounded down to a multiple of 20.
         on_draw: called with 1 after each draw.
 
     Raises:
@@ -161,15 +155,10 @@ def measure_gradients(
     for name, group in parameters.items():
         if not group:
             raise ValueError(f"the group {name!r} expects parameters; got none")
-    store = pyro.get_param_store()
-    with store.scope(store.get_state()), poutine.trace(param_only=True) as capture:
-        objective.loss(model, guide, x)
-        sites = [site["value"].unconstrained() for site in capture.trace.nodes.values()]
-    # Gradients reach the parameters of all groups, and of none.
-    every = {id(p): p for p in itertools.chain(*parameters.values(), sites)}.values()
-    kept = [p.grad for p in every]
+    sites = _site_parameters(objective, model, guide, x)
+    # Gradients reach the parameters of all groups, and parameters outside any group.
+    every = list({id(p): p for p in itertools.chain(*parameters.values(), sites)}.values())
     sums = {name: _Sums(group, per_block) for name, group in parameters.items()}
-    seconds = []
 
     def step() -> None:
         for parameter in every:
@@ -178,27 +167,23 @@ def measure_gradients(
         if x.is_cuda:
             torch.cuda.synchronize(x.device)
 
-    try:
-        with store.scope(store.get_state()):
-            memory = _memory(step, x.device)  # with Pyro's checks, as they are set
-            with pyro.validation_enabled(False):
-                for _ in range(BLOCKS * per_block):
-                    started = time.perf_counter()
-                    step()
-                    seconds.append(time.perf_counter() - started)
-                    for group_sums in sums.values():
-                        group_sums.add()
-                    if on_draw is not None:
-                        on_draw(1)
-    finally:
-        for parameter, gradient in zip(every, kept, strict=True):
-            parameter.grad = gradient
+    store, seconds = pyro.get_param_store(), []
+    with gradients_aside(every), store.scope(store.get_state()):
+        memory = _memory(step, x.device)  # with Pyro's validation as it is set
+        with pyro.validation_enabled(False):
+            for _ in range(BLOCKS * per_block):
+                started = time.perf_counter()
+                step()
+                seconds.append(time.perf_counter() - started)
+                for group_sums in sums.values():
+                    group_sums.add()
+                on_draw(1)
     gradients = {name: group_sums.result() for name, group_sums in sums.items()}
     return Step(gradients, float(np.median(seconds)), memory)
 
 
 def slope(x: Sequence[float], y: Sequence[Interval]) -> Interval:
-    """Slope of log y over log x, least squares weighted by the intervals of y.
+    """Slope of log y over log x, by least squares weighted with the intervals of y.
 
     Raises:
         ValueError: fewer than two different x, or a y whose estimate is not above 0.
@@ -215,18 +200,22 @@ def slope(x: Sequence[float], y: Sequence[Interval]) -> Interval:
     return Interval(estimate, estimate - width, estimate + width)
 
 
+def _site_parameters(
+    objective: ELBO, model: Callable[..., Any], guide: Callable[..., Any], x: Tensor
+) -> list[Tensor]:
+    """The unconstrained parameters that model and guide ask Pyro's store for."""
+    store = pyro.get_param_store()
+    with store.scope(store.get_state()), poutine.trace(param_only=True) as capture:
+        objective.loss(model, guide, x)
+        return [site["value"].unconstrained() for site in capture.trace.nodes.values()]
+
+
 def _square(vector: Tensor) -> float:
     return vector.square().sum().item()
 
 
-def _root(square: Interval) -> Interval:
-    """Of a square whose estimate, made without bias, may lie below 0."""
-    ends = (square.estimate, square.low, square.high)
-    return Interval(*(math.sqrt(max(0.0, end)) for end in ends))
-
-
 class _Sums:
-    """Block means of a group's gradients, which are not kept themselves."""
+    """Running sums over the gradients of a group: for each block, and over all draws."""
 
     def __init__(self, parameters: list[Tensor], per_block: int) -> None:
         self.parameters, self.per_block = parameters, per_block
@@ -239,8 +228,7 @@ class _Sums:
     def add(self) -> None:
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         gradient = -torch.cat([part.flatten() for part in parts]).double().cpu()
-        block = self.count // self.per_block
-        square = gradient.square()
+        square, block = gradient.square(), self.count // self.per_block
         self.sums[block] += gradient
         self.squares += square
         self.norms[block] += square.sum()
@@ -259,7 +247,7 @@ class _Sums:
 
 
 def _memory(step: Callable[[], None], device: torch.device) -> int:
-    """Most bytes of new tensors that live at once during a step."""
+    """Peak of the bytes held by new tensors during a step."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -271,7 +259,7 @@ def _memory(step: Callable[[], None], device: torch.device) -> int:
 
 
 class _Allocations(TorchDispatchMode):
-    """Counts the bytes of storages from when an operation returns them until they are freed."""
+    """Tracks the bytes of storages from the operation that returns them until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -281,23 +269,19 @@ class _Allocations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        known = {
-            leaf.untyped_storage().data_ptr()
-            for leaf in tree_leaves((args, kwargs))
-            if isinstance(leaf, Tensor)
-        }
+        known = {storage.data_ptr() for storage in _storages((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if not isinstance(leaf, Tensor):
-                continue
-            storage = leaf.untyped_storage()
-            if storage.data_ptr() in known or storage in self.seen:
-                continue
-            self.seen.add(storage)
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._free, storage.nbytes())
+        for storage in _storages(result):
+            if storage.data_ptr() not in known and storage not in self.seen:
+                self.seen.add(storage)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._free, storage.nbytes())
         return result
 
     def _free(self, size: int) -> None:
         self.live -= size
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

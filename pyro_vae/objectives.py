@@ -17,11 +17,10 @@ from pyro.infer import ELBO
 
 from . import elbos, weighted
 from .options import OBJECTIVE_OPTIONS, check_objective
-from .particles import Route
 
 __all__ = ["objective"]
 
-_WEIGHTED: dict[str, tuple[Callable[..., weighted.Particles], Route]] = {
+_WEIGHTED: dict[str, tuple[Callable[..., weighted.Particles], weighted.Route]] = {
     "stl": (weighted.stl, "path"),
     "score-baseline": (weighted.score_baseline, "score"),
     "iwae": (weighted.iwae, "total"),

@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint
 from .codes import Codes
 from .config import read_config
 from .data import Splits
-from .diagnostics import ACTIVE_VARIANCE
+from .evaluation import ACTIVE_VARIANCE
 from .explorer import Explorer, explore, interactive
 from .page import data_url
 from .vae import VAE

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from .interface import LatentModel
+from .log_weights import log_likelihood
 
 __all__ = ["Quadrature", "quadrature"]
 
-# Standard deviations of the prior that the grid reaches to either side.
+# The grid reaches this many standard deviations of the prior to either side.
 REACH = 8.0
 
 
@@ -63,7 +64,7 @@ def quadrature(vae: LatentModel, x: Tensor, num_nodes: int = 401) -> Quadrature:
         num_nodes: number of nodes in each dimension, odd, so that every second node forms a grid.
 
     Raises:
-        ValueError: more than two latents, or an even number of nodes.
+        ValueError: more than two latents, or `num_nodes` is even or too small.
     """
     prior = vae.prior()
     (latent_dim,) = prior.event_shape
@@ -76,11 +77,8 @@ def quadrature(vae: LatentModel, x: Tensor, num_nodes: int = 401) -> Quadrature:
     lines = [prior.mean[j] + reach[j] * steps for j in range(latent_dim)]
     nodes = torch.cartesian_prod(*lines).reshape(-1, latent_dim)
     spacing = (2 * reach / (num_nodes - 1)).double()
-    rows = max(1, 2**20 // max(1, x.numel()))
-    log_likelihood = torch.cat(
-        [vae.likelihood(part.unsqueeze(1)).log_prob(x).double() for part in nodes.split(rows)]
-    )  # (M, B)
-    log_joint = log_likelihood + prior.log_prob(nodes).double()[:, None] + spacing.log().sum()
+    reconstruction = log_likelihood(vae, x, nodes.unsqueeze(1)).double()  # (M, B)
+    log_joint = reconstruction + prior.log_prob(nodes).double()[:, None] + spacing.log().sum()
     log_evidence = log_joint.logsumexp(0)
     places = torch.arange(num_nodes, device=x.device) % 2 == 0
     second = torch.cartesian_prod(*[places] * latent_dim).reshape(len(nodes), -1).all(1)

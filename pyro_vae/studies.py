@@ -14,19 +14,15 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from . import calibration_figures, posterior_figures, verdicts
+from .aggregate import aggregate_posterior, energy_coefficient, energy_test, holes
 from .annealing import anneal
 from .calibration import Simulations, check_ranks, coverage, gamma_band, miscalibration, simulate
+from .chunks import rows_at_once
 from .data import Split, Units
-from .diagnostics import (
-    aggregate_posterior,
-    energy_coefficient,
-    energy_test,
-    holes,
-    latent_use,
-    predictive_check,
-)
 from .evidence import importance_sample, reliable_k, upper_bound
+from .latents import latent_use
 from .nuts import compare_with_nuts
+from .predictive import predictive_check
 from .randomness import derive
 from .refinement import gaps
 from .vae import VAE
@@ -328,7 +324,8 @@ def _aggregate(vae: VAE, training: Tensor, effort: Effort) -> Study:
     count = min(effort.aggregate, len(training))
     with torch.no_grad():
         z = vae.prior().sample((effort.aggregate,))
-        x = torch.cat([vae.likelihood(part).sample() for part in z.split(256)])
+        rows = rows_at_once(training[0].numel(), z.device)
+        x = torch.cat([vae.likelihood(part).sample() for part in z.split(rows)])
         prior = _array(vae.prior().sample((effort.aggregate,)))
     simulated, seen = aggregate_posterior(vae, x), aggregate_posterior(vae, training[:count])
     blocks = zip(np.array_split(simulated, 10), np.array_split(prior, 10), strict=True)

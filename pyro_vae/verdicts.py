@@ -20,18 +20,11 @@ from typing import Any, Literal
 import numpy as np
 
 from .annealing import Annealed
-from .calibration import (
-    HDR,
-    LIKELIHOOD,
-    MEAN,
-    Coverage,
-    Interval,
-    Simulations,
-    interval,
-    share_interval,
-)
-from .diagnostics import LatentUse, PredictiveCheck
+from .calibration import HDR, LIKELIHOOD, MEAN, Coverage, Simulations
+from .intervals import Interval, interval, share_interval
+from .latents import LatentUse
 from .nuts import Comparison
+from .predictive import PredictiveCheck
 from .refinement import Gaps
 
 __all__ = [

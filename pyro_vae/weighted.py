@@ -1,8 +1,8 @@
-"""Objectives made of importance weights: a bound of each datum, and weights of its gradients.
+"""Objectives made of importance weights: a bound for each row, and weights of its gradients.
 
     log wₖ = log p(x, zₖ; θ) − log q(zₖ|x; φ),  zₖ = z(εₖ; φ),  k = 1 … K
 
-Each estimator here is a bound L(log w) and what it makes of K particles in the gradient:
+Each estimator here is a bound L(log w) and three sets of weights for the K terms of its gradient:
 
     Σₖ aₖ ∂θ log p(x, zₖ)  +  Σₖ bₖ (∂φ z) ∂z [log p − log q](zₖ)  +  Σₖ cₖ ∂φ log q(z)|z=zₖ
        decoder                   encoder, through the draws           encoder, the score
@@ -20,9 +20,10 @@ With w̃ₖ = wₖ / Σⱼ wⱼ:
     wake-sleep        iwae                              w̃             0              w̃
     score-baseline    ELBO                              1/K           0              see below
 
-Where b = a and c = −a the gradient is that of the bound itself. The score has expectation zero, so
-that stl may drop it; under iwae's weights it has not, and dropping it takes b to w̃² (dreg). The c
-of score-baseline is log wₖ less its mean over the other particles, over K.
+With b = a and c = −a the gradient is that of the bound. Under equal weights the score has
+expectation zero, and stl drops it. Under the weights of iwae its expectation is not zero; dreg
+drops it and changes b to w̃², which keeps the gradient unbiased. The c of score-baseline is log wₖ
+minus its mean over the other particles, divided by K.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pyro import poutine
 from pyro.infer import ELBO
 from pyro.infer.util import torch_item
 from pyro.poutine import Trace
@@ -41,10 +43,19 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .particles import Route, chunk_sizes, draw, know_plate_nesting
+from .particles import (
+    Programs,
+    chunk_sizes,
+    draw_path,
+    draw_score,
+    draw_total,
+    in_particles,
+    know_plate_nesting,
+)
 
 __all__ = [
     "Particles",
+    "Route",
     "Rule",
     "WeightedELBO",
     "ciwae",
@@ -58,20 +69,20 @@ __all__ = [
     "wake_sleep",
 ]
 
-# The least share of a group in `piwae`: what is below adds nothing to a float32's digits, but a
-# gradient divided by it has to come back.
+# Smallest share of a group in `piwae`. Smaller shares do not change the digits of a float32, but
+# the gradient is divided by the share.
 MIN_SHARE = 1e-12
 
 
 @dataclass(frozen=True)
 class Particles:
-    """What an estimator makes of log w (K, N).
+    """Bound and weights of an estimator at log w (K, N); a, b and c as above.
 
     Attributes:
         bound: (N,).
         decoder: (K, N) a.
         score: (K, N) c.
-        path: (K, N) b / a; None where it is 1.
+        path: (K, N) b / a; None if it is 1.
     """
 
     bound: Tensor
@@ -80,31 +91,28 @@ class Particles:
     path: Tensor | None = None
 
 
+Route = Literal["total", "path", "score"]
 Rule = Callable[[Tensor], Particles]
 
 
 class WeightedELBO(ELBO):
-    """A `pyro.infer.ELBO` that follows a rule.
+    """A `pyro.infer.ELBO` defined by a rule.
 
-    Each datum is weighed by itself, whatever the plates around it (see `particles`). All particles
-    are drawn in one pass; where there are more than memory allows, in chunks that are drawn once
-    more, with the same random numbers, for the gradient.
+    Each row has its own weights, whatever the plates around it (see `particles`). Particles that
+    exceed the memory limit are drawn in chunks, and drawn again with the same random numbers for
+    the gradient.
 
     Args:
         rule: log w (K, N) → bound and weights.
-        route: total: c = −a and b = a. path: anything else. score: b = 0, for any guide; z is then
-            drawn without a gradient.
+        route: gradient in the guide's parameters. total: c = −a and b = a. path: any b and c.
+            score: b = 0; for any guide, with z held fixed.
         num_particles: K.
-        max_plate_nesting: as of Pyro's ELBOs: number of plates inside each other; found by running
-            model and guide once where it is not given.
+        max_plate_nesting: as in Pyro's ELBOs, the number of nested plates; found by running model
+            and guide once if not given.
     """
 
     def __init__(
-        self,
-        rule: Rule,
-        route: Route,
-        num_particles: int = 1,
-        max_plate_nesting: float = math.inf,
+        self, rule: Rule, route: Route, num_particles: int = 1, max_plate_nesting: float = math.inf
     ) -> None:
         super().__init__(num_particles=num_particles, max_plate_nesting=max_plate_nesting)
         self.rule = rule
@@ -125,7 +133,7 @@ class WeightedELBO(ELBO):
             surrogate = a * log_p + c * log_q_fixed
         else:
             surrogate = a * (log_p - log_q)
-            if self.route == "path":  # the −a ∂φ log q in the line above becomes c ∂φ log q
+            if self.route == "path":  # −a ∂φ log q in the line above becomes c ∂φ log q
                 surrogate = surrogate + (a + c) * log_q_fixed
         surrogate = -(scale * surrogate).sum()
         return value + (surrogate - surrogate.detach())
@@ -153,23 +161,27 @@ class WeightedELBO(ELBO):
     ) -> tuple[Tensor, ...]:
         """log p, log q, log q at fixed z, each (K, N), and the scale.
 
-        `weights` will hold what the rule makes of them by the backward pass.
+        `weights` holds the rule's result by the time of the backward pass.
         """
         know_plate_nesting(self, model, guide, args, kwargs)
+        nesting = int(self.max_plate_nesting)
+        subsamples: list[Trace] = []
 
         def path_weight(first: int, size: int) -> Tensor | None:
             path = weights[0].path
             return None if path is None else path[first : first + size]
 
-        rows: list[Trace] = []
-
-        # Takes the arguments, for `checkpoint` to see on which device to keep the random state.
+        # Takes the arguments: `checkpoint` keeps the random state of their device.
         def chunk(first: int, size: int, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
-            nesting, weight = int(self.max_plate_nesting), partial(path_weight, first, size)
-            # A plate that draws its rows draws them for the first chunk, and all others share them.
-            subsample = rows[0] if first else None
-            draws = draw(model, guide, args, kwargs, size, nesting, self.route, weight, subsample)
-            rows.append(draws.subsample)
+            run, propose = (in_particles(program, size, nesting) for program in (model, guide))
+            if first:  # all chunks share the subsample that the plates draw for the first
+                propose = poutine.replay(propose, trace=subsamples[0])
+            programs = Programs(run, propose, args, kwargs, nesting)
+            if self.route == "path":
+                draws = draw_path(programs, partial(path_weight, first, size))
+            else:
+                draws = (draw_total if self.route == "total" else draw_score)(programs)
+            subsamples.append(draws.subsample)
             return draws.log_p, draws.log_q, draws.log_q_fixed, draws.scale
 
         sizes = chunk_sizes(self.num_particles, args, kwargs)

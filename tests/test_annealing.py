@@ -16,7 +16,7 @@ from pyro.distributions import Normal
 from test_evidence import Encoder
 from torch import nn
 
-from pyro_vae import annealing, evidence
+from pyro_vae import annealing, chunks
 from pyro_vae.annealing import anneal
 from pyro_vae.likelihoods import LIKELIHOODS
 from pyro_vae.linear_gaussian import LinearGaussian
@@ -113,37 +113,32 @@ class WidePrior:
         return Normal(torch.zeros_like(self.vae.weight[0]), 1.1).to_event(1)
 
 
-class EndsEarly(annealing._Target):
-    """The last β is 0.97, not 1."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.betas[-1] = 0.97
-
-
 @pytest.mark.parametrize("fault", ["prior", "accept", "schedule", "late", "density"])
 def test_planted_faults_are_seen_by_the_same_checks(fault, monkeypatch):
     vae, _, x, exact = simulated(CASES[1], 20)
     single = simulated(SINGLE[1], 2000)
-    move, density = annealing._Target._move, annealing._Point.log_density
+    schedule, kernel = annealing._schedule, annealing._hmc
+    density = annealing._State.log_density
     if fault == "prior":
         vae = WidePrior(vae)
     elif fault == "accept":  # every proposal is taken
-        monkeypatch.setattr(annealing._Point, "where", lambda self, chosen, other: self)
-    elif fault == "schedule":
-        monkeypatch.setattr(annealing, "_Target", EndsEarly)
+        monkeypatch.setattr(annealing, "_choose", lambda chosen, first, second: first)
+    elif fault == "schedule":  # the last β is 0.97, not 1
+        monkeypatch.setattr(annealing, "_schedule", lambda steps: [*schedule(steps)[:-1], 0.97])
     elif fault == "late":  # the kernel of β_k+1 in place of that of β_k
-        last = 60 - 1
+        late = {}
+        late = {}
+        for betas in map(schedule, (60, 30)):
+            late |= dict(zip(betas[1:-1], [*betas[2:-1], betas[-2]], strict=True))
         monkeypatch.setattr(
-            annealing._Target, "_move", lambda s, p, k: move(s, p, min(k + 1, last))
+            annealing, "_hmc", lambda target, z, beta, size: kernel(target, z, late[beta], size)
         )
     else:  # proposals are accepted by another density than that of their slopes
-        monkeypatch.setattr(annealing._Point, "log_density", lambda p, beta: density(p, beta / 2))
+        monkeypatch.setattr(annealing._State, "log_density", lambda s, beta: density(s, beta / 2))
     torch.manual_seed(1)
     assert not agree(anneal(vae, x, 60, 200), exact)
     # x ~ p(x), whose mean of p'(x) / p(x) is 1 for any other model p': no news of the prior there
     if fault != "prior":
-        last = 30 - 1
         torch.manual_seed(3)
         assert weights_are_unbiased(*single) == (False, False)
 
@@ -180,7 +175,7 @@ def test_both_sides_close_in_on_the_truth_as_one_over_steps(monkeypatch):
     assert spread < 0.025, "errors small enough to matter"
     assert abs(found + 1) < SIGMAS * spread
     # power: chains that stay where they are do not close in
-    monkeypatch.setattr(annealing._Point, "where", lambda self, chosen, other: other)
+    monkeypatch.setattr(annealing, "_choose", lambda chosen, first, second: second)
     below, above, *_, error = bracket(steps[:3], 500)
     found, spread = slope(steps[:3], below + above, error)
     assert abs(found + 1) > SIGMAS * spread
@@ -239,13 +234,13 @@ def test_a_leapfrog_that_diverges_is_a_rejected_step(monkeypatch):
             return Normal(z + wall - wall.square(), 0.5).to_event(1)
 
     thrown = []
-    point = annealing._Target._point
+    evaluate = annealing._Target.evaluate
 
     def watched(target, z):
-        thrown.append(bool(point(target, z).log_likelihood.isnan().any()))
-        return point(target, z)
+        thrown.append(bool(evaluate(target, z).log_likelihood.isnan().any()))
+        return evaluate(target, z)
 
-    monkeypatch.setattr(annealing._Target, "_point", watched)
+    monkeypatch.setattr(annealing._Target, "evaluate", watched)
     vae = Walled()
     x = torch.linspace(-1, 1, 20, dtype=torch.float64)[:, None]
     torch.manual_seed(0)
@@ -259,24 +254,37 @@ def test_a_leapfrog_that_diverges_is_a_rejected_step(monkeypatch):
 
 def test_step_sizes_are_those_of_a_pilot_run_and_then_held_fixed(monkeypatch):
     """By what is called: bounds from chains that adapt are off by too little to be seen."""
-    runs = []
-    chain = annealing._Target._chain
+    runs, used = [], []  # starts; the step sizes of each run by β
+    tune, chain, kernel = annealing._tune, annealing._chain, annealing._hmc
 
-    def watched(target, z, *arguments, **keywords):
-        before = target.step_sizes.clone()
-        result = chain(target, z, *arguments, **keywords)
-        runs.append((z, torch.equal(before, target.step_sizes), target.step_sizes.clone()))
-        return result
+    def starting(run):
+        def watched(target, z, *arguments, **keywords):
+            runs.append(z)
+            used.append({})
+            return run(target, z, *arguments, **keywords)
 
-    monkeypatch.setattr(annealing._Target, "_chain", watched)
+        return watched
+
+    def watched(target, start, beta, step_size):
+        used[-1][beta] = step_size.clone()
+        return kernel(target, start, beta, step_size)
+
+    monkeypatch.setattr(annealing, "_tune", starting(tune))
+    monkeypatch.setattr(annealing, "_chain", starting(chain))
+    monkeypatch.setattr(annealing, "_hmc", watched)
     vae, z, x, _ = simulated((5, 3, 1.0, 1), 4)
     torch.manual_seed(8)
     anneal(vae, x, 40, 6, z)
-    assert [fixed for _, fixed, _ in runs] == [False, True, True]
-    pilot, forward, reverse = (start for start, _, _ in runs)
+    pilot, forward, reverse = runs
     assert not (pilot == forward).any(), "draws of their own"
     assert torch.equal(reverse, z.expand(6, 4, 3))
-    sizes = runs[-1][2][..., 0].squeeze(1)  # (T, B)
+    tuned, *fixed = ([sizes[beta] for beta in annealing._schedule(40)[1:-1]] for sizes in used)
+    # The pilot run leaves each β with the size from which it starts at the next.
+    for sizes in fixed:
+        assert all(map(torch.equal, sizes, tuned[1:]))
+        assert all(map(torch.equal, sizes, fixed[0]))
+        assert len(sizes) == 39
+    sizes = torch.stack([tuned[0], *fixed[0]])[..., 0].squeeze(1)  # (T, B)
     assert (sizes.std(1)[5:] > 0).all(), "each image has its own"
     assert (sizes.diff(dim=0)[1:] != 0).all(), "and each β"
     # from one β to the next by at most 0.2 in the logarithm, over all far from the first
@@ -310,7 +318,7 @@ def test_the_same_seed_gives_the_same_numbers():
 @pytest.mark.parametrize("chunk_values", [1, 2 * 2 * 4, 2**19])
 def test_images_are_taken_a_few_at_a_time(chunk_values, monkeypatch):
     """Every image keeps its own x and z*, and every step is counted."""
-    monkeypatch.setattr(evidence, "CHUNK_VALUES", chunk_values)
+    monkeypatch.setattr(chunks, "CACHE_VALUES", chunk_values)
     vae, z, x, _ = simulated((2, 1, 1.0, 0), 5)
     # images far apart in what z has no part in: log p(x) differs, the chains' errors do not
     across = torch.stack([-vae.weight[1], vae.weight[0]], -1).detach() / vae.weight.norm()

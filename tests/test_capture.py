@@ -36,7 +36,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor, nn
 
 import pyro_vae
-from pyro_vae import particles, weighted
+from pyro_vae import chunks, weighted
 from pyro_vae.capture import Captured, CapturedFunction, Observer, capture
 from pyro_vae.config import KL_WEIGHTED, Objective
 from pyro_vae.linear_gaussian import LinearGaussian
@@ -1070,7 +1070,7 @@ def test_more_shapes_than_graphs_are_kept(monkeypatch):
 
 def test_particles_in_chunks(monkeypatch):
     """Those that are drawn once more, with the random state set back, cannot be captured."""
-    monkeypatch.setattr(particles, "VALUES_AT_ONCE", 2 * rows().numel())
+    monkeypatch.setattr(chunks, "MEMORY_VALUES", 2 * rows().numel())
     check(objective("trace", 3, 1), toy(), rows())
     check_falls_back(objective("iwae", 3, 1), toy(), rows(), reason="its graph gives another")
 

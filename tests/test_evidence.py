@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal, kl_divergence
 
 import pyro_vae
-from pyro_vae import evidence
+from pyro_vae import chunks, evidence
 from pyro_vae.data import DataSpec
 from pyro_vae.evidence import (
     importance_sample,
@@ -113,7 +113,7 @@ def test_standard_error_is_the_spread_over_repetitions():
 @pytest.mark.parametrize("chunk_values", [1, 13, D * 7, D * 50 * 3, 2**23])
 def test_every_chunking_uses_all_samples(chunk_values, monkeypatch):
     """In chunks of images, of samples, of one value: the same formula, the same count."""
-    monkeypatch.setattr(evidence, "CHUNK_VALUES", chunk_values)
+    monkeypatch.setattr(chunks, "CACHE_VALUES", chunk_values)
     vae, x, exact = linear_gaussian()
     done, decoded, likelihood = [], [], vae.likelihood
     vae.likelihood = lambda z: decoded.append(z[..., 0].numel()) or likelihood(z)
@@ -300,7 +300,7 @@ def test_pareto_k_is_none_unless_asked():
 
 def test_every_number_is_that_of_all_chunks_of_samples(monkeypatch):
     """Weights that are known one by one: the same numbers from all of them at once."""
-    monkeypatch.setattr(evidence, "CHUNK_VALUES", 40)
+    monkeypatch.setattr(chunks, "CACHE_VALUES", 40)
 
     class Fixed:
         """Draws z = 0, 1, 2, …; log w = z for the first image and z / 100 for the second."""
@@ -438,7 +438,7 @@ def test_upper_bound_refuses_no_samples():
 @pytest.mark.parametrize("mode", ["eager", "graph", "compiled"])
 def test_captured_sampling_is_exact_too(mode, monkeypatch):
     """With the exact posterior every weight is the evidence, whatever draws and decodes."""
-    monkeypatch.setattr(evidence, "CHUNK_VALUES", 2**12)  # a graph is for a whole chunk
+    monkeypatch.setattr(chunks, "CACHE_VALUES", 2**12)  # a graph is for a whole chunk
     vae, x, exact = linear_gaussian()
     result = importance_sample(vae, x[:7], 1000, mode=mode)
     torch.testing.assert_close(result.log_evidence, exact[:7], rtol=1e-9, atol=1e-9)
@@ -451,7 +451,7 @@ def test_captured_sampling_is_exact_too(mode, monkeypatch):
 
 
 def test_what_is_captured_is_kept_for_the_model_and_follows_its_weights(monkeypatch):
-    monkeypatch.setattr(evidence, "CHUNK_VALUES", 2**12)
+    monkeypatch.setattr(chunks, "CACHE_VALUES", 2**12)
     vae, x, exact = linear_gaussian()
     importance_sample(vae, x[:7], 1000, mode="graph")
     kept = evidence._captured(vae, "graph")
@@ -470,7 +470,7 @@ def test_what_is_captured_is_kept_for_the_model_and_follows_its_weights(monkeypa
 
 def test_what_the_model_itself_holds_is_watched_too(monkeypatch):
     """No submodule has it, and the captured function has the model by a weak reference alone."""
-    monkeypatch.setattr(evidence, "CHUNK_VALUES", 2**12)
+    monkeypatch.setattr(chunks, "CACHE_VALUES", 2**12)
 
     class Scaled(VAE):
         plain = 1.0

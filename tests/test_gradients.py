@@ -11,9 +11,9 @@ import torch
 from scipy import stats
 from torch.distributions import kl_divergence
 
-from pyro_vae import gradients, objective, particles, weighted
-from pyro_vae.calibration import Interval
+from pyro_vae import chunks, objective, weighted
 from pyro_vae.gradients import BLOCKS, measure_gradients, slope
+from pyro_vae.intervals import Interval
 from pyro_vae.linear_gaussian import LinearGaussian
 
 # Each test rejects a true hypothesis at most so often, however many numbers it compares, but for
@@ -109,8 +109,8 @@ def test_intervals_cover(measured):
 def test_noise_is_no_signal_and_no_bias(name, measured, monkeypatch):
     """Where the truth is 0, its square is on average; that of the mean, not corrected, is not.
 
-    `_root` clips the squares at 0, so it is left out here. In signal-to-noise, |mean|² has the
-    estimated variance below it: a bias of at most a fifth of the average's standard error.
+    `Interval.sqrt` clips the squares at 0, so it is left out here. In signal-to-noise, |mean|² has
+    the estimated variance below it: a bias of at most a fifth of the average's standard error.
     """
     if name == "signal":
         torch.manual_seed(1)
@@ -120,7 +120,7 @@ def test_noise_is_no_signal_and_no_bias(name, measured, monkeypatch):
         noise = TRUE[0] / MEAN.square().sum().item() / DRAWS
         values = lambda: [gradient.bias(MEAN) for gradient in measured]  # noqa: E731
     assert sum(v.low > 0 for v in values()) <= stats.binom.isf(FALSE_ALARM / 2, REPETITIONS, 0.025)
-    monkeypatch.setattr(gradients, "_root", lambda square: square)
+    monkeypatch.setattr(Interval, "sqrt", lambda square: square)
     squares = np.array([v.estimate for v in values()])
     error = squares.std(ddof=1) / REPETITIONS**0.5
     assert abs(squares.mean()) < sigmas(2) * error
@@ -319,7 +319,7 @@ def test_memory_of_particles(monkeypatch):
     small, at_once, large = memory(16), memory(64), memory(256)
     assert 3.8 < (large - at_once) / (at_once - small) < 4.2
     assert 3.5 < at_once / small < 4.01
-    monkeypatch.setattr(particles, "VALUES_AT_ONCE", 8 * x.numel())
+    monkeypatch.setattr(chunks, "MEMORY_VALUES", 8 * x.numel())
     assert memory(8) < memory(64) < at_once / 3
 
 

@@ -19,8 +19,8 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 from pyro_vae import nuts
+from pyro_vae.aggregate import energy_coefficient
 from pyro_vae.data import DataSpec
-from pyro_vae.diagnostics import energy_coefficient
 from pyro_vae.likelihoods import LIKELIHOODS
 from pyro_vae.linear_gaussian import LinearGaussian
 from pyro_vae.nuts import compare_with_nuts

@@ -757,8 +757,8 @@ FAULTS = [
     ("WeightedELBO.differentiable_loss", "(a + c)", "(a - c)", check_bound, PIWAE, "encoder"),
     ("WeightedELBO.differentiable_loss", "(a + c)", "a", check_bound, PIWAE, "encoder"),
     ("particles._weigh_gradient", "* weight", "* 2 * weight", check_bound, PIWAE, "encoder"),
-    ("particles.draw", 'route == "score"', "False", check_elbo, BASELINE, "encoder"),
-    ("particles.draw", "(copies, fixed)", "(copies, copies)", check_elbo, ("stl",), "encoder"),
+    ("particles.draw_score", "Detached()", "Messenger()", check_elbo, BASELINE, "encoder"),
+    ("particles.draw_path", "(copies, fixed)", "(copies, copies)", check_elbo, ("stl",), "encoder"),
     (
         "elbos.ScoreFunction._get_trace",
         "latent_sites(traces[1])",

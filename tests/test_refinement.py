@@ -11,7 +11,7 @@ from conftest import all_likelihoods, batch, example_vae
 from scipy import stats
 from torch.distributions import kl_divergence
 
-from pyro_vae import evidence, refinement
+from pyro_vae import chunks, refinement
 from pyro_vae.evidence import importance_sample
 from pyro_vae.linear_gaussian import LinearGaussian
 from pyro_vae.refinement import elbo, gaps, refine
@@ -155,7 +155,7 @@ def test_elbo_is_log_evidence_less_kl(guide):
 @pytest.mark.parametrize("chunk_values", [1, 13, 5 * 7, 5 * 20 * 3, 2**23])
 def test_every_chunking_uses_all_samples_of_all_images(chunk_values, monkeypatch):
     """Draws of the exact guide all have the evidence as weight, in whatever chunks they come."""
-    monkeypatch.setattr(evidence, "CHUNK_VALUES", chunk_values)
+    monkeypatch.setattr(chunks, "CACHE_VALUES", chunk_values)
     vae, x = oracle("exact")
     exact = vae.exact_log_evidence(x).detach()
     torch.testing.assert_close(elbo(vae, vae.posterior(x), x, 23), exact, rtol=1e-9, atol=1e-9)

@@ -16,9 +16,9 @@ import torch
 
 import pyro_vae
 from pyro_vae import verdicts
+from pyro_vae.aggregate import aggregate_posterior, energy_coefficient
 from pyro_vae.annealing import anneal
 from pyro_vae.calibration import coverage, simulate
-from pyro_vae.diagnostics import aggregate_posterior, energy_coefficient
 from pyro_vae.evidence import importance_sample, reliable_k
 from pyro_vae.nuts import compare_with_nuts
 from pyro_vae.refinement import gaps, refine

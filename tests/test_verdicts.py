@@ -8,11 +8,13 @@ import torch
 
 from pyro_vae import verdicts
 from pyro_vae.annealing import Annealed
-from pyro_vae.calibration import Interval, coverage, simulate
-from pyro_vae.diagnostics import LatentUse, PredictiveCheck
+from pyro_vae.calibration import coverage, simulate
 from pyro_vae.evidence import importance_sample
+from pyro_vae.intervals import Interval
+from pyro_vae.latents import LatentUse
 from pyro_vae.linear_gaussian import LinearGaussian
 from pyro_vae.nuts import Comparison
+from pyro_vae.predictive import PredictiveCheck
 from pyro_vae.refinement import gaps
 from pyro_vae.verdicts import Check, Finding
 
