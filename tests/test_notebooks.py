@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and what is committed is such a run."""
+"""The notebooks run from top to bottom, and their committed outputs are of a complete run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pictures(notebook):
 
 
 @notebooks
-# Of the kernel's own parts, which are not ours: sockets and event loops that close late.
+# Warnings of the kernel's own dependencies: sockets and event loops that are closed late.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::pytest.PytestWarning")
 def test_runs_at_small_settings(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYRO_VAE_QUICK", "1")
@@ -38,7 +38,7 @@ def test_runs_at_small_settings(path, tmp_path, monkeypatch):
 
 
 @notebooks
-def test_what_is_committed_is_a_whole_run(path):
+def test_committed_outputs_are_of_a_complete_run(path):
     notebook = nbformat.read(path, as_version=4)
     counts = [cell.execution_count for cell in code_cells(notebook)]
     assert counts == list(range(1, len(counts) + 1))
@@ -58,7 +58,7 @@ claims = [
 
 
 def section(name, number):
-    """All that the cells of a numbered section put out, as text."""
+    """The outputs of all cells of a numbered section, as text."""
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     found, inside = [], False
     for cell in notebook.cells:
@@ -70,7 +70,7 @@ def section(name, number):
     return " ".join(found)
 
 
-def test_there_are_claims_of_every_note():
+def test_claims_cover_every_note():
     assert len(claims) > 50
     assert {note for claim in claims for note in claim[0].split(", ")} == {"", *"12345"}
     assert {claim[2] for claim in claims} == {"holds", "imprecise", "not here", ""}
@@ -78,7 +78,7 @@ def test_there_are_claims_of_every_note():
 
 @pytest.mark.parametrize("claim", claims, ids=lambda claim: claim[1][:40])
 def test_numbers_of_a_claim_are_in_its_section(claim):
-    """Every number with a decimal point, an exponent or thousands, as it stands there."""
+    """Find each number with a decimal point, exponent or thousands separator in the outputs."""
     *_, measured, where = claim
     name, number = where.split(" §")
     text = section(name, number)
