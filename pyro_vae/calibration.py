@@ -2,10 +2,9 @@
 
     z* ~ p(z),  x ~ p(x|z*),  z₁ … z_L ~ q(z|x)
 
-If q(z|x) = p(z|x), then z*, z₁ … z_L are exchangeable given x. It follows that for any function f
-the rank of f(z*, x) among the f(z_l, x) is uniform on {0, …, L}, that z* has the posterior's mean
-and variance, and that a region with probability p under q contains z* with probability p.
-`simulate` computes; `check_ranks`, `coverage` and `miscalibration` judge.
+If q(z|x) = p(z|x), then z*, z₁ … z_L are exchangeable given x: for any function f the rank of
+f(z*, x) among the f(z_l, x) is uniform on {0, …, L}, z* has the mean and variance of q, and regions
+with probability p under q contain z* with probability p.
 
 Ranks of the latents alone cannot detect a guide that ignores x: q(z|x) = p(z) passes. Ranks of
 log p(x|z) detect it. No trained guide is exact, and its p-values decrease with the number of
@@ -19,7 +18,7 @@ quantities shapes sensitivity", arXiv 2211.02383.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
@@ -77,10 +76,7 @@ class Simulations:
 
     @property
     def z_scores(self) -> np.ndarray:
-        """(N, Z): (truth − posterior mean) / posterior standard deviation.
-
-        For the exact posterior their mean is 0 and their mean square 1.
-        """
+        """(N, Z): (truth − mean) / scale; mean 0 and mean square 1 for the exact posterior."""
         return (self.z - self.mean) / self.scale
 
     @property
@@ -125,9 +121,9 @@ def simulate(
     prior = vae.prior()
     truths = prior.sample((num_simulations,))
     size = vae.likelihood(truths[:1]).event_shape.numel()
-    batch = rows_at_once(size * (num_draws + 1), truths.device, CHUNKS_PER_BLOCK)
+    rows = rows_at_once(size * (num_draws + 1), truths.device, CHUNKS_PER_BLOCK)
     ranks, means, scales = [], [], []
-    for truth in truths.split(batch):
+    for truth in truths.split(rows):
         x = vae.likelihood(truth).sample()
         posterior = vae.posterior(x)
         z = torch.cat([truth.unsqueeze(0), posterior.sample((num_draws,))])  # (1 + L, B, Z)
@@ -200,8 +196,7 @@ class RankTest:
 def check_ranks(simulations: Simulations) -> list[RankTest]:
     """Test the ranks of each quantity. For an exact guide every `p_value` is uniform or larger.
 
-    The bins of the chi-squared test hold equally many ranks, and at least 20 simulations in
-    expectation.
+    The bins of the chi-squared test expect at least 20 simulations each.
 
     Raises:
         ValueError: fewer than 40 simulations.
@@ -222,11 +217,9 @@ def check_ranks(simulations: Simulations) -> list[RankTest]:
 
 
 def gamma_discrepancy(ranks: np.ndarray, num_draws: int) -> float:
-    """γ = 2 minᵢ min(P(R ≤ Rᵢ), P(R ≥ Rᵢ)), where Rᵢ counts ranks below i and R ~ Bin(N, i/(L+1)).
+    """γ = 2 minᵢ min(P(R ≤ Rᵢ), P(R ≥ Rᵢ)) for ranks (N,) of 0 … L, with L draws.
 
-    Args:
-        ranks: (N,) integers 0 … L.
-        num_draws: L.
+    Rᵢ counts the ranks below i, and R ~ Bin(N, i/(L+1)).
     """
     counts = np.bincount(ranks, minlength=num_draws + 1).cumsum()[:-1]  # R₁ … R_L
     tails = _tails(len(ranks), num_draws)
@@ -277,19 +270,15 @@ def _stays_within(allowed: np.ndarray, num_simulations: int) -> float:
     The counts of the L + 1 ranks are independent Poisson variables given that they sum to N. Their
     partial sums are a Markov chain, whose distribution is computed exactly.
     """
-    num_draws = len(allowed)
-    mean = num_simulations / (num_draws + 1)
+    mean = num_simulations / (len(allowed) + 1)
     most = int(stats.poisson.isf(1e-15, mean)) + 1
     step = stats.poisson.pmf(np.arange(min(most, num_simulations) + 1), mean)
     first, state = 0, np.ones(1)
     for row in allowed:
         state = np.convolve(state, step)
-        start = int(row.argmax())
-        stop = len(row) - int(row[::-1].argmax())
-        if not row[start]:
-            return 0.0
+        start, stop = int(row.argmax()), len(row) - int(row[::-1].argmax())
         left, right = max(first, start), min(first + len(state), stop)
-        if left >= right:
+        if not row[start] or left >= right:
             return 0.0
         state, first = state[left - first : right - first], left
     rest = num_simulations - (first + np.arange(len(state)))
@@ -325,8 +314,8 @@ def coverage(
 ) -> Coverage:
     """Expected coverage of central intervals and of highest-density regions.
 
-    Regions are sets of ranks, and L draws allow only some probabilities: each level is moved to the
-    nearest of these, `nominal`. An exact guide covers with exactly this probability.
+    Regions are sets of ranks: each level is moved to the nearest that L draws allow, `nominal`. An
+    exact guide covers with exactly this probability.
 
     Raises:
         ValueError: a level is not between 0 and 1.
@@ -337,23 +326,17 @@ def coverage(
     latent_dim = simulations.z.shape[1]
     latents = simulations.ranks[:, :latent_dim]
     density = simulations.ranks[:, simulations.names.index(DENSITY)]
-    rows = []
+    nominal, rows = [], []
     for level in levels:
         # Ranks outside the interval at either end; the HDR leaves out the lowest 2·out
         out = min(max(round((1 - level) * num_ranks / 2), 0), (num_ranks - 1) // 2)
         inside = (latents >= out) & (latents < num_ranks - out)
-        columns = [share_interval(column) for column in inside.T]
-        columns.append(interval(inside.mean(1)))
-        columns.append(share_interval(density >= 2 * out))
-        rows.append((1 - 2 * out / num_ranks, columns))
-    table = np.array([[(c.estimate, c.low, c.high) for c in columns] for _, columns in rows])
-    return Coverage(
-        names=(*simulations.names[:latent_dim], MEAN, HDR),
-        nominal=np.array([nominal for nominal, _ in rows]),
-        covered=table[..., 0],
-        low=table[..., 1],
-        high=table[..., 2],
-    )
+        central = [share_interval(column) for column in inside.T]
+        rows.append([*central, interval(inside.mean(1)), share_interval(density >= 2 * out)])
+        nominal.append(1 - 2 * out / num_ranks)
+    table = np.array([[astuple(column) for column in columns] for columns in rows])  # (M, R, 3)
+    names = (*simulations.names[:latent_dim], MEAN, HDR)
+    return Coverage(names, np.array(nominal), *np.moveaxis(table, -1, 0))
 
 
 @dataclass(frozen=True)

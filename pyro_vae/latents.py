@@ -60,7 +60,8 @@ def latent_use(vae: LatentModel, x: Tensor) -> LatentUse:
         raise ValueError(f"the variance over rows expects at least 2; got {len(x)}")
     prior = vae.prior()
     marginal = Normal(prior.mean, prior.variance.sqrt())
-    posteriors = [vae.posterior(part) for part in x.split(rows_at_once(x[0].numel(), x.device))]
+    rows = rows_at_once(x[0].numel(), x.device)
+    posteriors = [vae.posterior(part) for part in x.split(rows)]
     mean = torch.cat([q.mean for q in posteriors])
     scale = torch.cat([q.variance for q in posteriors]).sqrt()
     kl = kl_divergence(Normal(mean, scale), marginal)

@@ -1,8 +1,8 @@
 """q(z|x) compared with the No-U-Turn sampler on the same Pyro model.
 
-Hamiltonian Monte Carlo needs no guide and is exact in the long run. Where its chains agree with one
-another, they serve as the reference for q(z|x): differences of means and scales, in units of the
-chains' standard deviation, and a distance between the two samples.
+Hamiltonian Monte Carlo needs no guide and is exact in the long run. Chains that agree with one
+another are the reference for q(z|x): differences of means and scales, in units of the chains'
+standard deviation, and a distance between the two samples.
 
 Source: "The No-U-Turn sampler", arXiv 1111.4246; "Rank-normalization, folding, and localization: an
 improved R̂", arXiv 1903.08008.
@@ -92,9 +92,9 @@ def compare_with_nuts(
     theirs = ((draws.flatten(0, 1) - exact_mean) / exact_scale).cpu().numpy()
     half = num_chains // 2 * num_samples
     return Comparison(
-        draws=draws.cpu().numpy(),
-        r_hat=r_hat,
-        effective_sample_size=effective_sample_size,
+        draws.cpu().numpy(),
+        r_hat,
+        effective_sample_size,
         divergences=sum(diverged for _, diverged in runs),
         mean_difference=((posterior.mean - exact_mean) / exact_scale).cpu().numpy(),
         scale_ratio=(posterior.variance.sqrt() / exact_scale).cpu().numpy(),

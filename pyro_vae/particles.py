@@ -33,7 +33,6 @@ from .randomness import random_states
 __all__ = [
     "Detached",
     "Draws",
-    "Programs",
     "check_reparameterized",
     "chunk_sizes",
     "common_plates",
@@ -49,16 +48,7 @@ __all__ = [
 
 PLATE = "num_particles_vectorized"  # Pyro's name for it
 
-
-@dataclass(frozen=True)
-class Programs:
-    """A Pyro model and guide inside a plate of particles, with their arguments."""
-
-    model: Callable[..., Any]
-    guide: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    max_plate_nesting: int  # without the plate of particles
+PathWeight = Callable[[], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -81,59 +71,60 @@ class Draws:
     subsample: Trace
 
 
-def draw_total(programs: Programs) -> Draws:
-    """Particles with the total gradient in φ, through z(φ) and log q(z; φ).
-
-    Raises:
-        ValueError: a latent has no reparameterized sampler, or sites are scaled differently.
-    """
-    guide_trace = _trace(programs, programs.guide)
-    check_reparameterized(latent_sites(guide_trace))
-    return _draws(programs, guide_trace)
-
-
-def draw_score(programs: Programs) -> Draws:
-    """Particles with z held fixed: the gradient in φ is the score. For any guide.
-
-    Raises:
-        ValueError: sites are scaled differently.
-    """
-    with Detached():
-        guide_trace = _trace(programs, programs.guide)
-    return _draws(programs, guide_trace)
-
-
-def draw_path(programs: Programs, path_weight: Callable[[], Tensor | None]) -> Draws:
-    """Particles with the gradient through z(φ) apart from the score, in `log_q_fixed`.
+def draw_total(model: Callable, guide: Callable, args: Any, kwargs: Any, nesting: int) -> Draws:
+    """Particles whose gradient in φ is the total one, through z(φ) and log q(z; φ).
 
     Args:
-        path_weight: called in the backward pass; returns (K, N) factors of the gradient with
-            respect to zₖ, or None for 1.
+        model, guide: programs `in_particles`.
+        args, kwargs: their arguments.
+        nesting: number of nested plates, without that of the particles.
 
     Raises:
         ValueError: a latent has no reparameterized sampler, or sites are scaled differently.
     """
-    guide_trace = _trace(programs, programs.guide)
+    guide_trace = _trace(guide, args, kwargs)
+    check_reparameterized(latent_sites(guide_trace))
+    return _draws(model, guide_trace, args, kwargs, nesting)
+
+
+def draw_score(model: Callable, guide: Callable, args: Any, kwargs: Any, nesting: int) -> Draws:
+    """Particles with z held fixed, for any guide: the gradient in φ is the score.
+
+    Arguments and errors are those of `draw_total`; latents need no reparameterized sampler.
+    """
+    with Detached():
+        guide_trace = _trace(guide, args, kwargs)
+    return _draws(model, guide_trace, args, kwargs, nesting)
+
+
+def draw_path(
+    model: Callable, guide: Callable, args: Any, kwargs: Any, nesting: int, path_weight: PathWeight
+) -> Draws:
+    """Particles with the gradient through z(φ) apart from the score, which is in `log_q_fixed`.
+
+    Arguments and errors are those of `draw_total`. `path_weight` is called in the backward pass and
+    returns (K, N) factors of the gradient with respect to zₖ, or None for 1.
+    """
+    guide_trace = _trace(guide, args, kwargs)
     latents = latent_sites(guide_trace)
     check_reparameterized(latents)
     copies = {name: site["value"].view_as(site["value"]) for name, site in latents.items()}
-    model_trace = _trace(programs, programs.model, _with_values(guide_trace, copies))
-    shape, scale = _layout(model_trace, guide_trace, programs.max_plate_nesting)
+    model_trace = _trace(model, args, kwargs, _with_values(guide_trace, copies))
+    shape, scale = _layout(model_trace, guide_trace, nesting)
     for name, copy in copies.items():
         if copy.requires_grad:
             _weigh_gradient(copy, path_weight, shape + (1,) * latents[name]["fn"].event_dim)
     fixed = {name: copy.detach() for name, copy in copies.items()}
     log_q, log_q_fixed = (
-        _row_sums(_again(programs, guide_trace, values), shape) for values in (copies, fixed)
+        _row_sums(_again(guide, guide_trace, values, args, kwargs), shape)
+        for values in (copies, fixed)
     )
     return Draws(_row_sums(model_trace, shape), log_q, log_q_fixed, scale, _subsample(guide_trace))
 
 
-def in_particles(
-    program: Callable[..., Any], num_particles: int, max_plate_nesting: int
-) -> Callable[..., Any]:
-    """The program inside an outermost plate of particles."""
-    return pyro.plate(PLATE, num_particles, dim=-max_plate_nesting - 1)(program)
+def in_particles(program: Callable, num_particles: int, nesting: int) -> Callable:
+    """The program inside an outermost plate of particles; `nesting` counts the others."""
+    return pyro.plate(PLATE, num_particles, dim=-nesting - 1)(program)
 
 
 def chunk_sizes(num_particles: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
@@ -143,11 +134,7 @@ def chunk_sizes(num_particles: int, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def know_plate_nesting(
-    elbo: ELBO,
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    elbo: ELBO, model: Callable, guide: Callable, args: Any, kwargs: Any
 ) -> None:
     """Let Pyro find an unknown `max_plate_nesting`, and restore the random state afterwards."""
     if math.isinf(elbo.max_plate_nesting):
@@ -212,47 +199,45 @@ class Detached(Messenger):
             msg["value"] = msg["value"].detach()
 
 
-def _trace(programs: Programs, program: Callable[..., Any], drawn: Trace | None = None) -> Trace:
+def _trace(program: Callable, args: Any, kwargs: Any, drawn: Trace | None = None) -> Trace:
     if drawn is not None:
         program = poutine.replay(program, trace=drawn)
-    return poutine.trace(program).get_trace(*programs.args, **programs.kwargs)
+    return poutine.trace(program).get_trace(*args, **kwargs)
 
 
-def _draws(programs: Programs, guide_trace: Trace) -> Draws:
-    model_trace = _trace(programs, programs.model, guide_trace)
-    shape, scale = _layout(model_trace, guide_trace, programs.max_plate_nesting)
+def _draws(model: Callable, guide_trace: Trace, args: Any, kwargs: Any, nesting: int) -> Draws:
+    model_trace = _trace(model, args, kwargs, guide_trace)
+    shape, scale = _layout(model_trace, guide_trace, nesting)
     log_p, log_q = (_row_sums(trace, shape) for trace in (model_trace, guide_trace))
     return Draws(log_p, log_q, log_q, scale, _subsample(guide_trace))
 
 
-def _layout(
-    model_trace: Trace, guide_trace: Trace, max_plate_nesting: int
-) -> tuple[torch.Size, Tensor]:
+def _layout(model_trace: Trace, guide_trace: Trace, nesting: int) -> tuple[torch.Size, Tensor]:
     """Shape (K, …) with the sizes of the rows' plates, and 1 where sites are summed; the scale."""
-    _check(model_trace, guide_trace, max_plate_nesting)
+    _check(model_trace, guide_trace, nesting + 1)
     sites = [*sample_sites(model_trace).values(), *sample_sites(guide_trace).values()]
     common = common_plates(sites)
     if not common:
         warnings.warn(
-            "no plate holds all sites of model and guide, so the whole batch is weighed as one "
-            "row. Put each row's latents and observations into one pyro.plate",
+            "no plate holds all sites of model and guide: the whole batch is weighed as one row. "
+            "Put each row's latents and observations into one pyro.plate",
             stacklevel=2,
         )
     sizes = {plate.dim: plate.size for plate in common}
     sizes |= {f.dim: f.size for f in sites[0]["cond_indep_stack"] if f.name == PLATE}
-    shape = torch.Size(sizes.get(d, 1) for d in range(-max_plate_nesting - 1, 0))
+    shape = torch.Size(sizes.get(d, 1) for d in range(-nesting - 1, 0))
     return shape, _common_scale(sites, shape[1:])
 
 
-def _check(model_trace: Trace, guide_trace: Trace, max_plate_nesting: int) -> None:
+def _check(model_trace: Trace, guide_trace: Trace, nesting: int) -> None:
     """The checks that Pyro's ELBOs make."""
     if is_validation_enabled():
-        check_model_guide_match(model_trace, guide_trace, max_plate_nesting + 1)
+        check_model_guide_match(model_trace, guide_trace, nesting)
         for trace in (model_trace, guide_trace):
             trace = prune_subsample_sites(trace)
             trace.compute_log_prob()
             for site in sample_sites(trace).values():
-                check_site_shape(site, max_plate_nesting + 1)
+                check_site_shape(site, nesting)
 
 
 def _common_scale(sites: list[dict[str, Any]], rows: torch.Size) -> Tensor:
@@ -265,8 +250,7 @@ def _common_scale(sites: list[dict[str, Any]], rows: torch.Size) -> Tensor:
             raise ValueError(
                 f"an importance-weighted objective expects all sites of a row to be scaled alike; "
                 f"{sites[0]['name']!r} has {_brief(first)}, {site['name']!r} has {_brief(other)}. "
-                f"Use the objective trace for annealed KL terms and for latents outside a "
-                f"subsampled plate"
+                f"Use the objective trace for annealed KLs and latents outside a subsampled plate"
             )
     scale = torch.as_tensor(first)
     if scale.dim() == 0:
@@ -306,17 +290,17 @@ def _with_values(trace: Trace, values: dict[str, Tensor]) -> Trace:
     return changed
 
 
-def _again(programs: Programs, trace: Trace, values: dict[str, Tensor]) -> Trace:
+def _again(
+    guide: Callable, trace: Trace, values: dict[str, Tensor], args: Any, kwargs: Any
+) -> Trace:
     """The guide's trace at other values of its latents."""
     changed = _with_values(trace, values)
     if len(sample_sites(trace)) == 1:  # its distribution depends on no other value
         return changed
-    return _trace(programs, programs.guide, changed)
+    return _trace(guide, args, kwargs, changed)
 
 
-def _weigh_gradient(
-    value: Tensor, path_weight: Callable[[], Tensor | None], shape: tuple[int, ...]
-) -> None:
+def _weigh_gradient(value: Tensor, path_weight: PathWeight, shape: tuple[int, ...]) -> None:
     def weigh(gradient: Tensor) -> Tensor:
         weight = path_weight()
         return gradient if weight is None else gradient * weight.reshape(shape)

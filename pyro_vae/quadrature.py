@@ -80,19 +80,13 @@ def quadrature(vae: LatentModel, x: Tensor, num_nodes: int = 401) -> Quadrature:
     reconstruction = log_likelihood(vae, x, nodes.unsqueeze(1)).double()  # (M, B)
     log_joint = reconstruction + prior.log_prob(nodes).double()[:, None] + spacing.log().sum()
     log_evidence = log_joint.logsumexp(0)
-    places = torch.arange(num_nodes, device=x.device) % 2 == 0
-    second = torch.cartesian_prod(*[places] * latent_dim).reshape(len(nodes), -1).all(1)
+    even = torch.arange(num_nodes, device=x.device) % 2 == 0
+    second = torch.cartesian_prod(*[even] * latent_dim).reshape(len(nodes), -1).all(1)
     coarse = (log_joint[second] + latent_dim * math.log(2)).logsumexp(0)
     masses = (log_joint - log_evidence).exp()
     nodes = nodes.double()
     mean = masses.T @ nodes
     second_moment = torch.einsum("mb,mi,mj->bij", masses, nodes, nodes)
-    return Quadrature(
-        log_evidence=log_evidence,
-        error=(log_evidence - coarse).abs(),
-        mean=mean,
-        covariance=second_moment - mean.unsqueeze(2) * mean.unsqueeze(1),
-        nodes=nodes,
-        spacing=spacing,
-        masses=masses,
-    )
+    covariance = second_moment - mean.unsqueeze(2) * mean.unsqueeze(1)
+    error = (log_evidence - coarse).abs()
+    return Quadrature(log_evidence, error, mean, covariance, nodes, spacing, masses)

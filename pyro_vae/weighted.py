@@ -44,7 +44,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .particles import (
-    Programs,
     chunk_sizes,
     draw_path,
     draw_score,
@@ -53,21 +52,7 @@ from .particles import (
     know_plate_nesting,
 )
 
-__all__ = [
-    "Particles",
-    "Route",
-    "Rule",
-    "WeightedELBO",
-    "ciwae",
-    "dreg",
-    "iwae",
-    "miwae",
-    "piwae",
-    "renyi",
-    "score_baseline",
-    "stl",
-    "wake_sleep",
-]
+__all__ = ["Particles", "Route", "Rule", "WeightedELBO"]
 
 # Smallest share of a group in `piwae`. Smaller shares do not change the digits of a float32, but
 # the gradient is divided by the share.
@@ -96,19 +81,17 @@ Rule = Callable[[Tensor], Particles]
 
 
 class WeightedELBO(ELBO):
-    """A `pyro.infer.ELBO` defined by a rule.
+    """A `pyro.infer.ELBO` defined by a rule. Each row has its own weights, see `particles`.
 
-    Each row has its own weights, whatever the plates around it (see `particles`). Particles that
-    exceed the memory limit are drawn in chunks, and drawn again with the same random numbers for
-    the gradient.
+    Particles that exceed the memory limit are drawn in chunks, and drawn again with the same random
+    numbers for the gradient.
 
     Args:
         rule: log w (K, N) → bound and weights.
         route: gradient in the guide's parameters. total: c = −a and b = a. path: any b and c.
             score: b = 0; for any guide, with z held fixed.
         num_particles: K.
-        max_plate_nesting: as in Pyro's ELBOs, the number of nested plates; found by running model
-            and guide once if not given.
+        max_plate_nesting: as in Pyro's ELBOs; found by running model and guide if not given.
     """
 
     def __init__(
@@ -176,11 +159,11 @@ class WeightedELBO(ELBO):
             run, propose = (in_particles(program, size, nesting) for program in (model, guide))
             if first:  # all chunks share the subsample that the plates draw for the first
                 propose = poutine.replay(propose, trace=subsamples[0])
-            programs = Programs(run, propose, args, kwargs, nesting)
+            programs = run, propose, args, kwargs, nesting
             if self.route == "path":
-                draws = draw_path(programs, partial(path_weight, first, size))
+                draws = draw_path(*programs, partial(path_weight, first, size))
             else:
-                draws = (draw_total if self.route == "total" else draw_score)(programs)
+                draws = (draw_total if self.route == "total" else draw_score)(*programs)
             subsamples.append(draws.subsample)
             return draws.log_p, draws.log_q, draws.log_q_fixed, draws.scale
 

@@ -853,10 +853,10 @@ def test_gradient_of_a_hierarchical_guide_is_unbiased(name, like, monkeypatch):
     # power: what has to hold z fixed does not, so that the path through log q is lost
     again, first = particles._again, []
 
-    def not_fixed(programs, trace, values):
+    def not_fixed(guide, trace, values, args, kwargs):
         if any(value.requires_grad for value in values.values()):
             first[:] = [values]
-        return again(programs, trace, first[0])
+        return again(guide, trace, first[0], args, kwargs)
 
     monkeypatch.setattr(particles, "_again", not_fixed)
     wrong = estimates(name, program, 3)
@@ -937,7 +937,7 @@ def test_there_is_variance_if_log_q_is_not_taken_again(name, monkeypatch):
     """Power: q(z2|z1, x) as it was when drawn, with z1 still on its way to the parameters. (Its
     mean is not off under stl, so that no comparison of means would see it.)"""
 
-    def not_again(programs, trace, values):
+    def not_again(guide, trace, values, args, kwargs):
         return particles._with_values(trace, values)
 
     monkeypatch.setattr(particles, "_again", not_again)
