@@ -76,14 +76,14 @@ def ecdf_differences(
     upper: np.ndarray,
     title: str = "",
 ) -> Figure:
-    """The ranks' distribution function less the uniform one, in red where it leaves the band.
+    """The ranks' distribution function minus the uniform one, in red if it leaves the band.
 
     Args:
         ranks: (N, Q) integers 0 … L.
         lower, upper: (L,) simultaneous band of the share of ranks below i = 1 … L.
     """
     uniform = np.arange(1, num_draws + 1) / (num_draws + 1)
-    labels = ("$i\\,/\\,(L+1)$", "share below $i$, less uniform")
+    labels = ("$i\\,/\\,(L+1)$", "share below $i$, minus uniform")
     figure, grid = panels(names, title, *labels, sharex=True, sharey=True)
     for j, axes in enumerate(grid):
         below = np.bincount(ranks[:, j], minlength=num_draws + 1).cumsum()[:-1] / len(ranks)
@@ -104,7 +104,7 @@ def coverage_curve(
     names: Sequence[str],
     title: str = "",
 ) -> Figure:
-    """How often regions of q(z|x) hold the truth, against how often they should.
+    """Share of truths inside regions of q(z|x), against their nominal probability.
 
     Args:
         nominal: (M,) probabilities under q.
@@ -136,8 +136,8 @@ def coverage_curve(
 def recovery(z: np.ndarray, mean: np.ndarray, names: Sequence[str], title: str = "") -> Figure:
     """The truth against the posterior mean, with their correlation r, 0 if either is constant.
 
-    This way round the points of an exact posterior lie about the diagonal, however little x says
-    of z.
+    With the truth upwards, the points of an exact posterior scatter about the diagonal, even if x
+    carries little information on z.
 
     Args:
         z: (N, Z) truths.
@@ -160,7 +160,7 @@ def recovery(z: np.ndarray, mean: np.ndarray, names: Sequence[str], title: str =
 def contraction_and_z(
     contraction: np.ndarray, z_scores: np.ndarray, names: Sequence[str], title: str = ""
 ) -> Figure:
-    """How far x narrows each latent, and how many standard deviations off the truth then lies.
+    """Posterior contraction of each latent, and z-scores of the truth.
 
     Up to ten latents share one panel, a colour each.
 

@@ -43,7 +43,7 @@ class Codes:
 
 @torch.no_grad()
 def latent_codes(vae: VAE | Autoencoder, splits: Splits, seed: int) -> Codes:
-    """Latent means of the test rows; of small data, of the other splits' rows too."""
+    """Latent means of the test rows and, if these are fewer than 1,000, of the other splits."""
     used = [splits.test]
     if len(splits.test) < 1000:
         used += [splits.validation, splits.train]

@@ -1,10 +1,9 @@
-"""Can the posterior of a run be believed? One table, with a verdict a line.
+"""Check the posterior of a run: a table of errors, each with a verdict.
 
-Held-out rows, and data simulated from the model itself, whose true latents are known, put the guide
-q(z|x) and the numbers made from it to the test. A line is sound where the error is shown to be
-small, wrong where it is shown to be large, and doubtful otherwise; sizes come with 95% confidence
-intervals. RUN/diagnostics.json holds all numbers, RUN/figures/diagnose_*.png show them, and
-RUN/report.html is written anew with the verdicts in it.
+The guide q(z|x) is tested on held-out rows and on rows simulated from the model, whose true latents
+are known. Each error comes with a 95% confidence interval. It is sound if it is shown to be small,
+wrong if it is shown to be large, and doubtful otherwise. RUN/diagnostics.json holds all numbers,
+RUN/figures/diagnose_*.png show them, and RUN/report.html is written again with the verdicts.
 
   python -m pyro_vae.diagnose runs/digits
   python -m pyro_vae.diagnose runs/digits --quick
@@ -34,11 +33,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnoseArguments(RunArguments):
-    """What to diagnose.
+    """Arguments of `diagnose`.
 
     Attributes:
-        quick: Fewer rows, draws and steps: under a minute on small data, wider intervals.
-        strict: End with exit status 1 when a line is wrong.
+        quick: Use fewer rows, draws and steps: under a minute on small data, wider intervals.
+        strict: Exit with status 1 if a finding is wrong.
         json: Print the contents of diagnostics.json instead of the table.
     """
 
@@ -125,7 +124,7 @@ def _report(run: OpenRun, num_rows: int, quick: bool, effort: Effort) -> dict[st
 
 
 def _record(study: Study, report: dict[str, Any], folder: Path) -> None:
-    """Add a study to the report, and write its files: an interruption then leaves whole ones."""
+    """Add a study to the report and write its files, which an interruption then leaves whole."""
     from .figures import save
 
     report["findings"] += [finding.as_dict() for finding in study.findings]
@@ -142,7 +141,7 @@ def _write(path: Path, report: dict[str, Any]) -> None:
 
 
 def _plain(values: Any) -> Any:
-    """The same with None for what is not finite, which JSON has no number for."""
+    """Replace numbers that are not finite, which JSON lacks, by None."""
     if isinstance(values, dict):
         return {key: _plain(value) for key, value in values.items()}
     if isinstance(values, list | tuple):
@@ -151,7 +150,7 @@ def _plain(values: Any) -> Any:
 
 
 def _table(report: dict[str, Any], run: Path) -> str:
-    """Verdicts with their numbers; meaning and advice where there is something to do."""
+    """Findings with their numbers; meaning and advice of those that are not sound."""
     from .verdicts import number
 
     details = report["details"]
@@ -159,7 +158,7 @@ def _table(report: dict[str, Any], run: Path) -> str:
         report["checkpoint"],
         f"{report['held_out']:,} held-out rows of {report['data']}, and rows simulated from the "
         f"model; likelihood {report['likelihood']}; 95% intervals",
-        f"ELBO {details['elbo']:.2f}, log p(x) {details['log_evidence']:.2f} nats a row "
+        f"ELBO {details['elbo']:.2f}, log p(x) {details['log_evidence']:.2f} nats per row "
         f"({details['importance_samples']:,} importance samples)",
         "",
     ]
@@ -177,7 +176,7 @@ def _table(report: dict[str, Any], run: Path) -> str:
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("sound", "doubtful", "wrong"))
     lines += ["", f"{counts}; numbers in {run / 'diagnostics.json'}, figures in {run / 'figures'}"]
     if not report["complete"]:
-        lines.append("interrupted: the studies that follow were not made")
+        lines.append("interrupted: the remaining studies were not run")
     return "\n".join(lines)
 
 

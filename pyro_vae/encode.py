@@ -1,7 +1,7 @@
-"""Encode data: mean and standard deviation of q(z|x) for every row.
+"""Encode data: write the mean and standard deviation of q(z|x) for each row.
 
-The .npz holds mean (N, Z) and standard_deviation (N, Z) in the order of the data; labels (N,) and
-class_names where there are any; and split (N,) for the run's own data.
+The .npz holds `mean` and `standard_deviation` (N, Z) in the order of the data, `labels` (N,) and
+`class_names` if the data have labels, and `split` (N,) if the data are the run's own.
 
   python -m pyro_vae.encode runs/digits --out codes.npz
   python -m pyro_vae.encode runs/photos --data more_photos/ --out codes.npz
@@ -20,7 +20,7 @@ from .command import RunArguments, open_run, parse, refuse_existing, run_command
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeArguments(RunArguments):
-    """What to encode.
+    """Arguments of `encode`.
 
     Attributes:
         out: File to write, ending in .npz.

@@ -1,7 +1,7 @@
-"""Evaluate a run: ELBO, importance-sampled log-evidence, bits per dimension, active units.
+"""Evaluate a run: ELBO, importance-sampled log p(x), bits per dimension, active units.
 
-By default the rows are those of the test split, which no choice of the training has seen. Grey
-images under a Bernoulli likelihood are binarized once, fixed by the seed.
+The default split is the test split, which training does not use. With a Bernoulli likelihood, grey
+images are binarized once, by the seed.
 
   python -m pyro_vae.evaluate runs/digits
   python -m pyro_vae.evaluate runs/mnist --num-samples 500 --num-images 1000 --json
@@ -20,12 +20,12 @@ from .config import InputError, auto
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArguments(RunArguments):
-    """What to evaluate.
+    """Arguments of `evaluate`.
 
     Attributes:
         num_samples: Number of importance samples of z per row (K).
-        split: Which rows to evaluate on.
-        num_images: Number of rows, taken from the beginning of the split.
+        split: Split to evaluate.
+        num_images: Number of rows, from the beginning of the split.
         json: Print the numbers as JSON.
     """
 
@@ -87,7 +87,7 @@ def _main(arguments: EvaluateArguments) -> None:
 
 
 def _table(values: dict[str, Any], name: str) -> str:
-    """The numbers and how they were measured."""
+    """The numbers, after the protocol of their measurement."""
     protocol = f"{values['num_images']:,} {values['split']} rows of {name}"
     if values["binarization"] != "none":
         protocol += f", binarized once ({values['binarization']})"
@@ -101,7 +101,7 @@ def _table(values: dict[str, Any], name: str) -> str:
         ("  Monte Carlo error", "monte_carlo_error", "from the importance weights"),
         ("  unreliable weights", "unreliable_weights", "share of rows with heavy-tailed weights"),
         ("bits per dimension", "bits_per_dim", "from log p(x)"),
-        ("active units", "active_units", "latents whose posterior mean moves with x"),
+        ("active units", "active_units", "latents whose posterior mean varies"),
     ):
         value = values[key]
         if value is not None:

@@ -48,16 +48,16 @@ class Evaluation:
 
     Attributes:
         elbo: reconstruction − kl.
-        reconstruction: E_q[log p(x|z)] over `num_samples` draws of z; of an autoencoder log p(x|z)
+        reconstruction: E_q[log p(x|z)] over `num_samples` draws of z; for an autoencoder log p(x|z)
             at the code of x.
         kl: KL(q(z|x) ‖ p(z)), in closed form.
         log_evidence: importance-sampled log p(x).
-        standard_error: of the mean log p(x), the rows being a sample of their population.
-        monte_carlo_error: of the mean log p(x) of these very rows, from the importance weights.
+        standard_error: of the mean log p(x), with the rows as a sample of their population.
+        monte_carlo_error: of the mean log p(x) of these rows, from the importance weights.
         unreliable_weights: share of rows whose weights have too heavy a tail to rely on log p(x)
             and on the Monte Carlo error (`evidence.reliable_k`).
         bits_per_dim: −log p(x) / (D log 2), of discrete data.
-        active_units: number of latents whose posterior mean moves with x.
+        active_units: number of latents whose posterior mean varies over rows by `ACTIVE_VARIANCE`.
         num_images: number of rows.
         num_samples: importance samples per row.
         binarization: "fixed" with its seed where grey values are made binary, or "none".
@@ -87,7 +87,7 @@ def evaluate(
     on_chunk: Callback = ignore,
     on_batch: Callable[[float, float], object] | None = None,
 ) -> Evaluation:
-    """Measure a model on a split; torch's global random state is left as it was.
+    """Measure a model on a split, and restore torch's global random state.
 
     Args:
         vae: the model, on the split's device.
@@ -96,7 +96,7 @@ def evaluate(
         num_rows: number of rows, from the beginning of the split; by default all.
         seed: of the samples and of the binarization.
         on_chunk: called with the number of (row, sample) pairs just done.
-        on_batch: called after each batch with the mean ELBO and log p(x) of all rows before.
+        on_batch: called after each batch with the mean ELBO and log p(x) of all rows so far.
     """
     likelihood, count = vae.likelihood_module, min(len(split), num_rows or len(split))
     binarized = split.spec.binarizes(likelihood.units)

@@ -29,9 +29,9 @@ from .vae import VAE
 
 __all__ = ["Explorer", "explore", "interactive", "sheet", "tiles"]
 
-# Latents to choose from, anchors, points a side: the first plan whose sheets fit is taken.
+# Latents, anchors, points per side; the first plan whose sheets fit the budget is used.
 PLANS = [(4, 4, 15), (4, 3, 13), (3, 3, 13), (3, 2, 11), (2, 2, 11), (2, 1, 9), (2, 1, 5)]
-# Where there are two latents at most, one sheet shows all there is.
+# With at most two latents, one sheet shows the whole space.
 WHOLE = [(2, 1, 41), (2, 1, 33), (2, 1, 25), (2, 1, 17), (2, 1, 9), (2, 1, 5)]
 
 MAX_PIXELS = 64  # a side of a tile; larger images are reduced
@@ -45,11 +45,11 @@ class Explorer:
     Attributes:
         latents: (L,) indices of those that vary on some plane, the most used first.
         grid: (L, n) the values that each takes.
-        anchors: (M,) indices into `Codes` of the rows whose codes the other latents stay at.
+        anchors: (M,) indices into `Codes` of the rows whose codes the other latents keep.
         sheets: PNG of each (anchor, first latent, second latent), by positions in `anchors` and
             `latents`; of a single latent, that latent twice.
         tile: height, width and channels of a tile; a table's row is one pixel high.
-        span: the values that black and white stand for.
+        span: the values of black and white.
         reduced: whether the tiles are smaller than the images.
     """
 
@@ -65,13 +65,13 @@ class Explorer:
 def explore(vae: VAE | Autoencoder, codes: Codes, budget: int) -> Explorer:
     """Decode the planes of the latents whose means vary most, around codes of several classes.
 
-    A VAE's latents run from −3 to 3, where its prior has all but 0.3% of each, or as far beyond as
-    98% of some latent's means go; an autoencoder's over the middle 98% of its codes.
+    A VAE's latents run from −3 to 3, which hold all but 0.3% of its prior, or further if 98% of a
+    latent's means do; an autoencoder's latents run over the middle 98% of its codes.
 
     Args:
-        vae: decodes.
+        vae: the model.
         codes: of the rows that may be anchors.
-        budget: bytes that the sheets may take; fewer latents, anchors and points make them fit.
+        budget: largest number of bytes of all sheets; fewer latents, anchors and points fit it.
     """
     order = np.argsort(-codes.means.std(0), kind="stable").tolist()
     plans = PLANS if len(order) > 2 else WHOLE
@@ -149,7 +149,7 @@ def _sheets(
     anchors: list[int],
     budget: float,
 ) -> tuple[dict[tuple[int, int, int], bytes], tuple[float, float]]:
-    """All planes' sheets, none where they exceed the budget; the values of black and white."""
+    """The sheets of all planes, none if they exceed the budget; the values of black and white."""
     device = next(vae.parameters()).device
     side = grid.shape[1]
 
@@ -210,7 +210,7 @@ def interactive(
 
 
 def _thumbnails(vae: VAE | Autoencoder, codes: Codes, num_runs: int) -> dict[str, Any] | None:
-    """The images behind the dots, on one sheet; None where they would take too much room."""
+    """The images of the dots on one sheet; None for tables, and if the sheet is too large."""
     if codes.x.ndim != 4:
         return None
     parts = tiles(vae, codes.x, largest=32)

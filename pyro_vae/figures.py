@@ -51,7 +51,7 @@ STYLE: Any = {
     "legend.frameon": False,
     "savefig.dpi": 200,
 }
-# With no interpolation an SVG holds the very pixels.
+# Without interpolation an SVG holds the pixels unchanged.
 TILES: Any = {"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "none"}
 TRAIN, VALIDATION = "#2a6f97", "#d1495b"
 GREY = "0.72"
@@ -83,9 +83,9 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def svg(figure: Figure) -> str:
-    """A figure as SVG text to stand in a page, on its ground and in its ink and font.
+    """A figure as SVG text for a page, with the page's background, colour and font.
 
-    The identifiers in it are made of what they name, so figures may share those of equal things.
+    Equal parts of several figures have the same identifiers, which one page may contain.
     """
     buffer = io.StringIO()
     style = {**STYLE, "svg.fonttype": "none", "svg.hashsalt": "pyro_vae"}
@@ -147,7 +147,7 @@ def panels(
         lines = [short(names[i], int(14 * whole / columns)), *notes[i : i + 1]]
         axes.set_title("\n".join(lines), fontsize=8)
         axes.locator_params(nbins=3 if columns > 3 else 5)
-        # Where nothing stands below, the panel has to have the shared labels.
+        # A panel with none below it has the labels of the shared axis.
         axes.tick_params(labelsize=7, labelbottom=not sharex or i + columns >= shown)
     figure.supxlabel(xlabel)
     figure.supylabel(ylabel)
@@ -184,7 +184,7 @@ def manifold(values: np.ndarray, quantiles: np.ndarray, title: str = "") -> Figu
 
     Args:
         values: (n, n, *shape): rows follow the second latent, upwards; columns the first.
-        quantiles: (n,), the prior's quantiles at which the grid stands.
+        quantiles: (n,) of the prior, the points of the grid.
     """
     side = len(quantiles)
     if values.ndim != 5:
@@ -253,7 +253,7 @@ def _draw_curves(axes: Axes, term: str, row: str, curves: Sequence[Curve]) -> No
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     if term != "kl" and shown:
-        # The first epochs may leave the frame where they would flatten all that follows.
+        # The first epochs may leave the frame, if they would flatten the others.
         low, high = np.percentile(shown, [10, 100])
         if min(shown) < low - 3 * (high - low):
             axes.set_ylim(low - 0.6 * (high - low), high + 0.08 * (high - low))
@@ -261,7 +261,7 @@ def _draw_curves(axes: Axes, term: str, row: str, curves: Sequence[Curve]) -> No
 
 @dataclass(frozen=True)
 class Plane:
-    """Points (N, 2) in a plane, and what its two axes are."""
+    """Points (N, 2) in a plane, and the names of its two axes."""
 
     points: np.ndarray
     first: str

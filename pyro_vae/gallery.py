@@ -50,7 +50,7 @@ def generate_images(vae: VAE, count: int, draw: bool = False) -> tuple[Tensor, T
 
     Args:
         count: number of rows.
-        draw: draw x from p(x|z) rather than take its mean.
+        draw: draw x from p(x|z) instead of taking its mean.
 
     Returns:
         x (count, *data_shape) in the likelihood's units; z (count, Z).
@@ -100,7 +100,7 @@ def run_figures(
 ) -> dict[str, Figure]:
     """Curves, interpolations and, of a VAE, samples.
 
-    Drawn from the prior with `seed`; torch's global random state is left as it was.
+    Draws are fixed by `seed`; torch's global random state is restored.
     """
     with random_states(next(vae.parameters()).device, seed):
         curves = figures.elbo_curves(history, _title(splits, "training"), splits.spec.row)

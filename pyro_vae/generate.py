@@ -21,14 +21,14 @@ from .config import InputError, check_seed
 
 @dataclass(frozen=True)
 class GenerateArguments:
-    """What to generate.
+    """Arguments of `generate`.
 
     Attributes:
         run: Run folder, or a checkpoint file.
-        out: File to write. A .png holds a grid; a .npy the values x, on the scale of the training
-            data (0 to 255 for 8-bit images); a .npz x and its latents z.
+        out: File to write: a .png for a grid; a .npy for x, on the scale of the training data (0 to
+            255 for 8-bit images); a .npz for x and its latents z.
         num: Number of rows.
-        draw: Draw x from p(x|z) rather than take its mean.
+        draw: Draw x from p(x|z) instead of taking its mean.
         seed: Seed of the draws.
         overwrite: Replace the file.
         device: Where to compute: cpu, cuda, cuda:1, or auto (cuda where there is one).

@@ -41,11 +41,11 @@ PICTURES = {
         "Pairs of validation {}s and their reconstructions",
     ),
     "samples": (
-        "Drawn from the prior: means of p(x|z)",
+        "Samples: means of p(x|z) at draws of z from the prior",
         "Grid of {}s decoded from draws of the prior",
     ),
     "interpolations": (
-        "From one test {0} to another, in a straight line between their codes",
+        "Interpolations: decoded points on the line between the codes of two test {}s",
         "Lines of decoded {0}s between pairs of test {0}s",
     ),
 }
@@ -53,17 +53,17 @@ PICTURES = {
 # The figures of `diagnose` and their captions.
 CAPTIONS = {
     "weights": "Pareto k̂ of the importance weights of held-out rows",
-    "latents": "KL of each latent, from collapsed to most used",
-    "predictive": "Held-out rows against rows that the model draws for them",
-    "gaps": "What the guide misses of log p(x): amortization, correlations, the rest",
-    "ranks": "Ranks of true latents among draws of q(z|x): flat where the guide is right",
-    "ecdf": "Distribution of those ranks less the uniform one, with its band",
-    "coverage": "How often regions hold the true latents, against how often they should",
+    "latents": "KL and variance of posterior means of each latent",
+    "predictive": "Statistics of held-out rows and of their replicates from the model",
+    "gaps": "Inference gaps: amortization, correlation, remainder",
+    "ranks": "Ranks of the truth among draws from q(z|x), uniform if the guide is exact",
+    "ecdf": "Distribution function of these ranks minus the uniform one, with its band",
+    "coverage": "Share of truths inside regions of q(z|x), against their nominal probability",
     "recovery": "True latents against posterior means",
-    "contraction": "How far the posterior narrows the prior, and how far it errs",
-    "bounds": "Estimates of log p(x) from below and from above",
-    "nuts": "q(z|x) against the posterior that NUTS draws from",
-    "aggregate": "Aggregate posterior against the prior",
+    "contraction": "Posterior contraction and z-scores of the truth",
+    "bounds": "Lower and upper bounds of log p(x) on simulated rows",
+    "nuts": "q(z|x) and NUTS on the same rows",
+    "aggregate": "Aggregate posterior and prior",
 }
 
 
@@ -96,10 +96,10 @@ class Trust:
 
     Attributes:
         words: a summary.
-        command: makes the verdicts, where there are none or they are stale.
-        stale: says so.
+        command: runs `diagnose`, if there are no verdicts or they are stale.
+        stale: a warning, if the verdicts describe another state of the run.
         findings: the worst first.
-        pictures: behind the findings.
+        pictures: figures of `diagnose`.
         log_evidence: mean over held-out rows, of this state of the run.
     """
 
@@ -129,7 +129,7 @@ class Overview:
         settings, asked: flag → value, as resolved and as given.
         fingerprint: of the data.
         validation: the rows of the validation split.
-        origin, command: the checkpoint, and how to train the run again.
+        origin, command: the checkpoint, and the command that trains the run again.
         name: the run's title on its page.
     """
 
@@ -163,7 +163,7 @@ def overview(
         checkpoint: its best.
         splits: the data it was trained on.
         codes: `latent_codes` of both.
-        num_runs: how many share the page.
+        num_runs: number of runs on the page.
 
     Raises:
         InputError: the run's config.json cannot be read.
@@ -192,7 +192,7 @@ def overview(
         asked=flat(read_config(run / "config.json").to_dict()),
         fingerprint=checkpoint.fingerprint,
         validation=splits.validation.rows.numpy().tobytes(),
-        origin=f"Model of {checkpoint.path}, epoch {best['epoch']}; the same again:",
+        origin=f"Model of {checkpoint.path}, epoch {best['epoch']}. To train it again:",
         command=f"python -m pyro_vae.train --config {quote(str(run / 'config.json'))}",
     )
 
@@ -209,7 +209,7 @@ def flat(values: dict[str, Any]) -> dict[str, str]:
 
 
 def _history(run: Path, best: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; where they cannot be read, those in the best checkpoint."""
+    """The lines of metrics.jsonl or, if they cannot be read, those in the best checkpoint."""
     try:
         text = (run / "metrics.jsonl").read_text(encoding="utf-8")
         lines = [json.loads(line) for line in text.splitlines()]
@@ -249,7 +249,7 @@ def _numbers(
     found = {k: (_number(v), "nats each") for k, v in densities.items() if v is not None}
     if best["kl"] is not None:
         active = int((codes.means.var(0, ddof=1) > ACTIVE_VARIANCE).sum())
-        found["Active latents"] = (f"{active} of {codes.means.shape[1]}", "have means that move")
+        found["Active latents"] = (f"{active} of {codes.means.shape[1]}", "whose means vary")
     found["Best epoch"] = (f"{best['epoch']} of {len(history)}", "by validation")
     seconds = last["seconds"]
     time = f"{seconds:.0f} s" if seconds < 300 else f"{seconds / 60:.0f} min"
@@ -264,7 +264,7 @@ def _number(value: float | None) -> str:
 
 
 def _pictures(drawn: dict[str, Figure], row: str, num_runs: int) -> list[Picture]:
-    """Figures as SVG, or as WebP where their images would take too much room."""
+    """Figures as SVG, or as WebP if the SVG would be too large."""
     pictures = []
     for name, (caption, alt) in PICTURES.items():
         if name not in drawn:
@@ -299,7 +299,7 @@ def _webp(image: Image.Image, quality: int) -> str:
 def _trust(run: Path, checkpoint: Checkpoint) -> Trust:
     """The contents of diagnostics.json in plain words."""
     if not isinstance(checkpoint.vae, VAE):
-        return Trust("An autoencoder has no posterior, and no density of data, to be tested.")
+        return Trust("An autoencoder has no posterior and no density of data to test.")
     command = f"python -m pyro_vae.diagnose {quote(str(run))}"
     try:
         report = json.loads((run / "diagnostics.json").read_text(encoding="utf-8"))
@@ -308,7 +308,7 @@ def _trust(run: Path, checkpoint: Checkpoint) -> Trust:
         evidence = report["details"]["log_evidence"]
         state = (report.get("step"), report.get("fingerprint"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return Trust("Not tested yet. This tests it:", command)
+        return Trust("Not tested yet. To test it:", command)
     findings.sort(key=lambda finding: VERDICTS.index(finding.verdict))
     pictures = []
     for path in sorted((run / "figures").glob("diagnose_*.png")):
@@ -319,8 +319,8 @@ def _trust(run: Path, checkpoint: Checkpoint) -> Trust:
     if state == (checkpoint.history[-1]["step"], checkpoint.fingerprint):
         return Trust(words, "", "", findings, pictures, evidence)
     stale = (
-        "These verdicts are of an earlier state of the run, or of other data than its own. For "
-        "those of its best epoch now:"
+        "These verdicts describe an earlier state of the run, or other data than its own. To test "
+        "its best epoch:"
     )
     return Trust(words, command, stale, findings, pictures)
 
@@ -341,16 +341,16 @@ def _in_words(report: dict[str, Any], findings: Sequence[FindingLine]) -> str:
     quick = "quickly, on" if report["effort"]["quick"] else "on"
     words = [
         f"{len(findings)} checks were made, {quick} {report['held_out']:,} held-out rows of "
-        f"{report['data']} and on rows drawn from the model itself, whose latents are known: "
+        f"{report['data']} and on rows simulated from the model, whose latents are known: "
         + ", ".join(f"{len(names)} {verdict}" for verdict, names in checks.items())
         + "."
     ]
     if checks["wrong"]:
-        words.append(f"An error is shown to be large in: {'; '.join(checks['wrong'])}.")
+        words.append(f"Shown to be large are the errors in: {'; '.join(checks['wrong'])}.")
     elif not checks["doubtful"]:
-        words.append("Every error that they look for is shown to be small.")
+        words.append("All errors are shown to be small.")
     if not report["complete"]:
-        words.append("The diagnosis was interrupted: the checks that follow were not made.")
+        words.append("The diagnosis was interrupted: the remaining checks were not made.")
     return " ".join(words)
 
 
@@ -360,7 +360,7 @@ def _explorer_words(found: Explorer, vae: VAE | Autoencoder, codes: Codes) -> st
     if isinstance(vae, Autoencoder):
         words = f"Decoded in advance at {side} values of each latent, over the middle 98% of codes"
     if len(found.latents) < latent_dim:
-        words += f"; offered are the {len(found.latents)} latents whose means vary most"
+        words += f", for the {len(found.latents)} latents whose means vary most"
     if found.reduced:
         words += f"; reduced to {found.tile[1]} × {found.tile[0]} pixels"
     if codes.x.ndim != 4:

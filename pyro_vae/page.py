@@ -21,7 +21,7 @@ TEMPLATES = Path(__file__).with_name("templates")
 def render(values: Mapping[str, Any]) -> str:
     """The page of one run or several, side by side.
 
-    Text among the values is escaped; only a picture's `svg` stands in the page as it is.
+    Text among the values is escaped, except a picture's `svg`.
 
     Args:
         values: the names in templates/report.html.

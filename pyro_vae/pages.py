@@ -89,12 +89,12 @@ def _warnings(runs: Sequence[Overview]) -> list[str]:
     """Reasons why the numbers of these runs do not compare."""
     found = []
     if len({run.fingerprint for run in runs}) > 1:
-        found.append("These runs are of different data: their numbers do not compare.")
+        found.append("These runs use different data: their numbers are not comparable.")
     elif len({run.validation for run in runs}) > 1:
         found.append(
-            "These runs hold other rows of the data back for validation, which is a difference "
-            "between their numbers too."
+            "These runs use different rows for validation, which adds to the differences between "
+            "their numbers."
         )
     if len({run.settings["likelihood"] for run in runs}) > 1:
-        found.append("Their likelihoods differ: densities of one do not compare with the other's.")
+        found.append("Their likelihoods differ: densities under them are not comparable.")
     return found

@@ -51,10 +51,10 @@ def weight_tails(
     threshold: float,
     title: str = "",
 ) -> Figure:
-    """Whether importance weights can be relied on: k̂ of each image, and how many samples count.
+    """Reliability of importance weights: k̂ and effective sample size of each row.
 
     Args:
-        pareto_k: (B,), may be −∞, which is drawn below all others.
+        pareto_k: (B,); −∞ is drawn below all others.
         effective_sample_size: (B,), 1 to K.
         num_samples: K.
         threshold: k̂ below which K samples can be relied on.
@@ -83,7 +83,7 @@ def weight_tails(
     ticks = [t for t in MaxNLocator(6).tick_values(low, high) if low <= t <= high]
     endings = ["$-\\infty$"] * len(at_infinity)
     left.set_yticks([*at_infinity, *ticks], [*endings, *(f"${t:.4g}$" for t in ticks)])
-    left.set(ylim=(bottom, top), ylabel="Pareto $\\hat k$", xlabel="images, in order of $\\hat k$")
+    left.set(ylim=(bottom, top), ylabel="Pareto $\\hat k$", xlabel="rows, in order of $\\hat k$")
     left.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     right.set(xscale="log", xlim=(0.8 / num_samples, 1.25))
     right.set_xlabel("effective sample size / number of samples")
@@ -99,11 +99,11 @@ def latent_use(
     names: Sequence[str],
     title: str = "",
 ) -> Figure:
-    """What each latent carries, in order of its KL; inactive ones grey.
+    """KL and variance of posterior means of each latent, in order of KL; inactive ones grey.
 
     Args:
-        kl: (Z,) nats, mean over images.
-        mean_variance: (Z,) variance over images of the posterior means.
+        kl: (Z,) nats, mean over rows.
+        mean_variance: (Z,) variance over rows of the posterior means.
         active: (Z,) booleans.
     """
     order = np.argsort(-kl, kind="stable")[:MOST_BARS]
@@ -130,7 +130,7 @@ def latent_use(
 def inference_gaps(
     amortization: np.ndarray, correlation: np.ndarray, remainder: np.ndarray, title: str = ""
 ) -> Figure:
-    """Where log p(x) − ELBO is lost: the mean over images, and below it each image.
+    """The parts of log p(x) − ELBO: the mean over rows, and below it each row.
 
     Args:
         amortization, correlation, remainder: (B,) nats; noise can make them negative.
@@ -151,13 +151,13 @@ def inference_gaps(
         below.scatter(values[i], i + spread, s=dot_size(len(spread)) + 2, color=colour, **DOTS)
         below.hlines(i, quartiles[0, i], quartiles[2, i], color="0.15", linewidth=2.5)
         below.plot(quartiles[1, i], i, "o", color="white", markeredgecolor="0.15", markersize=6)
-    above.set_title(f"mean of $\\log p(x)$ less ELBO: ${means.sum():.2f}$ nats", fontsize=9)
+    above.set_title(f"mean of $\\log p(x)$ minus ELBO: ${means.sum():.2f}$ nats", fontsize=9)
     above.set(yticks=[], ylim=(-0.45, 0.45))
     above.spines["left"].set_visible(False)
     below.axvline(0, zorder=0, **GUIDE)
     ticks = [f"{name}\nmean ${mean:.2f}$ nats" for name, mean in zip(names, means, strict=True)]
     below.set_yticks(range(3), ticks)
-    below.set(ylim=(2.5, -0.5), xlabel="nats, each image (○ median, bar: middle half)")
+    below.set(ylim=(2.5, -0.5), xlabel="nats, each row (○ median, bar: middle half)")
     return figure
 
 
@@ -196,7 +196,7 @@ def chains_against_guide(
     chain_scale: np.ndarray,
     title: str = "",
 ) -> Figure:
-    """Mean ± 2 standard deviations of each latent under q(z|x) and by NUTS, for some images.
+    """Mean ± 2 standard deviations of each latent under q(z|x) and by NUTS, for some rows.
 
     Args:
         guide_mean, guide_scale, chain_mean, chain_scale: (B, Z).
@@ -205,7 +205,7 @@ def chains_against_guide(
     columns = 3 if latent_dim <= 8 else 2 if latent_dim <= 20 else 1
     width = max(2.2, 0.3 * latent_dim)
     shape: Any = {"most": MOST_ROWS, "columns": columns, "width": width}
-    names, labels = [f"image {i + 1}" for i in range(count)], ("latent", "mean ± 2 sd")
+    names, labels = [f"row {i + 1}" for i in range(count)], ("latent", "mean ± 2 sd")
     figure, grid = panels(names, title, *labels, sharex=True, sharey=True, **shape)
     places = np.arange(1, latent_dim + 1)
     for i, axes in enumerate(grid):
@@ -230,7 +230,7 @@ def predictive_checks(
     names: Sequence[str],
     title: str = "",
 ) -> Figure:
-    """Statistics of each image against those of its replications ± 2 sd, red where these miss it.
+    """Statistics of each row against those of its replicates ± 2 sd, red where these miss it.
 
     Args:
         observed, replicated_mean, replicated_scale: (B, T).
@@ -253,10 +253,10 @@ def predictive_checks(
 def aggregate_posterior(
     prior_draws: np.ndarray, aggregate_draws: np.ndarray, title: str = ""
 ) -> Figure:
-    """Draws from the mean of q(z|x) over the data beside draws from p(z), which it should equal.
+    """Draws from the aggregate posterior, the mean of q(z|x) over the data, and from p(z).
 
     More than two latents are projected onto the first two principal axes of the aggregate draws,
-    and the standard deviation of each latent stands beside.
+    beside the standard deviation of each latent.
 
     Args:
         prior_draws: (N, Z).

@@ -1,8 +1,8 @@
-"""Write a run, or several side by side, as one HTML page that opens anywhere.
+"""Write one HTML page of a run, or of several side by side.
 
-The page holds the summary, the verdicts of `diagnose` where they have been made, a latent explorer
-that shows what the decoder makes of the point under the pointer, the codes, pictures, curves and
-settings. It needs no network and no server. Training writes one too.
+The page shows a summary, the findings of `diagnose` if there are any, a latent explorer with the
+decoder's output at the pointer, the latent codes, pictures, curves and settings. It needs no
+network and no server. Training writes this page too.
 
   python -m pyro_vae.report runs/digits
   python -m pyro_vae.report runs/digits runs/digits-2 --out comparison.html
@@ -24,12 +24,12 @@ from .config import InputError, auto
 
 @dataclass(frozen=True)
 class ReportArguments:
-    """What to report.
+    """Arguments of `report`.
 
     Attributes:
         runs: Run folder, or several to compare.
         out: File to write, ending in .html.
-        overwrite: Replace the file; a run's own report.html is always replaced.
+        overwrite: Replace an existing file; a run's own report.html is always replaced.
         data_root: Folder of torchvision's data sets.
     """
 
@@ -74,7 +74,7 @@ def _main(arguments: ReportArguments) -> None:
             checkpoint = load_checkpoint(run)
             if not checkpoint.history:
                 raise InputError(
-                    f"{run} was stopped within its first epoch, there is nothing to report yet; "
+                    f"{run} was stopped in its first epoch and has nothing to report yet; "
                     f"continue it by python -m pyro_vae.train --resume {run}"
                 )
             splits = load_run_data(checkpoint, None, arguments.data_root)

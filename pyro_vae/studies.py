@@ -36,13 +36,13 @@ class Effort:
     """Sizes of the computations.
 
     Attributes:
-        held_out: rows for weights, latents and predictive checks, at most.
-        importance_samples: of z, for each of these and of the annealed rows.
-        refined: rows with guides of their own, each by `refine_steps` of SVI for either family.
+        held_out: largest number of rows for weights, latents and predictive checks.
+        importance_samples: of z, for each of these rows and of the annealed ones.
+        refined: rows with guides of their own, by `refine_steps` of SVI for each of two families.
         simulations: for calibration, with `draws` each.
         annealed: simulated rows, by `anneal_steps` on `anneal_chains` chains each.
         chain_rows: rows for NUTS, on `chains` chains of `chain_warmup` and `chain_draws`.
-        aggregate: draws from the aggregate posterior, at most.
+        aggregate: largest number of draws from the aggregate posterior.
     """
 
     held_out: int = 1000
@@ -109,10 +109,10 @@ def studies(
 
     Args:
         vae: the model with its guide.
-        held_out: (B, *data_shape) rows that the training has not seen, at least 4.
-        training: (N, *data_shape) rows that it has.
-        effort: how much to compute.
-        advance: called with percentages of the whole work as they are done.
+        held_out: (B, *data_shape) rows outside the training split, at least 4.
+        training: (N, *data_shape) rows of the training split.
+        effort: sizes of the computations.
+        advance: called with the percentage of the whole work just done.
     """
 
     def part(percent: float, total: int) -> Callable[[int], object]:
@@ -167,10 +167,10 @@ def _latents(vae: VAE, x: Tensor) -> Study:
         "predictive_p_values_beyond_95%": _by_name(check.names, outside.mean(0)),
     }
     names = [f"z{j + 1}" for j in range(len(use.kl))]
-    title = "Held-out rows and what the model draws in their place"
+    title = "Statistics of held-out rows and of their replicates from the model"
     figures = {
         "latents": posterior_figures.latent_use(
-            use.kl, use.mean_variance, use.active, names, "What each latent carries"
+            use.kl, use.mean_variance, use.active, names, "Use of each latent"
         ),
         "predictive": posterior_figures.predictive_checks(
             check.observed, check.replicated_mean, check.replicated_scale, check.names, title
@@ -192,7 +192,7 @@ def _gaps(vae: VAE, x: Tensor, effort: Effort, on_step: Callable[[int], object])
     details["refined_log_evidence"] = _summary(_array(result.evidence.log_evidence))
     details["refined_pareto_k"] = _summary(k[np.isfinite(k)])
     amortization, correlation, remainder = parts.values()
-    title = "What the ELBO of held-out rows lacks to log p(x)"
+    title = "Gap between log p(x) and ELBO of held-out rows"
     figure = posterior_figures.inference_gaps(amortization, correlation, remainder, title)
     return Study(verdicts.about_gaps(result), details, {"gaps": figure})
 
@@ -232,7 +232,7 @@ def _calibration(vae: VAE, effort: Effort, on_chunk: Callable[[int], object]) ->
 def _calibration_figures(simulations: Simulations, names: Sequence[str]) -> dict[str, Figure]:
     curve = coverage(simulations, tuple(np.linspace(0.1, 0.95, 18)))
     band = gamma_band(len(simulations.ranks), simulations.num_draws)
-    # The two quantities of all latents first: of many latents only some are shown.
+    # The two joint quantities come first, since only some of many latents are shown.
     order = [*range(len(names), len(simulations.names)), *range(len(names))]
     quantities = [simulations.names[i] for i in order]
     ranks, num_draws = simulations.ranks[:, order], simulations.num_draws
@@ -241,7 +241,7 @@ def _calibration_figures(simulations: Simulations, names: Sequence[str]) -> dict
             ranks, num_draws, quantities, "Ranks of the truth among draws from q(z|x)"
         ),
         "ecdf": calibration_figures.ecdf_differences(
-            ranks, num_draws, quantities, *band, "Ranks: distribution less the uniform one"
+            ranks, num_draws, quantities, *band, "Distribution of the ranks minus the uniform one"
         ),
         "coverage": calibration_figures.coverage_curve(
             curve.nominal, curve.covered, curve.low, curve.high, curve.names, "Expected coverage"
@@ -279,14 +279,14 @@ def _bounds(vae: VAE, effort: Effort, on_step: Callable[[int], object]) -> Study
         "annealing_gap": _summary(upper - _array(annealed.lower)),
         "acceptance": annealed.acceptance.mean().item(),
     }
-    # Drawn against the annealed upper bound of each row: the rows' own spread would hide the rest.
+    # Relative to the annealed upper bound of each row, since log p(x) varies more between rows.
     shown = []
     for name, (values, kind) in bounds.items():
         difference = values - upper
         error = difference.std(ddof=1) / len(x) ** 0.5
         shown.append((name, float(difference.mean()), float(error), kind))
     figure = posterior_figures.sandwich(
-        shown, "log p(x) of simulated rows, less its annealed upper bound"
+        shown, "log p(x) of simulated rows, minus its annealed upper bound"
     )
     return Study(findings, details, {"bounds": figure})
 

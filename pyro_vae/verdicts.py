@@ -133,56 +133,57 @@ WEIGHTS = Check(
     "importance weights",
     "share of rows whose Pareto k is too high to rely on log p(x)",
     (0.1, 0.5),
-    "where k is high q(z|x) lacks mass that p(z|x) has, and log p(x) comes out too low",
-    "quote log p(x) as a lower bound, with its number of samples; a wider or richer guide, or one "
-    "refined for each row (pyro_vae.refinement), mends the weights",
+    "where k is high, q(z|x) lacks mass that p(z|x) has, and log p(x) is underestimated",
+    "report log p(x) as a lower bound, with its number of samples; use a richer guide, or one "
+    "refined for each row (pyro_vae.refinement)",
 )
 BOUNDS = Check(
     "log p(x), bounded",
-    "annealed upper bound less importance-sampled log p(x), nats a row",
+    "annealed upper bound minus importance-sampled log p(x), nats per row",
     (0.2, 2.0),
-    "log p(x) as `evaluate` estimates it is too low by this at most; part of it may be the "
-    "annealing's own error, see annealing_gap in diagnostics.json",
-    "more importance samples; where the annealed lower bound is higher, quote that one",
+    "`evaluate` underestimates log p(x) by at most this much; part of it may be the annealing's "
+    "own error, see annealing_gap in diagnostics.json",
+    "use more importance samples; report the annealed lower bound where it is higher",
 )
 AMORTIZATION = Check(
     "amortization gap",
-    "ELBO of the best diagonal Gaussian less the encoder's, nats a row",
+    "ELBO of the best diagonal Gaussian minus the encoder's, nats per row",
     (1.0, 5.0),
-    "the encoder's posterior is worse by this than one fitted to each row alone",
-    "more data or fewer epochs, if training and validation ELBO part; else a larger encoder; or "
-    "refine each row's posterior by SVI (pyro_vae.refinement)",
+    "a posterior fitted to each row alone is better than the encoder's by this much",
+    "use more data or fewer epochs if training and validation ELBO differ, else a larger encoder; "
+    "or refine each row's posterior by SVI (pyro_vae.refinement)",
 )
 APPROXIMATION = Check(
     "approximation gap",
-    "log p(x) less the best diagonal Gaussian's ELBO, nats a row",
+    "log p(x) minus the best diagonal Gaussian's ELBO, nats per row",
     (1.0, 5.0),
     "no Gaussian with independent latents comes closer, however it is trained",
-    "a guide with full covariance, more particles with --objective dreg, or fewer latents",
+    "use a full-covariance guide, more particles with --objective dreg, or fewer latents",
 )
 WIDTH = Check(
     "posterior width",
-    "factor by which posterior sds fall short (root mean square z-score)",
+    "factor by which posterior sds are too small (root mean square z-score)",
     (1.1, 1.5),
     "intervals of q(z|x) are too {direction}",
-    "multiply the standard deviations by this factor before you use them as errors; --kl-warmup, "
-    "more data for the encoder, or a richer guide mend it at the root",
+    "multiply the standard deviations by this factor before you use them as error bars; try "
+    "--kl-warmup, more data, or a richer guide",
     ideal=1.0,
-    directions=("wide: the guide is too cautious", "narrow: the guide is overconfident"),
+    directions=("wide: the guide is underconfident", "narrow: the guide is overconfident"),
     is_ratio=True,
 )
 BIAS = Check(
     "posterior bias",
     "mean z-score of {subject}, the worst latent, in posterior sds",
     (0.2, 0.5),
-    "the posterior mean of that latent lies too low by this, over data of the model",
-    "longer training, a learning rate that falls (--schedule cosine), or a larger encoder",
+    "on simulated rows, the posterior mean of this latent is too {direction} by this much",
+    "train longer, let the learning rate fall (--schedule cosine), or use a larger encoder",
+    directions=("high", "low"),
 )
 INTERVALS = Check(
     "coverage, intervals",
-    "share of truths inside the {ideal:.0%} regions, of single latents' central intervals",
+    "share of truths inside the central {ideal:.0%} intervals of single latents",
     (0.03, 0.1),
-    "regions hold the truth {direction} often than they say",
+    "regions contain the truth {direction} often than they claim",
     "widen them by the factor of `posterior width`",
     ideal=0.9,
     directions=("less", "more"),
@@ -190,17 +191,17 @@ INTERVALS = Check(
 REGIONS = replace(
     INTERVALS,
     name="coverage, regions",
-    effect="share of truths inside the {ideal:.0%} regions, of joint highest-density regions",
+    effect="share of truths inside the joint highest-density {ideal:.0%} regions",
     limits=(0.05, 0.2),
-    advice="joint regions suffer most from latents held independent: a guide with full covariance, "
-    "or fewer latents",
+    advice="independent latents harm joint regions most: use a full-covariance guide, or fewer "
+    "latents",
 )
 LIKELIHOOD_RANKS = Check(
     "use of the data",
     "mean rank of log p(x|z) at the truth among draws from q(z|x), 0 to 1",
     (0.05, 0.2),
     "draws from q(z|x) explain x {direction} than draws from the posterior would",
-    "above ½: --kl-warmup and more capacity against collapse, or a refined guide; below ½: the "
+    "above ½: use --kl-warmup and more capacity against collapse, or a refined guide; below ½: the "
     "guide is too narrow, see `posterior width`",
     ideal=0.5,
     directions=("better", "worse"),
@@ -209,53 +210,54 @@ COLLAPSE = Check(
     "collapsed latents",
     "share of the {subject} latents with a KL below 0.01 nats",
     (0.5, 0.99),
-    "latents that the model has no use for: their posterior is the prior",
-    "nothing, or as many fewer --latent-dim",
+    "the model does not use these latents: their posterior is the prior",
+    "none needed, or reduce --latent-dim by their number",
 )
 FULL_COLLAPSE = replace(
     COLLAPSE,
     meaning="every latent ignores x: the model is a likelihood without latents",
-    advice="--kl-warmup 0.2, a smaller decoder, a lower --beta",
+    advice="use --kl-warmup 0.2, a smaller decoder, or a lower --beta",
 )
 CHAIN_MEANS = Check(
     "means against NUTS",
     "root mean square difference of posterior means, in sds of NUTS",
     (0.3, 1.0),
-    "q(z|x) is centred this far from the posterior of the same row",
-    "as for the amortization gap: refine each row's posterior, or a larger encoder",
-    unreliable="the chains disagree (R-hat above 1.05): run them longer; ",
+    "the centre of q(z|x) is this far from that of the same row's posterior",
+    "refine each row's posterior, or use a larger encoder, as for the amortization gap",
+    unreliable="the chains disagree (R-hat above 1.05), run them longer; ",
 )
 CHAIN_WIDTHS = Check(
     "widths against NUTS",
     "geometric mean of sd of q(z|x) / sd of NUTS",
     (1.2, 2.0),
-    "independent Gaussians are narrower than the posterior's marginals by their nature",
-    "a guide with full covariance, or divide the sds by this ratio",
+    "q(z|x) is {direction} than the posterior of the same row",
+    "use a full-covariance guide, or divide the sds by this ratio",
     ideal=1.0,
+    directions=("narrower", "wider"),
     is_ratio=True,
     unreliable=CHAIN_MEANS.unreliable,
 )
 PREDICTIONS = Check(
     "predictive check",
-    "{subject} of held-out rows less that of their replicates, in sds of these",
+    "{subject} of held-out rows minus that of replicates, in sds of the replicates",
     (0.5, 2.0),
-    "rows that the model draws, given this guide, differ from real ones in this",
-    "another --likelihood, a larger decoder or more latents; log p(x|z) alone points at "
-    "overfitting or at the guide",
+    "replicates that the model draws, given this guide, differ from the rows in this statistic",
+    "try another --likelihood, a larger decoder or more latents; log p(x|z) alone indicates "
+    "overfitting or a wrong guide",
 )
 AGGREGATE = Check(
     "aggregate posterior",
     "energy coefficient between it and the prior, on simulated rows, 0 to 1",
     (0.02, 0.1),
-    "averaged over the model's own data q(z|x) does not give back p(z)",
-    "the errors of `posterior width` and `posterior bias` add up to this: mend those",
+    "averaged over data of the model, q(z|x) does not equal p(z)",
+    "fix the errors of `posterior width` and `posterior bias`, which add up to this",
 )
 HOLES = Check(
     "holes in the prior",
     "share of p(z) where the aggregate posterior of training rows is 10 times thinner",
     (0.1, 1.0),  # no share exceeds 1: holes depend on data and model, and are no error of inference
-    "z drawn there was never trained on: samples from them may be unlike any data",
-    "fewer latents, --beta above 1, or draw z from the aggregate posterior",
+    "the decoder was not trained on z from there: samples may be unlike any data",
+    "use fewer latents, --beta above 1, or draw z from the aggregate posterior",
 )
 
 

@@ -123,7 +123,7 @@ def test_an_interruption_leaves_what_was_done(copy, capsys, monkeypatch, undrawn
     assert diagnose.main([str(copy), "--quick"]) == 130
     output = capsys.readouterr()
     assert "interrupted" in output.err
-    assert "interrupted: the studies that follow were not made" in output.out
+    assert "interrupted: the remaining studies were not run" in output.out
     report = json.loads((copy / "diagnostics.json").read_text())
     assert report["complete"] is False
     assert [finding["check"] for finding in report["findings"]] == NAMES[:11]

@@ -270,7 +270,7 @@ def test_chains_stand_beside_the_guide(images, latents):
     assert len(figure.axes) == min(images, 6)
     assert title(figure) == ("t" if images <= 6 else "t (6 of 10 shown)")
     for i, axes in enumerate(figure.axes):
-        assert axes.get_title() == f"image {i + 1}"
+        assert axes.get_title() == f"row {i + 1}"
         for container, mean, scale in zip(axes.containers, (guide, chain), scales, strict=True):
             places, values = middles(container).T
             assert list(places.round()) == list(range(1, latents + 1))
