@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command import OpenRun, RunArguments, open_run, parse, print_json, run_command
+from .cli import OpenRun, RunArguments, open_run, parse, print_json, run_command
 from .config import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .studies import Effort, Study
+    from .diagnostics.suite import Effort, Study
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(arguments: DiagnoseArguments) -> int:
     from tqdm import tqdm
 
-    from .codes import latent_codes
-    from .pages import write_report
+    from .diagnostics.suite import FULL, QUICK, studies
+    from .models.vae import VAE
+    from .page.write import write_report
+    from .plots.codes import latent_codes
     from .randomness import derive, random_states
-    from .studies import FULL, QUICK, studies
-    from .vae import VAE
 
     folder = arguments.run
     if not folder.is_dir():
@@ -92,7 +92,7 @@ def _main(arguments: DiagnoseArguments) -> int:
 
 def _rows(run: OpenRun, effort: Effort) -> tuple[Tensor, Tensor]:
     """Random held-out and training rows, as x."""
-    from .studies import random_rows
+    from .diagnostics.suite import random_rows
 
     splits, units = run.splits, run.vae.likelihood_module.units
     if len(splits.test) < 4:
@@ -125,7 +125,7 @@ def _report(run: OpenRun, num_rows: int, quick: bool, effort: Effort) -> dict[st
 
 def _record(study: Study, report: dict[str, Any], folder: Path) -> None:
     """Add a study to the report and write its files, which an interruption then leaves whole."""
-    from .figures import save
+    from .plots.run import save
 
     report["findings"] += [finding.as_dict() for finding in study.findings]
     report["details"].update(study.details)
@@ -135,7 +135,7 @@ def _record(study: Study, report: dict[str, Any], folder: Path) -> None:
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:
-    from .checkpoint import write_atomically
+    from .files import write_atomically
 
     write_atomically(path, (json.dumps(_plain(report), indent=2) + "\n").encode())
 
@@ -151,7 +151,7 @@ def _plain(values: Any) -> Any:
 
 def _table(report: dict[str, Any], run: Path) -> str:
     """Findings with their numbers; meaning and advice of those that are not sound."""
-    from .verdicts import number
+    from .diagnostics.findings import number
 
     details = report["details"]
     lines = [

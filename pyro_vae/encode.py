@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .command import RunArguments, open_run, parse, refuse_existing, run_command
+from .cli import RunArguments, open_run, parse, refuse_existing, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ def _main(arguments: EncodeArguments) -> None:
     import numpy as np
     import torch
 
-    from .checkpoint import write_atomically
+    from .files import write_atomically
 
     run = open_run(arguments)
     splits, whole = run.splits, run.splits.whole()

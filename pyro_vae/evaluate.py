@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
-from .command import RunArguments, open_run, parse, print_json, run_command
+from .cli import RunArguments, open_run, parse, print_json, run_command
 from .config import InputError, auto
 
 
@@ -60,8 +60,8 @@ def _main(arguments: EvaluateArguments) -> None:
 
     from tqdm import tqdm
 
-    from .evaluation import evaluate
-    from .vae import VAE
+    from .evidence.evaluation import evaluate
+    from .models.vae import VAE
 
     hidden = None if isinstance(run.vae, VAE) else True  # None: where there is no terminal
     total = count * arguments.num_samples

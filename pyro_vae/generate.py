@@ -15,7 +15,7 @@ from typing import Annotated
 
 import tyro
 
-from .command import choose_device, parse, refuse_existing, run_command
+from .cli import choose_device, parse, refuse_existing, run_command
 from .config import InputError, check_seed
 
 
@@ -58,11 +58,12 @@ def _main(arguments: GenerateArguments) -> None:
     refuse_existing(arguments.out, arguments.overwrite, (".png", ".npy", ".npz"))
     import numpy as np
 
-    from .checkpoint import load_checkpoint, write_atomically
-    from .figures import image_grid, in_rows, save
-    from .gallery import generate_images, to_display
+    from .files import write_atomically
+    from .models.vae import VAE
+    from .plots.from_model import generate_images, to_display
+    from .plots.run import image_grid, in_rows, save
     from .randomness import random_states
-    from .vae import VAE
+    from .training.checkpoint import load_checkpoint
 
     device = choose_device(arguments.device)
     checkpoint = load_checkpoint(arguments.run)

@@ -18,7 +18,7 @@ from typing import Annotated
 
 import tyro
 
-from .command import load_run_data, parse, refuse_existing, run_command
+from .cli import load_run_data, parse, refuse_existing, run_command
 from .config import InputError, auto
 
 
@@ -63,10 +63,10 @@ def _main(arguments: ReportArguments) -> None:
 
     from tqdm import tqdm
 
-    from .checkpoint import load_checkpoint
-    from .codes import latent_codes
-    from .overview import overview
-    from .pages import write_page
+    from .page.summary import overview
+    from .page.write import write_page
+    from .plots.codes import latent_codes
+    from .training.checkpoint import load_checkpoint
 
     views = []
     with tqdm(total=len(runs), disable=None, unit="run") as bar:

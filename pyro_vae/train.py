@@ -29,16 +29,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from .command import choose_device, config_of, fail, parse, run_command
+from .cli import choose_device, config_of, fail, parse, run_command
 from .config import PRESETS, Config, InputError, auto, read_config, resolve
 
 if TYPE_CHECKING:
     import torch
     from tqdm import tqdm
 
-    from .checkpoint import Checkpoint
-    from .records import Progress, Record
-    from .run_folder import RunFolder
+    from .training.checkpoint import Checkpoint
+    from .training.records import Progress, Record
+    from .training.run import RunFolder
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _main(argv: Sequence[str] | None) -> int:
     if given.config:
         default = read_config(given.config)
     if given.resume:
-        from .checkpoint import load_checkpoint
+        from .training.checkpoint import load_checkpoint
 
         if given.resume.is_file():
             raise InputError(f"--resume expects a run folder; {given.resume} is a file")
@@ -111,7 +111,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def train(arguments: TrainArguments, checkpoint: Checkpoint | None = None) -> int:
     """Train, from the beginning or from a checkpoint; returns the exit status."""
-    from . import distributed
+    from .training import distributed
 
     device = choose_device(arguments.device)
     with distributed.processes(device):
@@ -119,12 +119,12 @@ def train(arguments: TrainArguments, checkpoint: Checkpoint | None = None) -> in
 
 
 def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: torch.device) -> int:
-    from . import distributed
-    from .evaluation import elbo_terms
-    from .factory import build
-    from .loading import load_data
-    from .run_folder import RunFolder, choose_folder
-    from .svi import iterate
+    from .data.loading import load_data
+    from .evidence.evaluation import elbo_terms
+    from .models.build import build
+    from .training import distributed
+    from .training.loop import iterate
+    from .training.run import RunFolder, choose_folder
 
     asked = config_of(arguments)
     if checkpoint is None:
@@ -165,8 +165,8 @@ def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: tor
 
 def _follow(records: Iterator[Record]) -> int:
     """Train in a rank other than the first, without files. The first handles the signals."""
-    from . import distributed
-    from .records import Diverged
+    from .training import distributed
+    from .training.records import Diverged
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -182,10 +182,10 @@ def _record(folder: RunFolder, records: Callable[..., Iterator[Record]], tensorb
     """Train, and keep checkpoints and metrics; returns the exit status."""
     from tqdm import tqdm
 
-    from .distributed import LostRank
-    from .gallery import draw_reconstructions
-    from .records import Diverged
-    from .run_folder import StopSignals
+    from .plots.from_model import draw_reconstructions
+    from .training.distributed import LostRank
+    from .training.records import Diverged
+    from .training.run import StopSignals
 
     path, seed, epochs = folder.path, folder.config.seed, folder.config.fit.epochs or 0
     writer = _summary_writer()(str(path / "tensorboard")) if tensorboard else nullcontext()
@@ -288,7 +288,7 @@ def _summary_writer() -> Any:
 
 def _describe(run: RunFolder) -> None:
     """Print what is about to be trained, on which data, and the run folder."""
-    from .svi import run_mode
+    from .training.loop import run_mode
 
     splits, model, spec = run.splits, run.config.model, run.splits.spec
     sizes = " ".join(str(size) for size in model.hidden or ())
@@ -313,10 +313,10 @@ def _describe(run: RunFolder) -> None:
 
 def _summarize(run: RunFolder) -> None:
     """Draw the pictures, write the report, and print where everything is."""
-    from .checkpoint import load_checkpoint
-    from .codes import latent_codes
-    from .gallery import draw_reconstructions, draw_run
-    from .pages import write_report
+    from .page.write import write_report
+    from .plots.codes import latent_codes
+    from .plots.from_model import draw_reconstructions, draw_run
+    from .training.checkpoint import load_checkpoint
 
     history, figures, seed = run.history, run.path / "figures", run.config.seed
     device = next(run.vae.parameters()).device

@@ -13,8 +13,8 @@ import torch
 
 import pyro_vae
 from pyro_vae import train
-from pyro_vae.data import DataSpec
-from pyro_vae.likelihoods import LIKELIHOODS
+from pyro_vae.data.splits import DataSpec
+from pyro_vae.models.likelihoods import LIKELIHOODS
 
 # A two-sided test at this many standard errors rejects a true hypothesis once in 15,800 times
 # (6.3e-5); seeds are fixed, so a test that passes once passes always.

@@ -16,13 +16,14 @@ from pyro.distributions import Normal
 from test_evidence import Encoder
 from torch import nn
 
-from pyro_vae import annealing, chunks
-from pyro_vae.annealing import anneal
-from pyro_vae.likelihoods import LIKELIHOODS
-from pyro_vae.linear_gaussian import LinearGaussian
-from pyro_vae.priors import StandardNormal
-from pyro_vae.quadrature import quadrature
-from pyro_vae.vae import VAE
+from pyro_vae import memory as chunks
+from pyro_vae.evidence import annealing
+from pyro_vae.evidence.annealing import anneal
+from pyro_vae.evidence.quadrature import quadrature
+from pyro_vae.models.likelihoods import LIKELIHOODS
+from pyro_vae.models.linear_gaussian import LinearGaussian
+from pyro_vae.models.priors import StandardNormal
+from pyro_vae.models.vae import VAE
 
 
 def widest(count: int) -> float:

@@ -18,7 +18,7 @@ from pyro.distributions import Normal
 from scipy import stats
 from torch.distributions import MultivariateNormal
 
-from pyro_vae.calibration import (
+from pyro_vae.diagnostics.sbc import (
     DENSITY,
     HDR,
     LIKELIHOOD,
@@ -34,7 +34,7 @@ from pyro_vae.calibration import (
     miscalibration,
     simulate,
 )
-from pyro_vae.linear_gaussian import LinearGaussian
+from pyro_vae.models.linear_gaussian import LinearGaussian
 
 FALSE_ALARM = 1e-4
 

@@ -36,14 +36,15 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor, nn
 
 import pyro_vae
-from pyro_vae import chunks, weighted
-from pyro_vae.capture import Captured, CapturedFunction, Observer, capture
+from pyro_vae import memory as chunks
+from pyro_vae.capture.captured import Captured, CapturedFunction, Observer, capture
+from pyro_vae.capture.optimizer import OneOptimizer
 from pyro_vae.config import KL_WEIGHTED, Objective
-from pyro_vae.linear_gaussian import LinearGaussian
-from pyro_vae.objectives import objective
-from pyro_vae.optimizer import OneOptimizer
+from pyro_vae.models.linear_gaussian import LinearGaussian
+from pyro_vae.objectives import importance_weighted as weighted
+from pyro_vae.objectives.registry import objective
 
-captures = importlib.import_module("pyro_vae.calls")
+captures = importlib.import_module("pyro_vae.capture.graph")
 
 ROWS = 6
 

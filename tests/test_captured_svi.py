@@ -20,11 +20,11 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
 import pyro_vae
-from pyro_vae import svi as fitting
-from pyro_vae.calls import Mode
-from pyro_vae.capture import CapturedSVI, capture
-from pyro_vae.objectives import objective
-from pyro_vae.optimizer import OneOptimizer
+from pyro_vae.capture.captured import CapturedSVI, capture
+from pyro_vae.capture.graph import Mode
+from pyro_vae.capture.optimizer import OneOptimizer
+from pyro_vae.objectives.registry import objective
+from pyro_vae.training import loop as fitting
 
 STEPS = 12
 

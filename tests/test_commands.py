@@ -19,10 +19,12 @@ import pytest
 import torch
 
 import pyro_vae
-from pyro_vae import capture, encode, evaluate, evaluation, generate, train
-from pyro_vae.checkpoint import load_checkpoint
-from pyro_vae.command import run_command
+from pyro_vae import encode, evaluate, generate, train
+from pyro_vae.capture import captured as capture
+from pyro_vae.cli import run_command
+from pyro_vae.evidence import evaluation
 from pyro_vae.randomness import derive
+from pyro_vae.training.checkpoint import load_checkpoint
 
 KEYS = {
     "epoch",
@@ -466,7 +468,7 @@ def test_diverged_run_keeps_the_last_good_state(tmp_path, capsys):
 def test_a_run_that_diverges_keeps_its_best_model(tmp_path, capsys, monkeypatch):
     """Though it was not yet due to be written."""
     run = tmp_path / "run"
-    from pyro_vae import svi
+    from pyro_vae.training import loop as svi
 
     original = svi._epoch
 
@@ -697,7 +699,7 @@ def test_an_objective_with_particles(tmp_path, capsys):
 def no_pictures(monkeypatch):
     """Drawing takes most of so short a run, and is no part of what is tested."""
     monkeypatch.setattr(train, "_summarize", lambda run: None)
-    monkeypatch.setattr("pyro_vae.gallery.draw_reconstructions", lambda *arguments: None)
+    monkeypatch.setattr("pyro_vae.plots.from_model.draw_reconstructions", lambda *arguments: None)
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -10,8 +10,8 @@ import torch
 from conftest import SIGMAS
 
 from pyro_vae import DataConfig, InputError, load_data
-from pyro_vae.data import CHUNK, moments
-from pyro_vae.loading import load_foreign
+from pyro_vae.data.loading import load_foreign
+from pyro_vae.data.splits import CHUNK, moments
 
 
 def save(tmp_path, values, name="a.npy") -> str:

@@ -9,7 +9,9 @@ import shutil
 import pytest
 import torch
 
-from pyro_vae import diagnose, figures, studies, train
+from pyro_vae import diagnose, train
+from pyro_vae.diagnostics import suite as studies
+from pyro_vae.plots import run as figures
 
 NAMES = [
     "importance weights",
@@ -100,7 +102,7 @@ def test_strict_fails_where_something_is_wrong(copy, capsys, monkeypatch, undraw
     wrong = any(finding["verdict"] == "wrong" for finding in report["findings"])
     assert diagnose.main([str(copy), "--quick", "--strict"]) == int(wrong)
     # a guide that is far too narrow is wrong in any case
-    from pyro_vae.vae import VAE
+    from pyro_vae.models.vae import VAE
 
     sound = VAE.posterior
     monkeypatch.setattr(

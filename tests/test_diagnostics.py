@@ -10,10 +10,15 @@ import torch
 from conftest import SIGMAS
 from scipy import stats
 
-from pyro_vae.aggregate import aggregate_posterior, energy_coefficient, energy_test, holes
-from pyro_vae.latents import latent_use
-from pyro_vae.linear_gaussian import LinearGaussian
-from pyro_vae.predictive import predictive_check
+from pyro_vae.diagnostics.aggregate import (
+    aggregate_posterior,
+    energy_coefficient,
+    energy_test,
+    holes,
+)
+from pyro_vae.diagnostics.latents import latent_use
+from pyro_vae.diagnostics.predictive import predictive_check
+from pyro_vae.models.linear_gaussian import LinearGaussian
 
 # Each test against a binomial bound rejects a true hypothesis at most so often.
 FALSE_ALARM = 1e-4

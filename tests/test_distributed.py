@@ -30,16 +30,18 @@ from pyro.infer import SVI
 from torch import Tensor
 
 import pyro_vae
-from pyro_vae import FitConfig, InputError, distributed, svi, train
-from pyro_vae.capture import Observer, capture
-from pyro_vae.checkpoint import load_checkpoint
-from pyro_vae.command import choose_device
-from pyro_vae.interface import register
-from pyro_vae.objectives import objective
-from pyro_vae.optimizer import OneOptimizer
-from pyro_vae.run_folder import RunFolder
-from pyro_vae.svi import Diverged, fit, iterate
-from pyro_vae.vae import VAE
+from pyro_vae import FitConfig, InputError, train
+from pyro_vae.capture.captured import Observer, capture
+from pyro_vae.capture.optimizer import OneOptimizer
+from pyro_vae.cli import choose_device
+from pyro_vae.models.interface import register
+from pyro_vae.models.vae import VAE
+from pyro_vae.objectives.registry import objective
+from pyro_vae.training import distributed
+from pyro_vae.training import loop as svi
+from pyro_vae.training.checkpoint import load_checkpoint
+from pyro_vae.training.loop import Diverged, fit, iterate
+from pyro_vae.training.run import RunFolder
 
 TIMINGS = ("seconds", "images_per_second")
 BATCH = 7  # of two parts of different sizes
@@ -525,7 +527,7 @@ def _draw_nothing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(train, "_summarize", lambda run: None)
     # Not even imported: that takes longer than the training.
     none = SimpleNamespace(draw_reconstructions=lambda *arguments: None)
-    patch.setitem(sys.modules, "pyro_vae.gallery", none)
+    patch.setitem(sys.modules, "pyro_vae.plots.from_model", none)
 
 
 @pytest.fixture

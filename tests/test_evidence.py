@@ -13,19 +13,20 @@ from torch import nn
 from torch.distributions import MultivariateNormal, kl_divergence
 
 import pyro_vae
-from pyro_vae import chunks, evidence
-from pyro_vae.data import DataSpec
-from pyro_vae.evidence import (
+from pyro_vae import memory as chunks
+from pyro_vae.data.splits import DataSpec
+from pyro_vae.evidence import importance as evidence
+from pyro_vae.evidence.importance import (
     importance_sample,
     log_evidence,
     pareto_k,
     reliable_k,
     upper_bound,
 )
-from pyro_vae.likelihoods import LIKELIHOODS
-from pyro_vae.linear_gaussian import LinearGaussian
-from pyro_vae.priors import StandardNormal
-from pyro_vae.vae import VAE
+from pyro_vae.models.likelihoods import LIKELIHOODS
+from pyro_vae.models.linear_gaussian import LinearGaussian
+from pyro_vae.models.priors import StandardNormal
+from pyro_vae.models.vae import VAE
 
 D, Z, NOISE = 6, 2, 0.7
 

@@ -12,13 +12,13 @@ from conftest import example_vae
 from PIL import Image
 from torch import nn
 
-from pyro_vae.autoencoder import Autoencoder
-from pyro_vae.codes import Codes
-from pyro_vae.data import DataSpec
-from pyro_vae.explorer import PLANS, WHOLE, explore, sheet, tiles
-from pyro_vae.likelihoods import LIKELIHOODS
-from pyro_vae.priors import StandardNormal
-from pyro_vae.vae import VAE
+from pyro_vae.data.splits import DataSpec
+from pyro_vae.models.autoencoder import Autoencoder
+from pyro_vae.models.likelihoods import LIKELIHOODS
+from pyro_vae.models.priors import StandardNormal
+from pyro_vae.models.vae import VAE
+from pyro_vae.page.explorer import PLANS, WHOLE, explore, sheet, tiles
+from pyro_vae.plots.codes import Codes
 
 PLENTY = 1 << 30
 

@@ -26,23 +26,19 @@ from scipy import stats
 from torch import nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from pyro_vae import (
-    FitConfig,
-    aggregate,
-    annealing,
-    calibration,
-    evaluation,
-    evidence,
-    linear_gaussian,
-    objectives,
-    refinement,
-    svi,
-)
-from pyro_vae.data import DataSpec, Split, Splits
-from pyro_vae.likelihoods import LIKELIHOODS
-from pyro_vae.linear_gaussian import LinearGaussian
-from pyro_vae.priors import StandardNormal
-from pyro_vae.vae import VAE
+from pyro_vae import FitConfig
+from pyro_vae.data.splits import DataSpec, Split, Splits
+from pyro_vae.diagnostics import aggregate, refinement
+from pyro_vae.diagnostics import sbc as calibration
+from pyro_vae.evidence import annealing, evaluation
+from pyro_vae.evidence import importance as evidence
+from pyro_vae.models import linear_gaussian
+from pyro_vae.models.likelihoods import LIKELIHOODS
+from pyro_vae.models.linear_gaussian import LinearGaussian
+from pyro_vae.models.priors import StandardNormal
+from pyro_vae.models.vae import VAE
+from pyro_vae.objectives import registry as objectives
+from pyro_vae.training import loop as svi
 
 FALSE_ALARM = 2 * stats.norm.sf(SIGMAS)
 

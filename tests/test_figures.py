@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 import pyro_vae
-from pyro_vae import codes, figures, gallery
-from pyro_vae.data import DataSpec
-from pyro_vae.likelihoods import LIKELIHOODS
-from pyro_vae.priors import StandardNormal
-from pyro_vae.vae import VAE
+from pyro_vae.data.splits import DataSpec
+from pyro_vae.models.likelihoods import LIKELIHOODS
+from pyro_vae.models.priors import StandardNormal
+from pyro_vae.models.vae import VAE
+from pyro_vae.plots import codes
+from pyro_vae.plots import from_model as gallery
+from pyro_vae.plots import run as figures
 
 HISTORY = [
     {

@@ -11,7 +11,7 @@ import torch
 from conftest import SIGMAS, all_likelihoods, example_spec, example_values
 from scipy import integrate
 
-from pyro_vae.likelihoods import (
+from pyro_vae.models.likelihoods import (
     LIKELIHOODS,
     MIN_SCALE,
     ContinuousBernoulli,

@@ -12,8 +12,8 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from torch.distributions import MultivariateNormal, kl_divergence
 
 import pyro_vae
-from pyro_vae.linear_gaussian import LinearGaussian, probabilistic_pca
-from pyro_vae.optimizer import OneOptimizer
+from pyro_vae.capture.optimizer import OneOptimizer
+from pyro_vae.models.linear_gaussian import LinearGaussian, probabilistic_pca
 
 CASES = [(2, 1, 0), (5, 3, 1), (12, 7, 2), (3, 6, 3)]  # D, Z (Z > D too), seed
 

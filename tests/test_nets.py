@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyro_vae import InputError
-from pyro_vae.nets import Decoder, Encoder
+from pyro_vae.models.networks import Decoder, Encoder
 
 
 def bodies(architecture, shape, hidden, activation="SiLU", parameters=2):

@@ -21,11 +21,11 @@ import torch
 from conftest import SIGMAS, example_spec
 from torch import Tensor, nn
 
-from pyro_vae.evidence import importance_sample, upper_bound
-from pyro_vae.likelihoods import LIKELIHOODS
-from pyro_vae.priors import StandardNormal
-from pyro_vae.quadrature import Quadrature, quadrature
-from pyro_vae.vae import VAE
+from pyro_vae.evidence.importance import importance_sample, upper_bound
+from pyro_vae.evidence.quadrature import Quadrature, quadrature
+from pyro_vae.models.likelihoods import LIKELIHOODS
+from pyro_vae.models.priors import StandardNormal
+from pyro_vae.models.vae import VAE
 
 D, IMAGES = 6, 5
 CASES = [("gaussian", 1), ("gaussian", 2), ("bernoulli", 1), ("bernoulli", 2)]

@@ -18,14 +18,14 @@ from scipy import stats
 from torch import nn
 from torch.distributions import MultivariateNormal
 
-from pyro_vae import nuts
-from pyro_vae.aggregate import energy_coefficient
-from pyro_vae.data import DataSpec
-from pyro_vae.likelihoods import LIKELIHOODS
-from pyro_vae.linear_gaussian import LinearGaussian
-from pyro_vae.nuts import compare_with_nuts
-from pyro_vae.priors import StandardNormal
-from pyro_vae.vae import VAE
+from pyro_vae.data.splits import DataSpec
+from pyro_vae.diagnostics import nuts
+from pyro_vae.diagnostics.aggregate import energy_coefficient
+from pyro_vae.diagnostics.nuts import compare_with_nuts
+from pyro_vae.models.likelihoods import LIKELIHOODS
+from pyro_vae.models.linear_gaussian import LinearGaussian
+from pyro_vae.models.priors import StandardNormal
+from pyro_vae.models.vae import VAE
 
 # Each test rejects a true hypothesis at most so often, however many numbers it looks at.
 FALSE_ALARM = 1e-4

@@ -19,10 +19,12 @@ from test_faults import Fault, plant
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from pyro_vae import objective, objectives, weighted
-from pyro_vae.linear_gaussian import LinearGaussian
-from pyro_vae.quadrature import quadrature
-from pyro_vae.vae import VAE
+from pyro_vae import objective
+from pyro_vae.evidence.quadrature import quadrature
+from pyro_vae.models.linear_gaussian import LinearGaussian
+from pyro_vae.models.vae import VAE
+from pyro_vae.objectives import importance_weighted as weighted
+from pyro_vae.objectives import registry as objectives
 
 # Each call of `agree` rejects a true hypothesis at most so often, however many numbers it compares.
 FALSE_ALARM = 1e-4

@@ -16,11 +16,11 @@ import pytest
 import torch
 from conftest import SIGMAS
 
-from pyro_vae.annealing import anneal
-from pyro_vae.calibration import miscalibration, simulate
-from pyro_vae.evidence import importance_sample, upper_bound
-from pyro_vae.linear_gaussian import LinearGaussian
-from pyro_vae.refinement import elbo, refine
+from pyro_vae.diagnostics.refinement import elbo, refine
+from pyro_vae.diagnostics.sbc import miscalibration, simulate
+from pyro_vae.evidence.annealing import anneal
+from pyro_vae.evidence.importance import importance_sample, upper_bound
+from pyro_vae.models.linear_gaussian import LinearGaussian
 
 # name, truth, estimate, standard error, and on which side of the truth it may lie: = < >
 Row = tuple[str, float, float, float, str]

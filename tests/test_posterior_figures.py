@@ -9,8 +9,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgba
 from scipy import stats
 
-from pyro_vae import calibration_figures, posterior_figures
-from pyro_vae.figures import TRAIN, VALIDATION, save
+from pyro_vae.plots import calibration as calibration_figures
+from pyro_vae.plots import posterior as posterior_figures
+from pyro_vae.plots.run import TRAIN, VALIDATION, save
 
 RANDOM = np.random.default_rng(0)
 

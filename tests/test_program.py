@@ -12,10 +12,10 @@ from conftest import SIGMAS, all_likelihoods, batch, example_vae
 from pyro.distributions import Bernoulli, MultivariateNormal, Normal, constraints
 from torch import nn
 
-from pyro_vae.annealing import anneal
-from pyro_vae.evidence import importance_sample, upper_bound
-from pyro_vae.program import Program
-from pyro_vae.quadrature import quadrature
+from pyro_vae.evidence.annealing import anneal
+from pyro_vae.evidence.importance import importance_sample, upper_bound
+from pyro_vae.evidence.quadrature import quadrature
+from pyro_vae.models.pyro_program import Program
 
 # (a) a VAE as a program: the same distributions
 

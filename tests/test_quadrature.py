@@ -12,7 +12,7 @@ from conftest import SIGMAS
 from pyro.distributions import Normal
 from test_linear_gaussian import oracle
 
-from pyro_vae.quadrature import quadrature
+from pyro_vae.evidence.quadrature import quadrature
 
 CASES = [(2, 1, 0, 401), (5, 1, 1, 401), (6, 2, 2, 201)]  # D, Z, seed, nodes
 

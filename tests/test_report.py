@@ -31,17 +31,18 @@ import torch
 from PIL import Image
 
 import pyro_vae
-from pyro_vae import page as page_module
-from pyro_vae import pages as pages_module
 from pyro_vae import report, train
-from pyro_vae.checkpoint import load_checkpoint, serialize, write_atomically
-from pyro_vae.codes import latent_codes
 from pyro_vae.config import Config, DataConfig, FitConfig, ModelConfig, resolve
-from pyro_vae.explorer import THUMBNAIL_BYTES, explore
-from pyro_vae.factory import build
-from pyro_vae.loading import load_data
-from pyro_vae.overview import EXPLORER_BYTES, Overview, overview
-from pyro_vae.pages import write_page
+from pyro_vae.data.loading import load_data
+from pyro_vae.files import write_atomically
+from pyro_vae.models.build import build
+from pyro_vae.page import render as page_module
+from pyro_vae.page import write as pages_module
+from pyro_vae.page.explorer import THUMBNAIL_BYTES, explore
+from pyro_vae.page.summary import EXPLORER_BYTES, Overview, overview
+from pyro_vae.page.write import write_page
+from pyro_vae.plots.codes import latent_codes
+from pyro_vae.training.checkpoint import load_checkpoint, serialize
 
 HOSTILE = ("</script><b>bold</b>", "<i>\"x' & $y$", "_{{ 7 * 7 }}")
 
@@ -224,8 +225,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def no_figures(monkeypatch):
     """The pictures of a training are not those of the page."""
-    monkeypatch.setattr("pyro_vae.gallery.draw_run", lambda *_: [])
-    monkeypatch.setattr("pyro_vae.gallery.draw_reconstructions", lambda *_: None)
+    monkeypatch.setattr("pyro_vae.plots.from_model.draw_run", lambda *_: [])
+    monkeypatch.setattr("pyro_vae.plots.from_model.draw_reconstructions", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -551,12 +552,12 @@ def grey_run(runs, tmp_path) -> Path:
 @pytest.fixture
 def undrawn(monkeypatch):
     """Pictures take most of a second, and are no part of what is tested."""
-    monkeypatch.setattr("pyro_vae.figures.svg", lambda figure: "<svg></svg>")
-    monkeypatch.setattr("pyro_vae.overview.explore", _no_explorer)
+    monkeypatch.setattr("pyro_vae.plots.run.svg", lambda figure: "<svg></svg>")
+    monkeypatch.setattr("pyro_vae.page.summary.explore", _no_explorer)
 
 
 def _no_explorer(vae, codes, budget):
-    from pyro_vae.explorer import Explorer
+    from pyro_vae.page.explorer import Explorer
 
     return Explorer([0, 1], np.zeros((2, 2)), [0], {}, (6, 6, 1), (0.0, 1.0), False)
 
@@ -811,7 +812,7 @@ def test_training_writes_the_page_and_the_same_again(tmp_path, capsys):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyro_vae.svi.iterate", stop)
+        patch.setattr("pyro_vae.training.loop.iterate", stop)
         assert train.main([*arguments, "--overwrite"]) == 130
     assert not (run / "diagnostics.json").exists()
     assert not (run / "report.html").exists()
@@ -955,7 +956,7 @@ def test_a_page_of_mnists_size_stays_below_5_mb(tmp_path):
 
 def test_the_pictures_of_three_runs_leave_room_for_the_rest(tmp_path, monkeypatch):
     """Of colour images of 64 pixels a side; the explorers and thumbnails take theirs of 5 MB."""
-    monkeypatch.setattr("pyro_vae.overview.explore", _no_explorer)
+    monkeypatch.setattr("pyro_vae.page.summary.explore", _no_explorer)
     settings = {"latent_dim": 2, "architecture": "conv", "hidden": (4, 8)}
     run = make_run(
         tmp_path / "run", blobs(60, 3, 64), likelihood="discretized-logistic", **settings

@@ -13,8 +13,8 @@ from PIL import Image
 
 from pyro_vae import DataConfig, InputError, load_data
 from pyro_vae.config import TORCHVISION_CLASSES
-from pyro_vae.loading import _tensor
-from pyro_vae.sources import read
+from pyro_vae.data.loading import _tensor
+from pyro_vae.data.readers import read
 
 RANDOM = np.random.default_rng(0)
 

@@ -12,13 +12,15 @@ import torch
 from conftest import SIGMAS, all_likelihoods, example_splits
 
 import pyro_vae
-from pyro_vae import FitConfig, elbos, svi
-from pyro_vae.checkpoint import load_checkpoint, serialize
-from pyro_vae.evaluation import elbo_terms
-from pyro_vae.likelihoods import LIKELIHOODS
-from pyro_vae.optimizer import OneOptimizer
-from pyro_vae.priors import StandardNormal
-from pyro_vae.svi import Diverged, fit, iterate
+from pyro_vae import FitConfig
+from pyro_vae.capture.optimizer import OneOptimizer
+from pyro_vae.evidence.evaluation import elbo_terms
+from pyro_vae.models.likelihoods import LIKELIHOODS
+from pyro_vae.models.priors import StandardNormal
+from pyro_vae.objectives import elbos
+from pyro_vae.training import loop as svi
+from pyro_vae.training.checkpoint import load_checkpoint, serialize
+from pyro_vae.training.loop import Diverged, fit, iterate
 
 TIMINGS = ("seconds", "images_per_second")
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 import pyro_vae
-from pyro_vae import verdicts
-from pyro_vae.aggregate import aggregate_posterior, energy_coefficient
-from pyro_vae.annealing import anneal
-from pyro_vae.calibration import coverage, simulate
-from pyro_vae.evidence import importance_sample, reliable_k
-from pyro_vae.nuts import compare_with_nuts
-from pyro_vae.refinement import gaps, refine
+from pyro_vae.diagnostics import findings as verdicts
+from pyro_vae.diagnostics.aggregate import aggregate_posterior, energy_coefficient
+from pyro_vae.diagnostics.nuts import compare_with_nuts
+from pyro_vae.diagnostics.refinement import gaps, refine
+from pyro_vae.diagnostics.sbc import coverage, simulate
+from pyro_vae.evidence.annealing import anneal
+from pyro_vae.evidence.importance import importance_sample, reliable_k
 
 
 @pytest.fixture(scope="module")

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_vae import verdicts
-from pyro_vae.annealing import Annealed
-from pyro_vae.calibration import coverage, simulate
-from pyro_vae.evidence import importance_sample
-from pyro_vae.intervals import Interval
-from pyro_vae.latents import LatentUse
-from pyro_vae.linear_gaussian import LinearGaussian
-from pyro_vae.nuts import Comparison
-from pyro_vae.predictive import PredictiveCheck
-from pyro_vae.refinement import gaps
-from pyro_vae.verdicts import Check, Finding
+from pyro_vae.diagnostics import findings as verdicts
+from pyro_vae.diagnostics.findings import Check, Finding
+from pyro_vae.diagnostics.intervals import Interval
+from pyro_vae.diagnostics.latents import LatentUse
+from pyro_vae.diagnostics.nuts import Comparison
+from pyro_vae.diagnostics.predictive import PredictiveCheck
+from pyro_vae.diagnostics.refinement import gaps
+from pyro_vae.diagnostics.sbc import coverage, simulate
+from pyro_vae.evidence.annealing import Annealed
+from pyro_vae.evidence.importance import importance_sample
+from pyro_vae.models.linear_gaussian import LinearGaussian
 
 
 def finding(low, high, ideal=0.0, reliable=True):

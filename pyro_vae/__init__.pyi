@@ -1,0 +1,57 @@
+from .config import Config, DataConfig, FitConfig, InputError, ModelConfig
+from .data.loading import load_data
+from .data.splits import DataSpec, Split, Splits
+from .diagnostics.gradients import measure_gradients
+from .diagnostics.latents import latent_use
+from .diagnostics.nuts import compare_with_nuts
+from .diagnostics.predictive import predictive_check
+from .diagnostics.refinement import gaps, refine
+from .diagnostics.sbc import check_ranks, miscalibration, simulate
+from .evidence.annealing import anneal
+from .evidence.importance import importance_sample, log_evidence, upper_bound
+from .models.autoencoder import Autoencoder
+from .models.build import build
+from .models.linear_gaussian import LinearGaussian
+from .models.pyro_program import Program
+from .models.vae import VAE
+from .objectives.registry import objective
+from .training.checkpoint import load
+from .training.loop import fit, iterate
+from .training.records import Record
+
+__version__: str
+
+__all__ = [
+    "VAE",
+    "Autoencoder",
+    "Config",
+    "DataConfig",
+    "DataSpec",
+    "FitConfig",
+    "InputError",
+    "LinearGaussian",
+    "ModelConfig",
+    "Program",
+    "Record",
+    "Split",
+    "Splits",
+    "anneal",
+    "build",
+    "check_ranks",
+    "compare_with_nuts",
+    "fit",
+    "gaps",
+    "importance_sample",
+    "iterate",
+    "latent_use",
+    "load",
+    "load_data",
+    "log_evidence",
+    "measure_gradients",
+    "miscalibration",
+    "objective",
+    "predictive_check",
+    "refine",
+    "simulate",
+    "upper_bound",
+]

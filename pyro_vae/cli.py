@@ -1,0 +1,249 @@
+"""Shared by the commands: flags from dataclasses, errors without tracebacks, devices, data.
+
+This module and the commands import torch only when they start to work, so that `--help` and an
+invalid flag are answered at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
+
+import tyro
+
+from .config import Config, DataConfig, InputError, auto, check_seed
+
+if TYPE_CHECKING:
+    import torch
+
+    from .data.splits import Splits
+    from .models.autoencoder import Autoencoder
+    from .models.vae import VAE
+    from .training.checkpoint import Checkpoint
+
+__all__ = [
+    "OpenRun",
+    "RunArguments",
+    "choose_device",
+    "config_of",
+    "fail",
+    "load_run_data",
+    "open_run",
+    "parse",
+    "print_json",
+    "refuse_existing",
+    "run_command",
+]
+
+Arguments = TypeVar("Arguments")
+
+
+def parse(
+    arguments: type[Arguments],
+    argv: Sequence[str] | None,
+    prog: str,
+    doc: str | None,
+    default: Any = None,
+) -> Arguments:
+    """Parse flags into a dataclass. An invalid flag or value exits with status 2."""
+    options = {} if default is None else {"default": default}
+    return tyro.cli(
+        arguments,
+        args=argv,
+        prog=f"python -m pyro_vae.{prog}",
+        description=doc,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        **options,
+    )
+
+
+def run_command(work: Callable[[], int | None]) -> int:
+    """Run a command. A user's mistake becomes one line on stderr and exit status 2."""
+    logging.getLogger("pyro.infer").setLevel(logging.WARNING)  # not Pyro's guesses of plate nesting
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _note
+            return work() or 0
+    except InputError as error:
+        return fail(str(error))
+    except BrokenPipeError:  # the reader of the output has ended, as in `--help | head`
+        sys.stderr.close()
+        return 141
+    except OSError as error:
+        place = f": {error.filename}" if error.filename else ""
+        return fail(f"{error.strerror or error}{place}")
+    except _out_of_memory() as error:
+        reason = str(error).strip().split("\n")[0] or "out of memory"
+        return fail(f"not enough memory for these sizes, lower them ({reason})")
+    except KeyboardInterrupt:
+        return fail("interrupted", status=130)
+
+
+def _out_of_memory() -> tuple[type[Exception], ...]:
+    """The errors of a failed allocation that have a type of their own.
+
+    A failed CPU allocation by torch has none. Sizes are therefore checked before (`memory`).
+    """
+    torch = sys.modules.get("torch")  # not imported for a command that never needed it
+    return (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
+
+
+def _note(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Show a warning; one of this package is for the user, without its line of source."""
+    text = warnings.formatwarning(message, category, filename, lineno, line)
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        text = f"note: {message}\n"
+    print(text, end="", file=file or sys.stderr)
+
+
+def fail(message: str, status: int = 2) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called `name`. auto is cuda if available; each local process has its own.
+
+    Raises:
+        InputError: this machine has no such device.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if "LOCAL_RANK" in os.environ and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    elif name.startswith("cuda") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise InputError(f"several processes have a GPU each: give --device cuda, not {name}")
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"{device.type} is not supported")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        count = torch.cuda.device_count()
+        here = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+        raise InputError(
+            f"--device expects auto or one of {here} on this machine; got {name!r} "
+            f"({str(error).splitlines()[0]})"
+        ) from None
+    return device
+
+
+def load_run_data(checkpoint: Checkpoint, source: str | None, root: Path | None) -> Splits:
+    """Load the data of a run, or other data for its model.
+
+    Args:
+        checkpoint: the run's checkpoint.
+        source: `--data`; None for the data of the run. All rows of other data are test rows.
+        root: `--data-root`; None for that of the run.
+
+    Raises:
+        InputError: the data are missing, have changed since the training, or do not fit the model.
+    """
+    from .data.loading import load_data, load_foreign
+
+    config: DataConfig = checkpoint.config.data
+    likelihood = checkpoint.vae.likelihood_module
+    if root is not None:
+        config = dataclasses.replace(config, root=root)
+    if source is not None:
+        config = dataclasses.replace(config, source=source)
+        foreign = load_foreign(config, likelihood.spec, likelihood.units)
+        if foreign.fingerprint != checkpoint.fingerprint:
+            return foreign
+    splits = load_data(config, checkpoint.config.seed)
+    if splits.fingerprint != checkpoint.fingerprint:
+        raise InputError(
+            f"the data {config.source} are not the data that {checkpoint.path} was trained on: "
+            f"their splits would mix training and test rows. Restore the data, or give --data"
+        )
+    return splits
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """A run and the conditions for using it.
+
+    Attributes:
+        run: Run folder, or a checkpoint file.
+        data: Other data in place of the run's own, a name or a path; all its rows are test rows.
+        data_root: Folder of torchvision's data sets.
+        seed: Seed of all draws, and of the binarization where the likelihood is bernoulli.
+        device: Where to compute: cpu, cuda, cuda:1, or auto (cuda where there is one).
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    data: Annotated[str | None, auto("NAME|PATH", "the run's own")] = None
+    data_root: Annotated[Path | None, auto("DIR", "the run's own")] = None
+    seed: Annotated[int | None, auto("INT", "the run's own")] = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run's checkpoint, its model and its data on one device, and the seed to draw by."""
+
+    checkpoint: Checkpoint
+    vae: VAE | Autoencoder
+    splits: Splits
+    device: torch.device
+    seed: int
+
+
+def open_run(arguments: RunArguments) -> OpenRun:
+    """Load a run.
+
+    Raises:
+        InputError: the device, the checkpoint or the data cannot be used.
+    """
+    from .training.checkpoint import load_checkpoint
+
+    device = choose_device(arguments.device)
+    checkpoint = load_checkpoint(arguments.run)
+    splits = load_run_data(checkpoint, arguments.data, arguments.data_root).to(device)
+    seed = checkpoint.config.seed if arguments.seed is None else arguments.seed
+    return OpenRun(checkpoint, checkpoint.vae.to(device), splits, device, seed)
+
+
+def refuse_existing(out: Path, overwrite: bool, endings: Sequence[str]) -> None:
+    """Check that the file `out` can be written, before any work is done.
+
+    Raises:
+        InputError: the ending is not one of `endings`, the file exists and `overwrite` is false, or
+            its folder does not exist.
+    """
+    if out.suffix.lower() not in endings:
+        raise InputError(f"--out expects a file ending in {' or '.join(endings)}; got {out}")
+    if out.exists() and not overwrite:
+        raise InputError(f"{out} exists; give another --out, or --overwrite")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"--out expects an existing folder; there is no {out.absolute().parent}")
+
+
+def print_json(values: dict[str, Any]) -> None:
+    print(json.dumps(values, indent=2))
+
+
+def config_of(arguments: Config) -> Config:
+    """The `Config` in the arguments of a command that extends it."""
+    names = [field.name for field in dataclasses.fields(Config)]
+    return Config(**{name: getattr(arguments, name) for name in names})

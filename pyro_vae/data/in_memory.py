@@ -1,0 +1,137 @@
+"""Objects in memory → `Source`: the same rows as from a file of the same values.
+
+    numpy array, torch tensor    (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), as in a .npy file
+    pandas or polars DataFrame   numeric columns; a column called label, class or target holds the
+                                 labels, as in a .csv file
+    pair (x, y)                  one of these, and labels (N,): integers or strings
+    torch Dataset                map-style; items are arrays, tensors or PIL images, or pairs of
+                                 such an item and its label
+
+Neither pandas nor polars is imported: any object with `to_numpy` and `columns` whose columns are
+`frame[name]` is a DataFrame here, and any other object with `__array__` is an array.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from ..config import DataConfig, InputError
+from .readers import LABEL_COLUMNS, Source, from_array, pixel_mode, pixels
+
+__all__ = ["read_object"]
+
+
+def read_object(data: Any, config: DataConfig) -> Source:
+    """Read rows from an object in memory.
+
+    Args:
+        data: one of the objects above. Its memory is shared, not copied, if possible.
+        config: for `image_size`, which turns flat rows into images and resizes PIL images.
+
+    Raises:
+        InputError: the object is of another kind, or does not hold rows of numbers.
+    """
+    x, y = data if isinstance(data, tuple) and len(data) == 2 else (data, None)
+    if isinstance(x, Dataset):
+        name = type(x).__name__
+        values, labels = _from_dataset(x, config, name)
+    elif hasattr(x, "to_numpy") and hasattr(x, "columns"):
+        name = "DataFrame"
+        values, labels = _from_frame(x)
+    elif isinstance(x, Tensor) or hasattr(x, "__array__"):
+        name = "tensor" if isinstance(x, Tensor) else "array"
+        values, labels = _array(x), None
+    else:
+        raise InputError(
+            f"expected the name of a data set, a path, a DataConfig, an array, a tensor, a "
+            f"DataFrame, a torch Dataset or a pair (x, y) as data; got {type(x).__name__}. Convert "
+            f"it, as by numpy.asarray"
+        )
+    if y is not None:
+        if labels is not None:
+            raise InputError(f"expected labels once; got y and labels in the {name}: drop one")
+        labels = _labels(_array(y), name)
+    return from_array(values, labels, config, name, f"the {name}")
+
+
+def _from_frame(frame: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    """The values (N, D) and labels (N,) of a DataFrame."""
+    names = list(frame.columns)
+    if len(set(names)) < len(names):
+        raise InputError(f"expected DataFrame columns of different names; got {names}")
+    label = next((name for name in names if str(name).lower() in LABEL_COLUMNS), None)
+    columns = {name: _array(frame[name]) for name in names if name != label}
+    for name, column in columns.items():
+        if column.dtype.kind not in "biuf":
+            raise InputError(
+                f"expected numbers in every column of the DataFrame; got {column.dtype} in column "
+                f"{name!r}: drop it, encode it as numbers or impute what is missing"
+            )
+    values = np.column_stack(list(columns.values())) if columns else np.empty((len(frame), 0))
+    return values, None if label is None else _labels(_array(frame[label]), "DataFrame")
+
+
+def _from_dataset(
+    dataset: Any, config: DataConfig, name: str
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The items (N, *shape) and labels (N,) of a torch Dataset, each item read once, in order."""
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise InputError(f"expected a map-style torch Dataset, which has a length; got {name}")
+    values, labels = np.empty((0,)), []
+    for index in range(len(dataset)):
+        item = dataset[index]
+        row, *label = item if isinstance(item, (tuple, list)) else (item,)
+        if isinstance(row, Image.Image):
+            row = pixels(row, pixel_mode(row), config.image_size)
+        row = _array(row)
+        if index == 0:
+            values = np.empty((len(dataset), *row.shape), row.dtype)
+        if (row.shape, row.dtype) != (values.shape[1:], values.dtype):
+            raise InputError(
+                f"expected items of one shape and type in the {name}; got {values.shape[1:]} of "
+                f"{values.dtype} in item 0, {row.shape} of {row.dtype} in item {index}: transform "
+                f"them to one"
+            )
+        labels += label
+        if len(label) > 1 or len(labels) not in (0, index + 1):
+            raise InputError(
+                f"expected items, or pairs (item, label), throughout the {name}; got "
+                f"{1 + len(label)} parts in item {index}"
+            )
+        values[index] = row
+    return values, _labels(_array([_array(label) for label in labels]), name) if labels else None
+
+
+def _array(data: Any) -> np.ndarray:
+    """An object as an array that shares its memory if possible."""
+    if isinstance(data, np.ma.MaskedArray) and np.ma.is_masked(data):
+        raise InputError("expected an array without masked values; got some: impute or drop them")
+    try:
+        if isinstance(data, Tensor):
+            data = data.detach().cpu()
+            data = data.float() if data.dtype == torch.bfloat16 else data
+        return np.asarray(data)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"expected an array of numbers; got {type(data).__name__}: {error}"
+        ) from None
+
+
+def _labels(labels: np.ndarray, name: str) -> np.ndarray:
+    """Labels (N,) or (N, 1), checked to be integers, booleans or strings, as (N,)."""
+    if labels.dtype.kind in "OT" and all(isinstance(label, str) for label in labels.flat):
+        labels = labels.astype(str)
+    elif labels.dtype == object and all(isinstance(n, (int, np.integer)) for n in labels.flat):
+        labels = labels.astype(np.int64)
+    if labels.dtype.kind not in "biuU":
+        raise InputError(
+            f"expected integers or strings as labels of the {name}; got {labels.dtype}: convert "
+            f"them, or leave them out"
+        )
+    return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels

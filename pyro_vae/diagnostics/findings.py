@@ -1,0 +1,385 @@
+"""Findings of the posterior checks: a size with its interval, a verdict, and advice.
+
+The whole 95% interval of a size is compared with two limits:
+
+    sound      the interval lies within the first limit: the error is shown to be small
+    wrong      the interval lies beyond the second: the error is shown to be large
+    doubtful   otherwise: the size is in between, or too uncertain
+
+No verdict rests on a p-value. For a guide that is not exact, a p-value measures the number of
+simulations; here too few simulations give doubtful findings, not sound ones. The limits are
+conventions, and each finding states its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from ..evidence.annealing import Annealed
+from .intervals import Interval, interval, share_interval
+from .latents import LatentUse
+from .nuts import Comparison
+from .predictive import PredictiveCheck
+from .refinement import Gaps
+from .sbc import HDR, LIKELIHOOD, MEAN, Coverage, Simulations
+
+__all__ = [
+    "Check",
+    "Finding",
+    "Verdict",
+    "about_aggregate",
+    "about_bias",
+    "about_bounds",
+    "about_chains",
+    "about_collapse",
+    "about_coverage",
+    "about_gaps",
+    "about_holes",
+    "about_likelihood_ranks",
+    "about_predictions",
+    "about_spread",
+    "about_weights",
+    "number",
+]
+
+Verdict = Literal["sound", "doubtful", "wrong"]
+
+
+def number(value: float) -> str:
+    """Format a size: two decimals, three below 1."""
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the table of checks.
+
+    Attributes:
+        name: of the check.
+        effect: the number that is reported, with its unit. `{ideal}` and `{subject}` are filled in.
+        limits: of sound and of wrong, as distances from `ideal`, or as ratios where `is_ratio`.
+        meaning: how to read the number; `{direction}` is one of `directions`.
+        advice: what to do if the finding is not sound.
+        ideal: the value for an exact guide.
+        directions: the words for a size up to `ideal`, and for a larger one.
+        is_ratio: whether deviations are ratios to `ideal`, 2 and ½ being equally far.
+        unreliable: precedes the meaning if the check itself did not work.
+    """
+
+    name: str
+    effect: str
+    limits: tuple[float, float]
+    meaning: str
+    advice: str
+    ideal: float = 0.0
+    directions: tuple[str, str] = ("", "")
+    is_ratio: bool = False
+    unreliable: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of a check.
+
+    Attributes:
+        check: its row of the table.
+        size: the number and its 95% confidence interval.
+        subject: the latent or statistic that the number describes, named in the effect.
+        reliable: whether the check itself worked; if not, the verdict is doubtful.
+    """
+
+    check: Check
+    size: Interval
+    subject: str = ""
+    reliable: bool = True
+
+    @property
+    def verdict(self) -> Verdict:
+        check, size = self.check, self.size
+        distances = [self._distance(size.low), self._distance(size.high)]
+        least = 0.0 if size.low <= check.ideal <= size.high else min(distances)
+        if self.reliable and max(distances) <= check.limits[0]:
+            return "sound"
+        return "wrong" if self.reliable and least > check.limits[1] else "doubtful"
+
+    def _distance(self, value: float) -> float:
+        if not self.check.is_ratio:
+            return abs(value - self.check.ideal)
+        ratio = max(value, 1e-12) / self.check.ideal
+        return max(ratio, 1 / ratio)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The finding as an entry of diagnostics.json."""
+        check = self.check
+        direction = check.directions[self.size.estimate > check.ideal]
+        return {
+            "check": check.name,
+            "verdict": self.verdict,
+            "effect": check.effect.format(ideal=check.ideal, subject=self.subject),
+            **asdict(self.size),
+            "ideal": check.ideal,
+            "limits": check.limits,
+            "meaning": ("" if self.reliable else check.unreliable)
+            + check.meaning.format(direction=direction),
+            "advice": check.advice,
+        }
+
+
+WEIGHTS = Check(
+    "importance weights",
+    "share of rows whose Pareto k is too high to rely on log p(x)",
+    (0.1, 0.5),
+    "where k is high, q(z|x) lacks mass that p(z|x) has, and log p(x) is underestimated",
+    "report log p(x) as a lower bound, with its number of samples; use a richer guide, or one "
+    "refined for each row (pyro_vae.refinement)",
+)
+BOUNDS = Check(
+    "log p(x), bounded",
+    "annealed upper bound minus importance-sampled log p(x), nats per row",
+    (0.2, 2.0),
+    "`evaluate` underestimates log p(x) by at most this much; part of it may be the annealing's "
+    "own error, see annealing_gap in diagnostics.json",
+    "use more importance samples; report the annealed lower bound where it is higher",
+)
+AMORTIZATION = Check(
+    "amortization gap",
+    "ELBO of the best diagonal Gaussian minus the encoder's, nats per row",
+    (1.0, 5.0),
+    "a posterior fitted to each row alone is better than the encoder's by this much",
+    "use more data or fewer epochs if training and validation ELBO differ, else a larger encoder; "
+    "or refine each row's posterior by SVI (pyro_vae.refinement)",
+)
+APPROXIMATION = Check(
+    "approximation gap",
+    "log p(x) minus the best diagonal Gaussian's ELBO, nats per row",
+    (1.0, 5.0),
+    "no Gaussian with independent latents comes closer, however it is trained",
+    "use a full-covariance guide, more particles with --objective dreg, or fewer latents",
+)
+WIDTH = Check(
+    "posterior width",
+    "factor by which posterior sds are too small (root mean square z-score)",
+    (1.1, 1.5),
+    "intervals of q(z|x) are too {direction}",
+    "multiply the standard deviations by this factor before you use them as error bars; try "
+    "--kl-warmup, more data, or a richer guide",
+    ideal=1.0,
+    directions=("wide: the guide is underconfident", "narrow: the guide is overconfident"),
+    is_ratio=True,
+)
+BIAS = Check(
+    "posterior bias",
+    "mean z-score of {subject}, the worst latent, in posterior sds",
+    (0.2, 0.5),
+    "on simulated rows, the posterior mean of this latent is too {direction} by this much",
+    "train longer, let the learning rate fall (--schedule cosine), or use a larger encoder",
+    directions=("high", "low"),
+)
+INTERVALS = Check(
+    "coverage, intervals",
+    "share of truths inside the central {ideal:.0%} intervals of single latents",
+    (0.03, 0.1),
+    "regions contain the truth {direction} often than they claim",
+    "widen them by the factor of `posterior width`",
+    ideal=0.9,
+    directions=("less", "more"),
+)
+REGIONS = replace(
+    INTERVALS,
+    name="coverage, regions",
+    effect="share of truths inside the joint highest-density {ideal:.0%} regions",
+    limits=(0.05, 0.2),
+    advice="independent latents harm joint regions most: use a full-covariance guide, or fewer "
+    "latents",
+)
+LIKELIHOOD_RANKS = Check(
+    "use of the data",
+    "mean rank of log p(x|z) at the truth among draws from q(z|x), 0 to 1",
+    (0.05, 0.2),
+    "draws from q(z|x) explain x {direction} than draws from the posterior would",
+    "above ½: use --kl-warmup and more capacity against collapse, or a refined guide; below ½: the "
+    "guide is too narrow, see `posterior width`",
+    ideal=0.5,
+    directions=("better", "worse"),
+)
+COLLAPSE = Check(
+    "collapsed latents",
+    "share of the {subject} latents with a KL below 0.01 nats",
+    (0.5, 0.99),
+    "the model does not use these latents: their posterior is the prior",
+    "none needed, or reduce --latent-dim by their number",
+)
+FULL_COLLAPSE = replace(
+    COLLAPSE,
+    meaning="every latent ignores x: the model is a likelihood without latents",
+    advice="use --kl-warmup 0.2, a smaller decoder, or a lower --beta",
+)
+CHAIN_MEANS = Check(
+    "means against NUTS",
+    "root mean square difference of posterior means, in sds of NUTS",
+    (0.3, 1.0),
+    "the centre of q(z|x) is this far from that of the same row's posterior",
+    "refine each row's posterior, or use a larger encoder, as for the amortization gap",
+    unreliable="the chains disagree (R-hat above 1.05), run them longer; ",
+)
+CHAIN_WIDTHS = Check(
+    "widths against NUTS",
+    "geometric mean of sd of q(z|x) / sd of NUTS",
+    (1.2, 2.0),
+    "q(z|x) is {direction} than the posterior of the same row",
+    "use a full-covariance guide, or divide the sds by this ratio",
+    ideal=1.0,
+    directions=("narrower", "wider"),
+    is_ratio=True,
+    unreliable=CHAIN_MEANS.unreliable,
+)
+PREDICTIONS = Check(
+    "predictive check",
+    "{subject} of held-out rows minus that of replicates, in sds of the replicates",
+    (0.5, 2.0),
+    "replicates that the model draws, given this guide, differ from the rows in this statistic",
+    "try another --likelihood, a larger decoder or more latents; log p(x|z) alone indicates "
+    "overfitting or a wrong guide",
+)
+AGGREGATE = Check(
+    "aggregate posterior",
+    "energy coefficient between it and the prior, on simulated rows, 0 to 1",
+    (0.02, 0.1),
+    "averaged over data of the model, q(z|x) does not equal p(z)",
+    "fix the errors of `posterior width` and `posterior bias`, which add up to this",
+)
+HOLES = Check(
+    "holes in the prior",
+    "share of p(z) where the aggregate posterior of training rows is 10 times thinner",
+    (0.1, 1.0),  # no share exceeds 1: holes depend on data and model, and are no error of inference
+    "the decoder was not trained on z from there: samples may be unlike any data",
+    "use fewer latents, --beta above 1, or draw z from the aggregate posterior",
+)
+
+
+def about_weights(unreliable: np.ndarray) -> Finding:
+    """Importance weights of held-out rows: (B,) whether k̂ of a row exceeds `reliable_k`."""
+    return Finding(WEIGHTS, share_interval(unreliable))
+
+
+def about_bounds(annealed: Annealed, importance: np.ndarray) -> Finding:
+    """How much too low importance-sampled log p(x) may be, on simulated rows.
+
+    Doubtful if the annealed bounds are as far from each other as from the estimate.
+
+    Args:
+        annealed: with its reverse chains.
+        importance: (B,) importance-sampled log p(x) of the same rows.
+
+    Raises:
+        ValueError: there are no reverse chains.
+    """
+    if annealed.upper is None:
+        raise ValueError("the bounds expect reverse chains, from the z that generated x; got none")
+    short = interval(annealed.upper.cpu().numpy() - importance)
+    between = (annealed.upper - annealed.lower).mean().item()
+    return Finding(BOUNDS, short, reliable=between < max(0.2, short.estimate / 2))
+
+
+def about_gaps(gaps: Gaps) -> list[Finding]:
+    """Amortization and approximation gap of held-out rows."""
+    reliable = bool((gaps.evidence.effective_sample_size > 10).double().mean() > 0.5)
+    return [
+        Finding(AMORTIZATION, interval(gaps.amortization.cpu().numpy())),
+        Finding(APPROXIMATION, interval(gaps.approximation.cpu().numpy()), reliable=reliable),
+    ]
+
+
+def about_spread(simulations: Simulations) -> Finding:
+    """The width of q(z|x), over all latents."""
+    scores = simulations.z_scores
+    squares = ((scores - scores.mean(0)) ** 2).mean(1)
+    return Finding(WIDTH, _transformed(squares, _root))
+
+
+def about_bias(simulations: Simulations) -> Finding:
+    """The largest systematic error of a latent's mean."""
+    worst, size = _worst(simulations.z_scores)
+    return Finding(BIAS, size, simulations.names[worst])
+
+
+def about_coverage(coverage: Coverage, level: float = 0.9) -> list[Finding]:
+    """Central intervals and highest-density regions at the level nearest to the one given."""
+    row = int(np.abs(coverage.nominal - level).argmin())
+    findings = []
+    for check, name in ((INTERVALS, MEAN), (REGIONS, HDR)):
+        column = coverage.names.index(name)
+        covered = (coverage.covered, coverage.low, coverage.high)
+        size = Interval(*(float(values[row, column]) for values in covered))
+        findings.append(Finding(replace(check, ideal=float(coverage.nominal[row])), size))
+    return findings
+
+
+def about_likelihood_ranks(simulations: Simulations) -> Finding:
+    """Ranks of log p(x|z): does the guide use x as much as the posterior does?"""
+    ranks = simulations.ranks[:, simulations.names.index(LIKELIHOOD)]
+    # The L draws divide [0, 1] into L + 1 cells. Uniform ranks have cell midpoints of mean ½.
+    return Finding(LIKELIHOOD_RANKS, interval((ranks + 0.5) / (simulations.num_draws + 1)))
+
+
+def about_collapse(use: LatentUse) -> Finding:
+    """Latents that carry no information. Pruned latents are no error, unless all are."""
+    share = float(use.collapsed.mean())
+    check = FULL_COLLAPSE if use.collapsed.all() else COLLAPSE
+    return Finding(check, Interval(share, share, share), str(len(use.kl)))
+
+
+def about_chains(comparison: Comparison) -> list[Finding]:
+    """q(z|x) compared with NUTS. Doubtful where the chains do not agree with each other."""
+    agree = bool(comparison.r_hat.max() < 1.05)
+    # The chains' own means have the variance 1/ESS, which the mean square contains.
+    squares = comparison.mean_difference**2 - 1 / comparison.effective_sample_size
+    ratio = _transformed(np.log(comparison.scale_ratio).mean(1), np.exp)
+    return [
+        Finding(CHAIN_MEANS, _transformed(squares.mean(1), _root), reliable=agree),
+        Finding(CHAIN_WIDTHS, ratio, reliable=agree),
+    ]
+
+
+def about_predictions(check: PredictiveCheck) -> Finding:
+    """The statistic in which held-out rows differ most from draws of the model in their place."""
+    worst, size = _worst(check.effects)
+    return Finding(PREDICTIONS, size, check.names[worst])
+
+
+def about_aggregate(blocks: np.ndarray) -> Finding:
+    """The aggregate posterior of simulated rows, which for an exact guide is the prior.
+
+    Args:
+        blocks: energy coefficients of independent parts of the draws.
+    """
+    return Finding(AGGREGATE, interval(blocks))
+
+
+def about_holes(share: float, count: int) -> Finding:
+    """Holes of the aggregate posterior of real rows: the share of `count` draws of the prior."""
+    return Finding(HOLES, share_interval(np.arange(count) < round(share * count)))
+
+
+def _worst(values: np.ndarray) -> tuple[int, Interval]:
+    """The column of (B, K) whose mean is furthest from 0, and the interval of this mean.
+
+    The intervals hold for all columns at once, by Bonferroni's correction.
+    """
+    intervals = [interval(column, 0.05 / values.shape[1]) for column in values.T]
+    worst = int(np.argmax([abs(one.estimate) for one in intervals]))
+    return worst, intervals[worst]
+
+
+def _transformed(values: np.ndarray, transform: Callable[[float], float]) -> Interval:
+    """The interval of the mean of `values`, on another scale."""
+    mean = interval(values)
+    return Interval(*(float(transform(v)) for v in (mean.estimate, mean.low, mean.high)))
+
+
+def _root(square: float) -> float:
+    return max(square, 0.0) ** 0.5

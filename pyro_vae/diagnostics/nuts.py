@@ -1,0 +1,139 @@
+"""q(z|x) compared with the No-U-Turn sampler on the same Pyro model.
+
+Hamiltonian Monte Carlo needs no guide and is exact in the long run. Chains that agree with one
+another are the reference for q(z|x): differences of means and scales, in units of the chains'
+standard deviation, and a distance between the two samples.
+
+Source: "The No-U-Turn sampler", arXiv 1111.4246; "Rank-normalization, folding, and localization: an
+improved R̂", arXiv 1903.08008.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from pyro.infer import MCMC, NUTS
+from torch import Tensor
+
+from ..memory import Callback, ignore
+from ..models.interface import PyroModel, held_fixed
+from .aggregate import energy_coefficient
+
+__all__ = ["Comparison", "compare_with_nuts"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """q(z|x) and NUTS for B rows.
+
+    Attributes:
+        draws: (C, S, B, Z) of NUTS.
+        r_hat: (B, Z) rank-normalized split R̂ over the chains. Below 1.01 the chains agree; below
+            1.05 they are good enough for this comparison.
+        effective_sample_size: (B, Z), the smaller of bulk and tail.
+        divergences: number of divergent transitions, in all chains.
+        mean_difference: (B, Z) (mean of q − mean of NUTS) / sd of NUTS.
+        scale_ratio: (B, Z) sd of q / sd of NUTS.
+        distance: (B,) `energy_coefficient` between draws of q and of NUTS, 0 to 1.
+        null_distance: (B,) the same between two halves of the NUTS chains, the size of the noise.
+    """
+
+    draws: np.ndarray
+    r_hat: np.ndarray
+    effective_sample_size: np.ndarray
+    divergences: int
+    mean_difference: np.ndarray
+    scale_ratio: np.ndarray
+    distance: np.ndarray
+    null_distance: np.ndarray
+
+
+def compare_with_nuts(
+    vae: PyroModel,
+    x: Tensor,
+    num_chains: int = 4,
+    num_samples: int = 300,
+    num_warmup: int = 200,
+    on_sample: Callback = ignore,
+) -> Comparison:
+    """Run NUTS on `vae.model(x)` and compare the guide with it.
+
+    All rows are sampled together, from the product of their posteriors: one chain of B·Z dimensions
+    costs little more than one of Z. Chains start at draws from the prior. Draws come from torch's
+    global random state.
+
+    Args:
+        vae: with a Pyro `model(x)`, a latent site, and `posterior(x)` with mean and variance.
+        x: (B, *data_shape), a few rows.
+        num_chains: C, at least 2.
+        num_samples: S of each chain, at least 4, after `num_warmup` steps of adaptation.
+        on_sample: called with 1 after every transition, warm-up included.
+
+    Raises:
+        ValueError: fewer than two chains, or four samples.
+    """
+    if num_chains < 2 or num_samples < 4:
+        raise ValueError(
+            f"R-hat expects at least 2 chains of at least 4 samples; got {num_chains} of "
+            f"{num_samples}"
+        )
+    runs = [_chain(vae, x, num_samples, num_warmup, on_sample) for _ in range(num_chains)]
+    draws = torch.stack([chain for chain, _ in runs]).double()  # (C, S, B, Z)
+    with torch.no_grad():
+        posterior = vae.posterior(x)
+        own = posterior.sample((num_chains * num_samples,)).double()
+    # The minimum keeps the differences finite if a chain never moved.
+    exact_mean, exact_scale = draws.mean((0, 1)), draws.std((0, 1)).clamp_min(1e-9)
+    r_hat, effective_sample_size = _convergence(draws.cpu().numpy())
+    # Both samples in units of the chains' standard deviation, which gives latents equal weight
+    ours = ((own - exact_mean) / exact_scale).cpu().numpy()
+    theirs = ((draws.flatten(0, 1) - exact_mean) / exact_scale).cpu().numpy()
+    half = num_chains // 2 * num_samples
+    return Comparison(
+        draws.cpu().numpy(),
+        r_hat,
+        effective_sample_size,
+        divergences=sum(diverged for _, diverged in runs),
+        mean_difference=((posterior.mean - exact_mean) / exact_scale).cpu().numpy(),
+        scale_ratio=(posterior.variance.sqrt() / exact_scale).cpu().numpy(),
+        distance=_distances(ours, theirs),
+        null_distance=_distances(theirs[:half], theirs[half:]),
+    )
+
+
+def _convergence(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """R̂ and effective sample size (B, Z) of draws (C, S, B, Z); ∞ and 1 if no chain moved."""
+    from arviz_stats.base import array_stats
+
+    axes = {"chain_axis": 0, "draw_axis": 1}
+    with np.errstate(divide="ignore", invalid="ignore"):  # of chains that never moved
+        r_hat = array_stats.rhat(draws, **axes)
+        bulk = array_stats.ess(draws, method="bulk", **axes)
+        tail = array_stats.ess(draws, method="tail", prob=(0.05, 0.95), **axes)
+    r_hat = np.where(np.isnan(r_hat), np.inf, r_hat)
+    return r_hat, np.nan_to_num(np.minimum(bulk, tail), nan=1.0)
+
+
+def _distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """`energy_coefficient` (B,) of draws (N, B, Z) and (M, B, Z), row by row."""
+    rows = range(first.shape[1])
+    return np.array([energy_coefficient(first[:, i], second[:, i]) for i in rows])
+
+
+def _chain(
+    vae: PyroModel, x: Tensor, num_samples: int, num_warmup: int, on_sample: Callback
+) -> tuple[Tensor, int]:
+    """Draws (S, B, Z) of one chain, and the number of its divergent transitions."""
+    with held_fixed(vae):
+        chain = MCMC(
+            NUTS(vae.model),
+            num_samples=num_samples,
+            warmup_steps=num_warmup,
+            initial_params={vae.latent: vae.prior().sample((len(x),))},
+            hook_fn=lambda *_: on_sample(1),
+            disable_progbar=True,
+        )
+        chain.run(x)
+    return chain.get_samples()[vae.latent], len(chain.diagnostics()["divergences"]["chain 0"])

@@ -1,0 +1,204 @@
+"""The parts of log p(x) − ELBO, from Gaussians fitted to each row by SVI.
+
+    log p(x) − ELBO(encoder) = [log p(x) − ELBO(full)]           the posterior is not Gaussian
+                             + [ELBO(full) − ELBO(diagonal)]     the latents are correlated
+                             + [ELBO(diagonal) − ELBO(encoder)]  amortization: the encoder's error
+
+where ELBO(full) and ELBO(diagonal) are the highest ELBOs of Gaussians with full and with diagonal
+covariance, fitted to each row by itself with the model fixed. The first two terms together are the
+approximation gap of the encoder's family.
+
+Source: "Inference suboptimality in variational autoencoders", arXiv 1801.03558.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Distribution, MultivariateNormal, Normal
+from pyro.infer import SVI
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from ..capture.optimizer import OneOptimizer
+from ..evidence.importance import Evidence, importance_sample
+from ..memory import Callback, ignore, rows_at_once
+from ..models.interface import LatentModel, PyroModel, held_fixed, register
+from ..objectives.registry import objective
+
+__all__ = ["Gaps", "PerRowGuide", "elbo", "gaps", "refine"]
+
+PARTICLES = 8
+LEARNING_RATE = 0.05
+# The iterates of this last share of the steps are averaged, which reduces their noise.
+AVERAGED = 0.25
+
+
+class PerRowGuide(nn.Module):
+    """A Gaussian q(z) for each of B rows, with its own parameters.
+
+    Args:
+        loc, scale: (B, Z), initial means and standard deviations.
+        full: whether the covariance is full, rather than diagonal.
+        latent: name of the latent site.
+    """
+
+    def __init__(self, loc: Tensor, scale: Tensor, full: bool, latent: str = "z") -> None:
+        super().__init__()
+        self.latent = latent
+        self.full = full
+        self.loc = nn.Parameter(loc.clone())
+        self.log_scale = nn.Parameter(scale.log())
+        # Below the diagonal of the Cholesky factor, each line in units of its scale
+        lower = torch.zeros(*loc.shape, loc.shape[-1]).to(loc)
+        self.lower = nn.Parameter(lower, requires_grad=full)
+
+    def posterior(self, x: Tensor) -> Distribution:
+        """q(z) of each row: batch (B,), event (Z,). The values of x are not used."""
+        scale = self.log_scale.exp()
+        if not self.full:
+            return Normal(self.loc, scale).to_event(1)
+        factor = torch.eye(scale.shape[-1]).to(scale) + self.lower.tril(-1)
+        return MultivariateNormal(self.loc, scale_tril=scale.unsqueeze(-1) * factor)
+
+    def guide(self, x: Tensor) -> None:
+        """q(z) as a Pyro guide."""
+        register("per_row", self)
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample(self.latent, self.posterior(x))
+
+
+def refine(
+    vae: PyroModel,
+    x: Tensor,
+    full: bool = False,
+    num_steps: int = 500,
+    start: PerRowGuide | None = None,
+    on_step: Callback = ignore,
+) -> PerRowGuide:
+    """Fit a Gaussian to the posterior of each row by SVI, with the model fixed.
+
+    Adam with a learning rate that falls to zero, eight particles; the iterates of the last quarter
+    are averaged. The fit approaches the optimum from below: its ELBO gives a lower bound on the
+    amortization gap and an upper bound on the rest.
+
+    Args:
+        vae: with a `model(x)` whose latents may take any real value, and whose decoder takes
+            z (S, B, Z), or (B, Z) inside a plate of S.
+        x: (B, *data_shape).
+        full: whether the covariance is full.
+        num_steps: number of SVI steps.
+        start: a guide to start from; by default the encoder's posterior.
+        on_step: called with 1 after each step.
+
+    Raises:
+        ValueError: `num_steps` is not positive.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps expects an integer of at least 1; got {num_steps}")
+    posterior = vae.posterior(x) if start is None else start.posterior(x)
+    loc, scale = posterior.mean.detach(), posterior.variance.sqrt().detach()
+    guide = PerRowGuide(loc, scale, full, vae.latent)
+    parameters = [p for p in guide.parameters() if p.requires_grad]
+    # One optimizer for all rows: Adam scales each parameter by itself.
+    adam = Adam(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99))
+    # SVI must not see the parameters of the model.
+    model = poutine.block(vae.model, hide_types=["param"])
+    svi = SVI(model, guide.guide, OneOptimizer(adam), loss=objective("trace", PARTICLES))
+    with held_fixed(vae), pyro.validation_enabled(False):
+        _fit(svi, adam, x, num_steps, on_step)
+    return guide.requires_grad_(False)
+
+
+def _fit(svi: SVI, adam: Adam, x: Tensor, num_steps: int, on_step: Callback) -> None:
+    """Make the steps, and set the parameters to their averages over the last of them."""
+    (group,) = adam.param_groups
+    averages = [torch.zeros_like(p) for p in group["params"]]
+    num_averaged = max(1, round(AVERAGED * num_steps))
+    for step in range(num_steps):
+        group["lr"] = LEARNING_RATE * (1 + math.cos(math.pi * (step / num_steps))) / 2
+        svi.step(x)
+        if step >= num_steps - num_averaged:
+            for average, parameter in zip(averages, group["params"], strict=True):
+                average += parameter.detach() / num_averaged
+        on_step(1)
+    with torch.no_grad():
+        for average, parameter in zip(averages, group["params"], strict=True):
+            parameter.copy_(average)
+
+
+@torch.no_grad()
+def elbo(vae: LatentModel, posterior: Distribution, x: Tensor, num_samples: int = 1000) -> Tensor:
+    """ELBO (B,) of any posterior (batch (B,), event (Z,)), float64, nats, by sampling.
+
+    Raises:
+        ValueError: `num_samples` is not positive.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples expects an integer of at least 1; got {num_samples}")
+    prior, total = vae.prior(), torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    chunk = rows_at_once(x.numel(), x.device)
+    for done in range(0, num_samples, chunk):
+        z = posterior.sample((min(chunk, num_samples - done),))
+        log_weights = vae.likelihood(z).log_prob(x) + prior.log_prob(z) - posterior.log_prob(z)
+        total += log_weights.double().sum(0) / num_samples
+    return total
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Inference gaps of B rows, (B,) float64, nats. Sampling noise can make them negative.
+
+    Attributes:
+        amortization: ELBO(diagonal) − ELBO(encoder).
+        correlation: ELBO(full) − ELBO(diagonal).
+        remainder: log p(x) − ELBO(full).
+        evidence: log p(x), with the fitted full Gaussian as proposal, which is more accurate than
+            with the encoder's posterior.
+    """
+
+    amortization: Tensor
+    correlation: Tensor
+    remainder: Tensor
+    evidence: Evidence
+
+    @property
+    def approximation(self) -> Tensor:
+        """log p(x) − ELBO(diagonal)."""
+        return self.correlation + self.remainder
+
+
+def gaps(
+    vae: PyroModel,
+    x: Tensor,
+    num_steps: int = 500,
+    num_samples: int = 1000,
+    on_step: Callback = ignore,
+) -> Gaps:
+    """Split log p(x) − ELBO of each row into its parts.
+
+    Draws come from torch's global random state.
+
+    Args:
+        vae: as in `refine`, with a guide of independent Gaussian latents.
+        x: (B, *data_shape).
+        num_steps: number of SVI steps for each of the two fits.
+        num_samples: draws of z for each ELBO and for log p(x).
+        on_step: called with 1 after each step.
+    """
+    diagonal = refine(vae, x, False, num_steps, on_step=on_step)
+    full = refine(vae, x, True, num_steps, start=diagonal, on_step=on_step)
+    with torch.no_grad():
+        posteriors = [vae.posterior(x), diagonal.posterior(x), full.posterior(x)]
+    encoder_elbo, diagonal_elbo, full_elbo = (elbo(vae, q, x, num_samples) for q in posteriors)
+    evidence = importance_sample(vae, x, num_samples, with_pareto_k=True, proposal=posteriors[2])
+    return Gaps(
+        amortization=diagonal_elbo - encoder_elbo,
+        correlation=full_elbo - diagonal_elbo,
+        remainder=evidence.log_evidence - full_elbo,
+        evidence=evidence,
+    )

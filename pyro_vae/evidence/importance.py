@@ -1,0 +1,269 @@
+"""log p(x), the evidence, by importance sampling from the posterior.
+
+    zₖ ~ q(z|x),  log wₖ = log p(x|zₖ) + log p(zₖ) − log q(zₖ|x),  k = 1 … K
+    log p(x) ≈ log ⅟K Σₖ wₖ
+
+The expectation of the estimate is a lower bound that rises to log p(x) with K; at K = 1 it is the
+ELBO. The standard error follows from the relative variance of the weights. Where the weights have a
+heavy tail, neither the estimate nor its error is reliable; `pareto_k` measures the tail.
+
+If x was simulated from the model together with z*, then z* is an exact draw from the posterior.
+With z* as one of the K draws the mean gives an upper bound, `upper_bound`.
+
+Source: "Importance weighted autoencoders", arXiv 1509.00519; "Pareto smoothed importance sampling",
+arXiv 1507.02646.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import numpy as np
+import pyro
+import torch
+from pyro.distributions import Distribution
+from torch import Tensor, nn
+
+from ..capture.captured import CapturedFunction, Mode
+from ..memory import Callback, concatenate, ignore, rows_at_once
+from ..models.interface import LatentModel
+from ..models.log_weights import log_weights
+
+__all__ = [
+    "MIN_TAIL_SAMPLES",
+    "Evidence",
+    "choose_mode",
+    "importance_sample",
+    "log_evidence",
+    "pareto_k",
+    "reliable_k",
+    "upper_bound",
+]
+
+# Draws of z for each row in a chunk, at least: evaluating prior and guide then takes little time
+# beside the decoder.
+MIN_CHUNK_DRAWS = 64
+
+# Chunks whose z are drawn together: drawing takes little time, but many calls.
+CHUNKS_PER_BLOCK = 8
+
+# Number of decoded values from which compiling the decoder pays.
+COMPILE_FROM = 5e9
+
+# Fewer weights do not show the shape of their tail.
+MIN_TAIL_SAMPLES = 25
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Importance-sampled evidence of B rows, float64, nats.
+
+    Attributes:
+        log_evidence: (B,) estimates of log p(x).
+        standard_error: (B,) of each estimate, from the variance of the weights; NaN for one sample.
+        reconstruction: (B,) means of log p(x|z) over the same samples.
+        effective_sample_size: (B,) (Σ w)² / Σ w², 1 to `num_samples`.
+        num_samples: K.
+        pareto_k: (B,) shape of the weights' upper tail, see `pareto_k`; None unless asked for.
+    """
+
+    log_evidence: Tensor
+    standard_error: Tensor
+    reconstruction: Tensor
+    effective_sample_size: Tensor
+    num_samples: int
+    pareto_k: Tensor | None = None
+
+
+def log_evidence(vae: LatentModel, x: Tensor, num_samples: int = 5000) -> Tensor:
+    """Estimates of log p(x) (B,), nats, for x (B, *data_shape). See `importance_sample`."""
+    return importance_sample(vae, x, num_samples).log_evidence
+
+
+@torch.no_grad()
+def importance_sample(
+    vae: LatentModel,
+    x: Tensor,
+    num_samples: int = 5000,
+    on_chunk: Callback = ignore,
+    with_pareto_k: bool = False,
+    proposal: Distribution | None = None,
+    mode: Mode | None = None,
+) -> Evidence:
+    """Importance-sampled log p(x) with its standard error, for each row.
+
+    Rows and samples are decoded in chunks, and only sums are kept, so memory does not grow with K
+    unless `with_pareto_k` is set. Draws come from torch's global random state.
+
+    Args:
+        vae: model with `prior()`, `posterior(x)` and `likelihood(z)`.
+        x: (B, *data_shape), in the likelihood's units.
+        num_samples: K, the number of draws for each row.
+        on_chunk: called with the number of (row, sample) pairs just done.
+        with_pareto_k: keep the weights of a chunk of rows and fit their tail.
+        proposal: distribution to draw z from in place of q(z|x), batch (B,), event (Z,). All rows
+            are then decoded together, a few samples at a time.
+        mode: whether to capture and compile the sampling, see `capture.Mode`. By default it is
+            compiled if `vae` is a module and there are many values to decode. Compiled code is
+            kept for later calls with the same `vae`.
+
+    Raises:
+        ValueError: `num_samples` is not positive, or x lies outside the likelihood's support.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples expects an integer of at least 1; got {num_samples}")
+    if proposal is not None or not isinstance(vae, nn.Module):
+        mode = "eager"  # changes of other objects cannot be detected
+    elif mode is None:
+        mode = choose_mode(x.numel() * num_samples)
+    sampler = _captured(vae, mode) if mode != "eager" else None
+    rows = rows_at_once(MIN_CHUNK_DRAWS * x[:1].numel(), x.device)
+    parts = []
+    for part in x.split(rows) if proposal is None else [x]:
+        blocks = _blocks(vae, part, num_samples, proposal, sampler)
+        parts.append(_estimate(blocks, num_samples, on_chunk, with_pareto_k))
+    return concatenate(parts)
+
+
+@torch.no_grad()
+def upper_bound(vae: LatentModel, x: Tensor, z: Tensor, num_samples: int = 5000) -> Tensor:
+    """A stochastic upper bound on log p(x) (B,), nats, for simulated x.
+
+        log ⅟K (w(z*) + Σₖ w(zₖ)),  zₖ ~ q(z|x),  k = 2 … K
+
+    Its expectation over z* ~ p(z|x) and the zₖ is at least log p(x) and falls to it with K.
+
+    Args:
+        vae: model with `prior()`, `posterior(x)` and `likelihood(z)`.
+        x: (B, *data_shape), drawn from p(x|z).
+        z: (B, Z), z* ~ p(z), which generated x.
+        num_samples: K; z* is one of them.
+
+    Raises:
+        ValueError: `num_samples` is not positive.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples expects an integer of at least 1; got {num_samples}")
+    _, (own,) = log_weights(vae, vae.posterior(x), x, z.unsqueeze(0))
+    if num_samples > 1:
+        others = log_evidence(vae, x, num_samples - 1) + math.log(num_samples - 1)
+        own = torch.logaddexp(own, others)
+    return own - math.log(num_samples)
+
+
+def pareto_k(log_weights: Tensor) -> Tensor:
+    """The Pareto shape k̂ of the upper tail of importance weights (K, B) → (B,), float64.
+
+    Sums of the weights are reliable where k̂ is below `reliable_k(K)`. Above it the error decreases
+    slower with K than its estimate says, and above 1 the weights have no finite mean. Equal weights
+    have no tail and give −∞.
+
+    Raises:
+        ValueError: K is below `MIN_TAIL_SAMPLES`.
+    """
+    count = len(log_weights)
+    if count < MIN_TAIL_SAMPLES:
+        raise ValueError(
+            f"the tail of the weights expects at least {MIN_TAIL_SAMPLES} samples; got {count}"
+        )
+    from arviz_stats.base import array_stats
+
+    tails = []
+    # Size of the tail, as psislw chooses it
+    size = int(3 * math.sqrt(count)) if count > 225 else count // 5
+    for weights in log_weights.double().cpu().numpy().T:
+        highest = np.sort(weights)[-size - 1 :]
+        cutoff, *tail = np.exp(highest - highest[-1])
+        if np.ptp(weights) < 1e-3:
+            tails.append(-math.inf)
+        elif tail[int(size / 4 + 0.5) - 1] - cutoff < 1e-290:
+            tails.append(math.inf)  # a few weights exceed the others beyond the range of floats
+        else:
+            tails.append(float(array_stats.psislw(-weights)[1]))  # takes the inverse weights
+    return torch.tensor(tails, dtype=torch.float64, device=log_weights.device)
+
+
+def reliable_k(num_samples: int) -> float:
+    """The largest k̂ at which sums of K weights are reliable: min(1 − 1/log₁₀ K, 0.7)."""
+    return min(1 - 1 / math.log10(max(num_samples, 2)), 0.7)
+
+
+def choose_mode(num_values: float) -> Mode:
+    """The mode in which to decode so many values: compiled if that pays."""
+    return "compiled" if num_values >= COMPILE_FROM else "eager"
+
+
+# Compiled functions of each model, kept while the model exists
+_compiled: WeakKeyDictionary[nn.Module, dict[Mode, CapturedFunction]] = WeakKeyDictionary()
+
+
+def _captured(vae: Any, mode: Mode) -> CapturedFunction:
+    """(x (B, *data_shape), S) → `log_weights` (S, B) of S draws from q(z|x), captured."""
+    reference = ref(vae)
+
+    def sample(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        vae = reference()  # the compiled function must not keep the model alive
+        assert vae is not None
+        posterior = vae.posterior(x)
+        # Without gradients rsample equals sample, and Normal.rsample is faster.
+        z = posterior.rsample((size,)) if posterior.has_rsample else posterior.sample((size,))
+        return log_weights(vae, posterior, x, z)
+
+    modes = _compiled.setdefault(vae, {})
+    if mode not in modes:
+        modes[mode] = CapturedFunction(sample, mode)
+    return modes[mode]
+
+
+def _blocks(
+    vae: LatentModel,
+    x: Tensor,
+    num_samples: int,
+    proposal: Distribution | None,
+    sampler: CapturedFunction | None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """log p(x|z) and log w (S, B) of blocks of draws, `num_samples` for each row in all."""
+    posterior = vae.posterior(x) if proposal is None else proposal
+    block = rows_at_once(x.numel(), x.device) * (CHUNKS_PER_BLOCK if sampler is None else 1)
+    for done in range(0, num_samples, block):
+        size = min(block, num_samples - done)
+        if sampler is not None and size == block:
+            yield sampler(x, size)
+            continue
+        z = posterior.sample((size,))
+        # The first block checks that x lies in the support.
+        with pyro.validation_enabled(done == 0):
+            weights = log_weights(vae, posterior, x, z)
+        yield weights
+
+
+def _estimate(
+    blocks: Iterator[tuple[Tensor, Tensor]], count: int, on_chunk: Callback, with_pareto_k: bool
+) -> Evidence:
+    """The evidence from blocks of log p(x|z) and log w (S, B)."""
+    log_sum = log_sum_squares = torch.tensor(-math.inf, dtype=torch.float64)
+    reconstruction = torch.zeros((), dtype=torch.float64)
+    kept = []
+    for log_likelihood, log_w in blocks:
+        log_sum = torch.logaddexp(log_sum, log_w.logsumexp(0))
+        log_sum_squares = torch.logaddexp(log_sum_squares, (2 * log_w).logsumexp(0))
+        reconstruction = reconstruction + log_likelihood.sum(0) / count
+        if with_pareto_k:
+            kept.append(log_w)
+        on_chunk(log_w.numel())
+    # Σw²/(Σw)² is between 1/K and 1; times K it is 1 + the relative variance of the weights.
+    concentration = torch.exp(log_sum_squares - 2 * log_sum)
+    relative_variance = (count * concentration - 1).clamp_min(0)
+    spread = torch.sqrt(relative_variance / (count - 1)) if count > 1 else torch.nan
+    return Evidence(
+        log_evidence=log_sum - math.log(count),
+        standard_error=spread * torch.ones_like(log_sum),
+        reconstruction=reconstruction,
+        effective_sample_size=1 / concentration,
+        num_samples=count,
+        pareto_k=pareto_k(torch.cat(kept)) if kept else None,
+    )

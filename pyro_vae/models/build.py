@@ -1,0 +1,81 @@
+"""`ModelConfig` and data → model: likelihood by the data, networks by the config, fresh weights."""
+
+from __future__ import annotations
+
+import torch
+
+from ..config import DEFAULT_HIDDEN, InputError, ModelConfig
+from ..data.splits import DataSpec, Splits, moments
+from ..randomness import derive, random_states
+from .autoencoder import Autoencoder
+from .likelihoods import LIKELIHOODS, Likelihood
+from .networks import Decoder, Encoder
+from .priors import StandardNormal
+from .vae import VAE
+
+__all__ = ["build", "build_blank"]
+
+
+def build(config: ModelConfig, splits: Splits, seed: int = 0) -> VAE | Autoencoder:
+    """Make a model for the data, with fresh weights.
+
+    Args:
+        config: architecture, latents, likelihood.
+        splits: the data. The moments of the training split standardize the encoder's input and set
+            the decoder's output bias.
+        seed: seed of the initial weights. Torch's global random state does not change.
+
+    Raises:
+        InputError: the data do not suit the likelihood or the architecture.
+    """
+    name = splits.likelihood if config.likelihood == "auto" else config.likelihood
+    units = LIKELIHOODS[name].units
+    _check(name, splits)
+    mean, std = moments(splits.train, units)
+    likelihood = LIKELIHOODS[name](splits.spec, mean, std)
+    with random_states(torch.device("cpu"), derive(seed, "weights")):
+        return _assemble(config, likelihood)
+
+
+def build_blank(config: ModelConfig, spec: DataSpec) -> VAE | Autoencoder:
+    """Make the model that `config` and `spec` describe, to load a state dict into.
+
+    Raises:
+        InputError: `config` does not name the likelihood, or does not suit `spec`.
+    """
+    if config.likelihood == "auto":
+        raise InputError("a saved model expects its likelihood by name; got auto")
+    mean = torch.full(spec.shape, 0.5)
+    std = torch.ones(() if spec.is_image else spec.shape)
+    with random_states(torch.device("cpu")):
+        return _assemble(config, LIKELIHOODS[config.likelihood](spec, mean, std))
+
+
+def _assemble(config: ModelConfig, likelihood: Likelihood) -> VAE | Autoencoder:
+    hidden = DEFAULT_HIDDEN[config.architecture] if config.hidden is None else config.hidden
+    network = (config.architecture, likelihood.spec.shape, hidden, config.activation)
+    num_features = config.latent_dim * (1 if config.kind == "ae" else 2)
+    encoder = Encoder(*network, num_features, likelihood.mean, likelihood.std)
+    decoder = Decoder(*network, config.latent_dim, likelihood.initial_bias())
+    if config.kind == "ae":
+        return Autoencoder(encoder, decoder, likelihood)
+    return VAE(StandardNormal(config.latent_dim), encoder, decoder, likelihood)
+
+
+def _check(likelihood: str, splits: Splits) -> None:
+    """Refuse data outside the support of the likelihood."""
+    units, spec = LIKELIHOODS[likelihood].units, splits.spec
+    if units == "count" and not spec.discrete:
+        expected = "integers from 0 to --max-value"
+    elif units in ("binary", "unit") and spec.max_value is None:
+        expected = "values in [0, 1], or integers from 0 to --max-value"
+    else:
+        return
+    if units == "count" and splits.integral and splits.low >= 0:
+        remedy = f"give --max-value {splits.high:.0f} or more"
+    else:
+        remedy = f"use --likelihood {splits.likelihood}, or rescale the data"
+    raise InputError(
+        f"--likelihood {likelihood} expects {expected}; {splits.name} holds {splits.describe()}: "
+        f"{remedy}"
+    )

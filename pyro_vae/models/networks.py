@@ -1,0 +1,182 @@
+"""Networks: x (..., *data_shape) → features, and z (..., Z) → (..., P, *data_shape).
+
+Both accept any number of leading batch dimensions, so particles of z need no reshaping elsewhere. P
+is the number of parameters of the likelihood for each value of x. The output has the type of the
+input, also under torch.autocast.
+"""
+
+from __future__ import annotations
+
+import warnings
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import InputError
+
+__all__ = ["Decoder", "Encoder"]
+
+
+class Encoder(nn.Module):
+    """x (..., *data_shape) → features (..., num_features).
+
+    Args:
+        architecture: `mlp`, or `conv` for images (C, H, W).
+        data_shape: shape of one x.
+        hidden: units of each hidden layer (mlp) or channels of each strided layer (conv).
+        activation: name of an activation in `torch.nn`.
+        num_features: size of the output.
+        mean, std: moments of the data, in the units of x. They standardize the input, so that the
+            same initial weights suit data of any scale.
+
+    Raises:
+        InputError: the activation is unknown, or the data do not suit the architecture.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        architecture: str,
+        data_shape: tuple[int, ...],
+        hidden: tuple[int, ...],
+        activation: str,
+        num_features: int,
+        mean: Tensor,
+        std: Tensor,
+    ) -> None:
+        super().__init__()
+        self.data_shape = tuple(data_shape)
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", std.clone())
+        layers: list[nn.Module] = []
+        if architecture == "conv":
+            size = hidden[-1] * _size(_conv_sizes(self.data_shape, hidden)[-1])
+            for below, above in pairwise([data_shape[0], *hidden]):
+                layers.append(nn.Conv2d(below, above, kernel_size=4, stride=2, padding=1))
+                layers.append(_activation(activation))
+            layers.append(nn.Flatten())
+        else:
+            sizes = [_size(self.data_shape), *hidden]
+            size = sizes[-1]
+            layers += [nn.Flatten(), *_mlp(sizes, activation)]
+        self.layers = nn.Sequential(*layers, nn.Linear(size, num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch_shape = x.shape[: x.dim() - len(self.data_shape)]
+        standardized = (x - self.mean) / self.std
+        features = self.layers(standardized.reshape(-1, *self.data_shape))
+        return features.to(x.dtype).reshape(*batch_shape, -1)
+
+
+class Decoder(nn.Module):
+    """z (..., Z) → likelihood parameters (..., P, *data_shape), unconstrained.
+
+    Args:
+        architecture, data_shape, hidden, activation: those of the encoder, which is mirrored.
+        latent_dim: Z.
+        bias: (P, *data_shape), initial output bias, a parameter for each output.
+
+    Raises:
+        InputError: as for `Encoder`.
+    """
+
+    def __init__(
+        self,
+        architecture: str,
+        data_shape: tuple[int, ...],
+        hidden: tuple[int, ...],
+        activation: str,
+        latent_dim: int,
+        bias: Tensor,
+    ) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(bias.clone())
+        layers: list[nn.Module] = []
+        if architecture == "conv":
+            sizes = _conv_sizes(data_shape, hidden)
+            layers.append(nn.Linear(latent_dim, hidden[-1] * _size(sizes[-1])))
+            layers.append(_activation(activation))
+            layers.append(nn.Unflatten(1, (hidden[-1], *sizes[-1])))
+            channels = [len(bias) * data_shape[0], *hidden]
+            for i in reversed(range(len(hidden))):
+                layers.append(
+                    nn.ConvTranspose2d(
+                        channels[i + 1],
+                        channels[i],
+                        kernel_size=4,
+                        stride=2,
+                        padding=1,
+                        # Halving rounds down; output padding restores the odd row or column.
+                        output_padding=(sizes[i][0] % 2, sizes[i][1] % 2),
+                        bias=i > 0,
+                    )
+                )
+                if i > 0:
+                    layers.append(_activation(activation))
+        else:
+            widths = [latent_dim, *reversed(hidden)]
+            layers += _mlp(widths, activation)
+            layers.append(nn.Linear(widths[-1], bias.numel(), bias=False))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, z: Tensor) -> Tensor:
+        hidden = self.layers[:-1](z.reshape(-1, z.shape[-1]))
+        head = self.layers[-1]
+        if isinstance(head, nn.Linear):  # product and bias in one pass over the outputs
+            output = F.linear(hidden, head.weight, self.bias.flatten()).to(z.dtype)
+            return output.reshape(*z.shape[:-1], *self.bias.shape)
+        return head(hidden).to(z.dtype).reshape(*z.shape[:-1], *self.bias.shape) + self.bias
+
+
+def _mlp(sizes: list[int], activation: str) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for below, above in pairwise(sizes):
+        layers += [nn.Linear(below, above), _activation(activation)]
+    return layers
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _conv_sizes(data_shape: tuple[int, ...], hidden: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(height, width) before each strided layer and after the last."""
+    if len(data_shape) != 3:
+        raise InputError(
+            f"--architecture conv expects images; the data are rows of {data_shape[0]} values. Use "
+            f"--architecture mlp, or --image-size H W if the rows are images"
+        )
+    height, width = data_shape[1:]
+    least = max(8, 2 ** len(hidden))
+    if min(height, width) < least:
+        raise InputError(
+            f"--architecture conv with {len(hidden)} layers expects images of at least "
+            f"{least}x{least} pixels; got {height}x{width}. Use fewer layers in --hidden, a larger "
+            f"--image-size or --architecture mlp"
+        )
+    return [(height >> i, width >> i) for i in range(len(hidden) + 1)]
+
+
+def _activation(name: str) -> nn.Module:
+    """The elementwise activation of torch.nn with this name, in any case."""
+    module = nn.modules.activation
+    kinds = {key.lower(): getattr(module, key) for key in module.__all__}
+    probe = torch.tensor([[-1.0, 0.5]])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Softmax warns that it acts on a whole dimension
+            activation = kinds[name.lower()]().eval()
+            whole, part = activation(probe), activation(probe[:, :1])
+        elementwise = whole.shape == probe.shape and torch.allclose(whole[:, :1], part)
+    except (KeyError, TypeError, ValueError, RuntimeError):  # no such name, arguments or shapes
+        elementwise = False
+    if not elementwise:
+        raise InputError(
+            f"--activation expects the name of an elementwise activation in torch.nn that needs no "
+            f"argument, such as SiLU, ReLU, Tanh, Softplus, GELU or ELU; got {name!r}"
+        )
+    return activation.train()

@@ -1,0 +1,146 @@
+"""Figures of a trained model: each function computes what `figures` then draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ..data.splits import Splits
+from ..memory import rows_at_once
+from ..models.autoencoder import Autoencoder
+from ..models.vae import VAE
+from ..randomness import random_states
+from . import run as figures
+from .codes import Codes, first_rows
+
+__all__ = [
+    "draw_reconstructions",
+    "draw_run",
+    "generate_images",
+    "reconstructions",
+    "run_figures",
+    "to_display",
+]
+
+
+def to_display(vae: VAE | Autoencoder, x: Tensor) -> np.ndarray:
+    """x in the likelihood's units → intensities in [0, 1], or standardized columns of tables."""
+    likelihood = vae.likelihood_module
+    spec = likelihood.spec
+    if not spec.is_image:
+        x = (x - likelihood.mean) / likelihood.std
+    elif likelihood.units == "count":
+        x = x / spec.bound
+    elif spec.max_value is None:
+        mean, reach = likelihood.mean.mean(), 3 * likelihood.std
+        x = ((x - mean + reach) / (2 * reach)).clamp(0, 1)
+    return x.cpu().numpy()
+
+
+@torch.no_grad()
+def generate_images(vae: VAE, count: int, draw: bool = False) -> tuple[Tensor, Tensor]:
+    """Rows of data from the prior.
+
+    Args:
+        count: number of rows.
+        draw: draw x from p(x|z) instead of taking its mean.
+
+    Returns:
+        x (count, *data_shape) in the likelihood's units; z (count, Z).
+    """
+    z = vae.prior().sample((count,))
+    rows = rows_at_once(math.prod(vae.likelihood_module.spec.shape), z.device)
+    likelihoods = [vae.likelihood(part) for part in z.split(rows)]
+    return torch.cat([p.sample() if draw else p.mean for p in likelihoods]), z
+
+
+def draw_reconstructions(
+    vae: VAE | Autoencoder, splits: Splits, folder: Path, name: str, epoch: int, seed: int
+) -> None:
+    """Write the figure of `reconstructions` as FOLDER/NAME.png."""
+    figures.save(reconstructions(vae, splits, epoch, seed), folder / f"{name}.png")
+
+
+def draw_run(
+    vae: VAE | Autoencoder,
+    splits: Splits,
+    history: Sequence[dict[str, Any]],
+    folder: Path,
+    seed: int,
+    codes: Codes,
+) -> None:
+    """Write all figures of a run but the reconstructions, as FOLDER/*.png."""
+    drawn = run_figures(vae, splits, history, seed)
+    names = [figures.plain(name) for name in splits.class_names]
+    title = _title(splits, codes.title)
+    drawn["latent"] = figures.latent_scatter(codes.planes, codes.labels, names, title)
+    if isinstance(vae, VAE) and vae.prior().event_shape[0] == 2:
+        drawn["manifold"] = _manifold(vae, splits)
+    for name, figure in drawn.items():
+        figures.save(figure, folder / f"{name}.png")
+
+
+def reconstructions(vae: VAE | Autoencoder, splits: Splits, epoch: int, seed: int) -> Figure:
+    """Validation rows beside their reconstructions; the same rows at every call."""
+    x = first_rows(splits.validation, vae, 24, seed)
+    title = f"validation {splits.spec.row}s and reconstructions after epoch {epoch}"
+    originals, decoded = to_display(vae, x), to_display(vae, vae.reconstruct(x))
+    return figures.reconstructions(originals, decoded, _title(splits, title))
+
+
+def run_figures(
+    vae: VAE | Autoencoder, splits: Splits, history: Sequence[dict[str, Any]], seed: int
+) -> dict[str, Figure]:
+    """Curves, interpolations and, of a VAE, samples.
+
+    Draws are fixed by `seed`; torch's global random state is restored.
+    """
+    with random_states(next(vae.parameters()).device, seed):
+        curves = figures.elbo_curves(history, _title(splits, "training"), splits.spec.row)
+        drawn = {"elbo": curves, "interpolations": _interpolations(vae, splits, seed)}
+        if isinstance(vae, VAE):
+            mean = generate_images(vae, 100 if splits.spec.is_image else 24)[0]
+            title = _title(splits, "means of p(x|z) at draws of z from the prior")
+            drawn["samples"] = figures.image_grid(figures.in_rows(to_display(vae, mean)), title)
+    return drawn
+
+
+@torch.no_grad()
+def _interpolations(vae: VAE | Autoencoder, splits: Splits, seed: int) -> Figure:
+    """Straight lines between the posterior means of test rows, decoded at even steps."""
+    rows, steps = max(1, min(6, len(splits.test) // 2)), 11 if splits.spec.is_image else 7
+    x = first_rows(splits.test, vae, 2 * rows, seed)
+    x = x.expand(2 * rows, *splits.spec.shape)  # from one test row alone the line is a point
+    means = vae.posterior(x).mean
+    weights = torch.linspace(0, 1, steps, device=x.device)[:, None]
+    lines = torch.stack(
+        [torch.lerp(a, b, weights) for a, b in zip(means[::2], means[1::2], strict=True)]
+    )
+    decoded = to_display(vae, vae.likelihood(lines).mean)
+    ends = to_display(vae, x).reshape(rows, 2, *splits.spec.shape)
+    values = np.concatenate([ends[:, :1], decoded, ends[:, 1:]], axis=1)
+    title = f"test {splits.spec.row}s and the decoded lines between their means"
+    return figures.image_grid(values, _title(splits, title))
+
+
+@torch.no_grad()
+def _manifold(vae: VAE, splits: Splits) -> Figure:
+    """The decoder's means on a grid of quantiles of the standard normal prior."""
+    side = 16 if splits.spec.is_image else 6
+    quantiles = (torch.arange(side) + 0.5) / side
+    line = torch.special.ndtri(quantiles).to(next(vae.parameters()).device)
+    second, first = torch.meshgrid(line, line, indexing="ij")
+    decoded = vae.likelihood(torch.stack([first, second], dim=-1)).mean
+    title = _title(splits, "means of p(x|z) over the latent plane")
+    return figures.manifold(to_display(vae, decoded), quantiles.numpy(), title)
+
+
+def _title(splits: Splits, text: str) -> str:
+    return f"{figures.plain(splits.name)}: {text}"

@@ -1,0 +1,361 @@
+"""Stochastic variational inference: the training loop.
+
+    svi = SVI(vae.model, vae.guide, optimizer, loss=elbo)
+    for x in batches:
+        loss = svi.step(x)
+
+`fit` trains to the end, `iterate` yields a record after each epoch. The loop writes no files and
+prints nothing. It leaves Pyro's parameter store and torch's global random state as it found them,
+also between two steps, so the caller may draw and train other models without changing this
+training. A run continued from `record.state()` has exactly the numbers of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.infer import ELBO, SVI
+from torch import Tensor
+
+from ..capture.captured import CapturedSVI, Mode, capture
+from ..capture.optimizer import NonFiniteGradient, OneOptimizer
+from ..config import FitConfig, InputError, resolve_epochs
+from ..data.splits import Split, Splits
+from ..evidence.evaluation import elbo_terms
+from ..models.autoencoder import Autoencoder
+from ..models.vae import VAE
+from ..objectives.registry import objective
+from ..options import KL_WEIGHTED
+from ..randomness import OwnState, derive
+from . import distributed, schedules
+from .records import Diverged, Position, Progress, Record, Sums, pack, unpack
+from .terms import ElboTerms
+
+__all__ = ["Diverged", "Progress", "Record", "fit", "iterate", "run_mode"]
+
+# Objectives that are no sum over rows.
+WHOLE_BATCH = ("free-bits", "beta-tc", "mmd")
+
+# Steps from which capturing the ELBO pays for itself.
+CAPTURE_FROM = 500
+
+# Time that compilation takes, and that it saves per step and per decoded value of x, in seconds on
+# two cores. Constants rather than a measurement, so that the choice depends on settings only.
+COMPILE_SECONDS = 20.0
+SAVED_BY_STEP = 2e-3
+SAVED_BY_VALUE = 8e-9
+
+# Rows on which model, guide and objective are checked before the first step.
+CHECKED_ROWS = 8
+
+
+def fit(
+    vae: VAE | Autoencoder,
+    splits: Splits,
+    config: FitConfig = FitConfig(),  # noqa: B008 (frozen)
+    seed: int = 0,
+    state: dict[str, Any] | None = None,
+    on_step: Callable[[Progress], bool | None] | None = None,
+) -> list[Record]:
+    """Train `vae` in place to the end of the run.
+
+    See `iterate` for the arguments and errors.
+
+    Returns:
+        A record for each epoch.
+    """
+    return list(iterate(vae, splits, config, seed, state, on_step))
+
+
+def iterate(
+    vae: VAE | Autoencoder,
+    splits: Splits,
+    config: FitConfig = FitConfig(),  # noqa: B008 (frozen)
+    seed: int = 0,
+    state: dict[str, Any] | None = None,
+    on_step: Callable[[Progress], bool | None] | None = None,
+) -> Iterator[Record]:
+    """Train `vae` in place and yield a record after each epoch.
+
+    In a torch.distributed process group, this is one rank of a common training. It starts from the
+    first rank's weights, takes its part of every batch and draws its own random numbers. All ranks
+    yield the same records, except for timings, and stop one step after `on_step` has requested it
+    in one of them. Buffers such as running means are not shared.
+
+    Args:
+        vae: the model, on the device on which `splits` deliver their batches.
+        splits: training and validation rows; the test split is not touched.
+        config: objective, schedules and length.
+        seed: of the order of the rows and all draws.
+        state: of an earlier `Record.state()` or `Progress.state()`, with the weights of that moment
+            in `vae`: the run continues from there.
+        on_step: called after every step; if it returns true, the training ends there.
+
+    Raises:
+        Diverged: the loss, its gradient or the validation ELBO is not finite.
+        LostRank: another rank has failed. The state before this step is kept.
+        InputError: the batch is larger than the training set, the model does not fit the data, or
+            the objective needs the whole batch in one process.
+    """
+    run = _setup(vae, splits, config, seed)
+    position, sums = Position(), Sums()
+    if state is not None:
+        position, sums, run.own.random, moments = unpack(state)
+        run.optimizer.optimizer.load_state_dict(moments)
+    try:
+        while position.epoch < run.epochs and not _is_stale(position, config):
+            position, sums, stopped = _epoch(run, position, sums, on_step)
+            if stopped:
+                return
+            position, record = _end_of_epoch(run, position, sums)
+            sums = Sums()
+            yield record
+    finally:
+        vae.eval()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The constants of a training, and two mutable objects: `own` and `optimizer`."""
+
+    vae: VAE | Autoencoder
+    splits: Splits
+    config: FitConfig
+    seed: int
+    epochs: int
+    steps_per_epoch: int
+    optimizer: OneOptimizer
+    svi: SVI
+    svi_of_rest: SVI  # for the last batch of an epoch, which is smaller
+    own: OwnState
+
+    @property
+    def device(self) -> torch.device:
+        return self.own.device
+
+
+def _setup(vae: VAE | Autoencoder, splits: Splits, config: FitConfig, seed: int) -> _Run:
+    epochs = resolve_epochs(config, len(splits.train))
+    alone = distributed.world() == 1
+    if not alone and config.objective in WHOLE_BATCH:
+        raise InputError(
+            f"--objective {config.objective} needs the whole batch in one process; run a "
+            f"single process, or choose another objective"
+        )
+    optimizer = OneOptimizer(
+        torch.optim.Adam(vae.parameters(), lr=config.learning_rate, fused=True)
+    )
+    loss = objective(
+        config.objective, config.num_particles, max_plate_nesting=1, **config.objective_options()
+    )
+    _check(vae, splits, loss)
+    mode = run_mode(config, splits.train)
+    elbo = capture(loss, mode, ElboTerms(vae, config.num_particles))
+    # The last batch of an epoch has another size, and is too rare to compile for.
+    rest = capture(
+        loss, "graph" if mode == "compiled" else mode, ElboTerms(vae, config.num_particles)
+    )
+    svi = SVI(vae.model, vae.guide, optimizer, loss=elbo)
+    if mode == "compiled" and alone:  # the update in the graph leaves no place for an exchange
+        svi = CapturedSVI(vae.model, vae.guide, optimizer, loss=elbo)
+    if not alone:
+        distributed.share([*vae.parameters(), *vae.buffers()])
+    return _Run(
+        vae,
+        splits,
+        config,
+        seed,
+        epochs,
+        steps_per_epoch=math.ceil(len(splits.train) / config.batch_size),
+        optimizer=optimizer,
+        svi=svi,
+        svi_of_rest=SVI(vae.model, vae.guide, optimizer, loss=rest),
+        own=OwnState(_device(vae), derive(seed, "training")),
+    )
+
+
+def _check(vae: VAE | Autoencoder, splits: Splits, loss: ELBO) -> None:
+    """Evaluate the objective once with Pyro's checks of shapes and supports.
+
+    Raises:
+        InputError: they fail.
+    """
+    own = OwnState(_device(vae), seed=0)
+    x = next(splits.train.fixed(vae.likelihood_module.units, 0, CHECKED_ROWS))
+    try:
+        with own.active(), _settings("highest", own.device, validate=True):
+            loss.loss(vae.model, vae.guide, x)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"model and data do not fit together: {reason}") from None
+
+
+def _epoch(
+    run: _Run,
+    position: Position,
+    sums: Sums,
+    on_step: Callable[[Progress], bool | None] | None,
+) -> tuple[Position, Sums, bool]:
+    """Make the remaining steps of an epoch.
+
+    Returns:
+        Position and sums after the last step, and whether `on_step` requested to stop.
+    """
+    config, train, units = run.config, run.splits.train, run.vae.likelihood_module.units
+    alone = distributed.world() == 1
+    wish = stop = False
+    run.vae.train()
+    for index in _batches(run, position):
+        started = time.perf_counter()
+        weights = _set_schedules(run, position.step, len(index))
+        svi = run.svi if len(index) == config.batch_size else run.svi_of_rest
+        with run.own.active(), _settings(config.precision, run.device):
+            try:
+                if alone:
+                    loss, *terms = svi.step(train.take(index, units), **weights)
+                else:  # this rank's rows; gradients and terms are summed over the ranks
+                    run.own.seed(f"training {distributed.rank()} {position.step}", run.seed)
+                    x = train.take(distributed.part(index), units)
+                    (loss, *terms), stop = distributed.step(svi, x, wish, **weights)
+            except NonFiniteGradient:
+                raise _diverged("gradient", config, position) from None
+            if not math.isfinite(loss):
+                raise _diverged("loss", config, position)
+        elapsed = time.perf_counter() - started
+        position = position.after_step(elapsed)
+        sums = sums.after_step(len(index), elapsed, terms)
+        wish = on_step is not None and bool(on_step(_progress(run, position, sums)))
+        if stop or (wish and alone):
+            return position, sums, True
+    return position, sums, False
+
+
+def _batches(run: _Run, position: Position) -> Sequence[Tensor]:
+    """Row indices of each remaining step of an epoch, shuffled by seed and epoch."""
+    order = np.random.default_rng([run.seed, position.epoch]).permutation(len(run.splits.train))
+    done = position.step - position.epoch * run.steps_per_epoch
+    return torch.from_numpy(order).split(run.config.batch_size)[done:]
+
+
+def _set_schedules(run: _Run, step: int, num_rows: int) -> dict[str, Tensor]:
+    """Set learning rate and clip norm; return the KL weight as an argument of the step, if any."""
+    config, num_steps = run.config, run.epochs * run.steps_per_epoch
+    rate = schedules.learning_rate(config, step, num_steps)
+    for group in run.optimizer.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.max_norm = config.gradient_clip * num_rows
+    if config.objective not in KL_WEIGHTED:
+        return {}
+    weight = schedules.kl_weight(config, step, num_steps)
+    return {"kl_weight": torch.tensor(weight, dtype=torch.float64, device=run.device)}
+
+
+def _end_of_epoch(run: _Run, position: Position, sums: Sums) -> tuple[Position, Record]:
+    """Validate (in the first rank) and make the record of the epoch."""
+    started = time.perf_counter()
+    run.vae.eval()
+    found = None
+    if distributed.rank() == 0:
+        terms = elbo_terms(run.vae, run.splits.validation, run.seed)
+        found = (*terms, position.seconds + time.perf_counter() - started)
+    reconstruction, kl, seconds = distributed.agree(found)
+    elbo = None if kl is None else reconstruction - kl
+    score = reconstruction if elbo is None else elbo
+    if not math.isfinite(score):
+        raise _diverged("validation ELBO", run.config, position)
+    is_best = score > position.best
+    position = position.after_epoch(score, seconds)
+    train_elbo, train_reconstruction, train_kl = sums.means(isinstance(run.vae, VAE))
+    return position, Record(
+        epoch=position.epoch,
+        step=position.step,
+        seconds=seconds,
+        train_elbo=train_elbo,
+        validation_elbo=elbo,
+        reconstruction=train_reconstruction,
+        kl=train_kl,
+        validation_reconstruction=reconstruction,
+        validation_kl=kl,
+        learning_rate=run.optimizer.optimizer.param_groups[0]["lr"],
+        images_per_second=sums.rate,
+        is_best=is_best,
+        state=_state(run, position, Sums()),
+    )
+
+
+def _progress(run: _Run, position: Position, sums: Sums) -> Progress:
+    elbo, reconstruction, kl = sums.means(isinstance(run.vae, VAE))
+    return Progress(
+        epoch=position.epoch + 1,
+        step=position.step,
+        epochs=run.epochs,
+        steps_per_epoch=run.steps_per_epoch,
+        elbo=elbo,
+        reconstruction=reconstruction,
+        kl=kl,
+        images_per_second=sums.rate,
+        state=_state(run, position, sums),
+    )
+
+
+def _state(run: _Run, position: Position, sums: Sums) -> Callable[[], dict[str, Any]]:
+    return partial(pack, position, sums, run.own.random, run.optimizer.optimizer)
+
+
+def _is_stale(position: Position, config: FitConfig) -> bool:
+    return config.patience is not None and position.stale_epochs >= config.patience
+
+
+def _diverged(what: str, config: FitConfig, position: Position) -> Diverged:
+    return Diverged(
+        f"the {what} is not finite in epoch {position.epoch + 1}, step {position.step + 1}. Likely "
+        f"causes: --learning-rate {config.learning_rate:g} is too high, --learning-rate-warmup or "
+        f"--kl-warmup too short, --gradient-clip too loose, or the data hold extreme values"
+    )
+
+
+def run_mode(config: FitConfig, train: Split) -> Mode:
+    """How a run evaluates its ELBO. It depends on settings only, so a resumed run does the same."""
+    if config.compile != "auto":
+        return "compiled" if config.compile == "on" else "eager"
+    epochs = resolve_epochs(config, len(train))
+    num_steps = epochs * math.ceil(len(train) / config.batch_size)
+    num_values = epochs * len(train) * math.prod(train.spec.shape) * config.num_particles
+    if num_steps * SAVED_BY_STEP + num_values * SAVED_BY_VALUE >= COMPILE_SECONDS:
+        return "compiled"
+    return "graph" if num_steps >= CAPTURE_FROM else "eager"
+
+
+@contextmanager
+def _settings(precision: str, device: torch.device, validate: bool = False) -> Iterator[None]:
+    """Set Pyro's and torch's global settings during a step.
+
+    Pyro's validation of shapes and supports takes a tenth of a step, so `_check` runs it once. Its
+    warning about a loss that is not finite is replaced by the error `Diverged`.
+    """
+    before = torch.get_float32_matmul_precision()
+    with (
+        pyro.validation_enabled(validate),
+        warnings.catch_warnings(),
+        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        warnings.filterwarnings("ignore", message="Encountered NaN")
+        try:
+            torch.set_float32_matmul_precision("highest" if precision == "bf16" else precision)
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+def _device(vae: VAE | Autoencoder) -> torch.device:
+    return next(vae.parameters()).device

@@ -1,0 +1,46 @@
+"""The ELBO's two terms, read from the sites of a training step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from ..capture.captured import Observer
+from ..models.autoencoder import Autoencoder
+from ..models.vae import VAE
+
+__all__ = ["ElboTerms"]
+
+
+class ElboTerms(Observer):
+    """Reconstruction and KL, summed over the rows of a step, whatever is maximized.
+
+    Every ELBO of Pyro runs the guide first, so "z" is kept with q(z|x), and "x" with p(x|z).
+    """
+
+    def __init__(self, vae: VAE | Autoencoder, num_particles: int) -> None:
+        super().__init__()
+        self.vae = vae
+        self.num_particles = num_particles
+        self.sites: dict[str, tuple[Any, Tensor]] = {}
+
+    def __enter__(self) -> Any:
+        self.sites = {}
+        return super().__enter__()
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        self.sites.setdefault(msg["name"], (msg["fn"], msg["value"]))
+
+    def observed(self) -> tuple[Tensor, ...]:
+        """Reconstruction and, for a VAE, KL: ()."""
+        likelihood, x = self.sites["x"]
+        if self.num_particles > 1:  # one particle suffices for monitoring
+            likelihood = self.vae.likelihood(self.sites["z"][1][:1])
+        reconstruction = likelihood.log_prob(x).sum()
+        if isinstance(self.vae, Autoencoder):
+            return (reconstruction,)
+        q = self.sites["z"][0]
+        kl = kl_divergence(q, self.vae.prior()).reshape(-1, len(x))
+        return reconstruction, kl.mean(0).sum()
