@@ -15,6 +15,7 @@ import pyro_vae
 from pyro_vae import train
 from pyro_vae.data.splits import DataSpec
 from pyro_vae.models.likelihoods import LIKELIHOODS
+from pyro_vae.models.linear_gaussian import LinearGaussian
 
 # A two-sided test at this many standard errors rejects a true hypothesis once in 15,800 times
 # (6.3e-5); seeds are fixed, so a test that passes once passes always.
@@ -114,3 +115,12 @@ def without_a_compiler(code: str, tmp_path: Path) -> str:
 
 
 all_likelihoods = pytest.mark.parametrize("name", sorted(LIKELIHOODS))
+
+
+def oracle(data_dim: int, latent_dim: int, seed: int, **settings):
+    """An oracle in float64, and 40 draws of x from it."""
+    torch.manual_seed(seed)
+    weight = torch.randn(data_dim, latent_dim, dtype=torch.float64)
+    loc = torch.randn(data_dim, dtype=torch.float64)
+    vae = LinearGaussian(weight, loc, 0.6, **settings)
+    return vae, vae.likelihood(vae.prior().sample((40,))).sample().detach()

@@ -7,7 +7,7 @@ import math
 import pyro
 import pytest
 import torch
-from conftest import SIGMAS
+from conftest import SIGMAS, oracle
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from torch.distributions import MultivariateNormal, kl_divergence
 
@@ -16,15 +16,6 @@ from pyro_vae.capture.optimizer import OneOptimizer
 from pyro_vae.models.linear_gaussian import LinearGaussian, probabilistic_pca
 
 CASES = [(2, 1, 0), (5, 3, 1), (12, 7, 2), (3, 6, 3)]  # D, Z (Z > D too), seed
-
-
-def oracle(data_dim: int, latent_dim: int, seed: int, **settings):
-    """An oracle in float64, and 40 draws of x from it."""
-    torch.manual_seed(seed)
-    weight = torch.randn(data_dim, latent_dim, dtype=torch.float64)
-    loc = torch.randn(data_dim, dtype=torch.float64)
-    vae = LinearGaussian(weight, loc, 0.6, **settings)
-    return vae, vae.likelihood(vae.prior().sample((40,))).sample().detach()
 
 
 def elbo_draws(vae, x, count: int = 1):

@@ -47,6 +47,7 @@ TIMINGS = ("seconds", "images_per_second")
 BATCH = 7  # of two parts of different sizes
 # 81 training rows in batches of 5: parts of 3 and 2, and in the last batch of 1 a rank without any
 ODD = {"batch_size": 5, "learning_rate": 1e-2, "compile": "off"}
+TESTS = str(Path(__file__).parents[1])  # where conftest.py is
 WAIT = 120  # seconds, after which a process that should have ended is a hang
 
 
@@ -287,7 +288,7 @@ def launched(*arguments: str, **variables: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        env={**os.environ, "PYTHONPATH": TESTS, "OMP_NUM_THREADS": "1", **variables},
         start_new_session=True,  # signals to its group are none to pytest
     )
 

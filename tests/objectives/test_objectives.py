@@ -682,20 +682,50 @@ def test_svi_takes_a_step_along_the_gradient(name, count, options):
     ("name", "count", "options", "message"),
     [
         ("elbo", 1, {}, "objective expects one of trace, .*; got 'elbo'"),
-        ("iwae", 2, {"alpha": 0.5}, "iwae has no option alpha; that is renyi's"),
-        ("stl", 2, {"temperature": 0.5}, "stl has no option temperature; nor has any other"),
+        ("iwae", 2, {"alpha": 0.5}, "iwae has no option alpha; it belongs to renyi"),
+        ("stl", 2, {"temperature": 0.5}, "stl has no option temperature; no objective has it"),
         ("iwae", 0, {}, "number of particles expects an integer of at least 1; got 0"),
         ("iwae", 1.5, {}, "number of particles expects an integer of at least 1; got 1.5"),
         ("score-baseline", 1, {}, "score-baseline expects at least 2 particles"),
         ("renyi", 2, {"alpha": 1}, "alpha expects a finite number other than 1"),
         ("renyi", 2, {"alpha": math.nan}, "alpha expects a finite number"),
-        ("miwae", 6, {"groups": 4}, "miwae expects a number of particles that 4 groups"),
-        ("piwae", 6, {}, "piwae expects a number of particles that 8 groups"),
-        ("miwae", 6, {"groups": 0}, "miwae expects a number of particles that 0 groups"),
-        ("miwae", 6, {"groups": 1.5}, "miwae expects a number of particles that 1.5 groups"),
-        ("miwae", 6, {"groups": 2.0}, "miwae expects a number of particles that 2.0 groups"),
-        ("miwae", 6, {"groups": math.nan}, "miwae expects a number of particles that nan groups"),
-        ("miwae", 6, {"groups": math.inf}, "miwae expects a number of particles that inf groups"),
+        (
+            "miwae",
+            6,
+            {"groups": 4},
+            "miwae .* a multiple of its 4 groups",
+        ),
+        ("piwae", 6, {}, "piwae .* a multiple of its 8 groups"),
+        (
+            "miwae",
+            6,
+            {"groups": 0},
+            "miwae .* a multiple of its 0 groups",
+        ),
+        (
+            "miwae",
+            6,
+            {"groups": 1.5},
+            "miwae .* a multiple of its 1.5 groups",
+        ),
+        (
+            "miwae",
+            6,
+            {"groups": 2.0},
+            "miwae .* a multiple of its 2.0 groups",
+        ),
+        (
+            "miwae",
+            6,
+            {"groups": math.nan},
+            "miwae .* a multiple of its nan groups",
+        ),
+        (
+            "miwae",
+            6,
+            {"groups": math.inf},
+            "miwae .* a multiple of its inf groups",
+        ),
         ("ciwae", 2, {"elbo_weight": 1.1}, "elbo_weight expects 0 to 1; got 1.1"),
         ("ciwae", 2, {"elbo_weight": math.nan}, "elbo_weight expects 0 to 1; got nan"),
         ("beta", 1, {"beta": 0.0}, "beta expects a finite number above 0; got 0"),
@@ -769,7 +799,7 @@ FAULTS = [
         SCORE,
         "encoder",
     ),
-    ("elbos.Sampled._get_trace", "(self.kl_weight)", "(1.0)", check_by_hand, BETA, "value"),
+    ("elbos.Sampled._get_trace", "self.kl_weight)", "1.0)", check_by_hand, BETA, "value"),
     ("elbos.FreeBits.penalty", "* kl)", FREE_BITS_EACH, check_by_hand, FREE_BITS, "value"),
     ("elbos.FreeBits.penalty", "numel(), -1", "numel(), 1, -1", check_by_hand, FREE_BITS, "value"),
     ("elbos.BetaTC.penalty", "logsumexp(data - 1)", WRONG_AXIS, check_by_hand, TC, "value"),
@@ -789,8 +819,10 @@ FAULTS = [
 
 @pytest.mark.parametrize(("target", "old", "new", "check", "arguments", "where"), FAULTS)
 def test_planted_fault_is_rejected(target, old, new, check, arguments, where, monkeypatch):
-    target = target if target.startswith(("particles.", "elbos.")) else f"weighted.{target}"
-    plant(Fault("planted", target, old, new), monkeypatch)
+    target = (
+        target if target.startswith(("particles.", "elbos.")) else f"importance_weighted.{target}"
+    )
+    plant(Fault("planted", f"objectives.{target}", old, new), monkeypatch)
     sound = objectives._WEIGHTED.items()
     rules = {name: (getattr(weighted, rule.__name__), route) for name, (rule, route) in sound}
     monkeypatch.setattr(objectives, "_WEIGHTED", rules)

@@ -8,9 +8,8 @@ from statistics import NormalDist
 
 import pytest
 import torch
-from conftest import SIGMAS
+from conftest import SIGMAS, oracle
 from pyro.distributions import Normal
-from test_linear_gaussian import oracle
 
 from pyro_vae.evidence.quadrature import quadrature
 

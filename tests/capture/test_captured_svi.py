@@ -418,7 +418,7 @@ def test_capturing_changes_nothing(digits):
 NO_COMPILER = """
 import sys, warnings
 import torch
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/capture"]
 import pyro_vae
 from test_captured_svi import check_same, program
 with warnings.catch_warnings(record=True) as caught:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import SIGMAS, all_likelihoods, example_spec
 from pyro.distributions import Normal
-from test_evidence import Encoder
+from test_importance import Encoder
 from torch import nn
 
 from pyro_vae import memory as chunks

@@ -1102,8 +1102,8 @@ def test_errors_in_the_capturing_need_no_words(monkeypatch):
 
 NO_COMPILER = """
 import warnings, torch, sys
-sys.path.insert(0, "tests")
-from test_capture import *
+sys.path[:0] = ["tests", "tests/capture"]
+from test_captured import *
 elbo, program, x = Trace_ELBO(), toy(), rows()
 captured = capture(elbo, "compiled")
 with warnings.catch_warnings(record=True) as all_:
