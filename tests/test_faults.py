@@ -410,9 +410,9 @@ TABLE: dict[Callable[[], None], list[Fault]] = {
       Fault("likelihood averaged over values",      "models.log_weights.log_weights",
             "x, z).double()",                              "x, z).double() / 6"),
       Fault("log-sum for log-mean",             "evidence.importance._estimate",
-            "log_sum - math.log(num_samples),",            "log_sum,"),
+            "log_sum - math.log(count),",                  "log_sum,"),
       Fault("K - 1 for K",                      "evidence.importance._estimate",
-            "math.log(num_samples),",                      "math.log(num_samples - 1),"),
+            "math.log(count),",                            "math.log(count - 1),"),
       Fault("squared weights, squared once",    "evidence.importance._estimate",
             "(2 * log_w)",                                 "log_w")],
     check_objectives_and_their_gradients_are_the_closed_form: [
@@ -435,7 +435,7 @@ TABLE: dict[Callable[[], None], list[Fault]] = {
             "own = torch.logaddexp(own, others)",          "own = others")],
     check_weights_say_how_far_to_trust_them: [
       Fault("deviation for standard error",     "evidence.importance._estimate",
-            "relative_variance / (num_samples - 1)",       "relative_variance"),
+            "relative_variance / (count - 1)",             "relative_variance"),
       Fault("tail of the inverse weights",      "evidence.importance.pareto_k",
             "psislw(-weights)",                            "psislw(weights)")],
     check_oracle_by_torch_distributions: [

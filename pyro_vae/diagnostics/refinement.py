@@ -26,7 +26,7 @@ from torch.optim import Adam
 
 from ..capture.optimizer import OneOptimizer
 from ..evidence.importance import Evidence, importance_sample
-from ..memory import Callback, ignore, rows_at_once
+from ..memory import Callback, ignore
 from ..models.interface import LatentModel, PyroModel, held_fixed, register
 from ..objectives.registry import objective
 
@@ -131,22 +131,13 @@ def _fit(svi: SVI, adam: Adam, x: Tensor, num_steps: int, on_step: Callback) -> 
             parameter.copy_(average)
 
 
-@torch.no_grad()
 def elbo(vae: LatentModel, posterior: Distribution, x: Tensor, num_samples: int = 1000) -> Tensor:
     """ELBO (B,) of any posterior (batch (B,), event (Z,)), float64, nats, by sampling.
 
     Raises:
         ValueError: `num_samples` is not positive.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples expects an integer of at least 1; got {num_samples}")
-    prior, total = vae.prior(), torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    chunk = rows_at_once(x.numel(), x.device)
-    for done in range(0, num_samples, chunk):
-        z = posterior.sample((min(chunk, num_samples - done),))
-        log_weights = vae.likelihood(z).log_prob(x) + prior.log_prob(z) - posterior.log_prob(z)
-        total += log_weights.double().sum(0) / num_samples
-    return total
+    return importance_sample(vae, x, num_samples, proposal=posterior).elbo
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ class Evidence:
     Attributes:
         log_evidence: (B,) estimates of log p(x).
         standard_error: (B,) of each estimate, from the variance of the weights; NaN for one sample.
-        reconstruction: (B,) means of log p(x|z) over the same samples.
+        elbo: (B,) means of log w.
+        reconstruction: (B,) means of log p(x|z).
         effective_sample_size: (B,) (Σ w)² / Σ w², 1 to `num_samples`.
         num_samples: K.
         pareto_k: (B,) shape of the weights' upper tail, see `pareto_k`; None unless asked for.
@@ -73,6 +74,7 @@ class Evidence:
 
     log_evidence: Tensor
     standard_error: Tensor
+    elbo: Tensor
     reconstruction: Tensor
     effective_sample_size: Tensor
     num_samples: int
@@ -246,11 +248,12 @@ def _estimate(
 ) -> Evidence:
     """The evidence from blocks of log p(x|z) and log w (S, B)."""
     log_sum = log_sum_squares = torch.tensor(-math.inf, dtype=torch.float64)
-    reconstruction = torch.zeros((), dtype=torch.float64)
+    elbo = reconstruction = torch.zeros((), dtype=torch.float64)
     kept = []
     for log_likelihood, log_w in blocks:
         log_sum = torch.logaddexp(log_sum, log_w.logsumexp(0))
         log_sum_squares = torch.logaddexp(log_sum_squares, (2 * log_w).logsumexp(0))
+        elbo = elbo + log_w.sum(0) / count
         reconstruction = reconstruction + log_likelihood.sum(0) / count
         if with_pareto_k:
             kept.append(log_w)
@@ -262,6 +265,7 @@ def _estimate(
     return Evidence(
         log_evidence=log_sum - math.log(count),
         standard_error=spread * torch.ones_like(log_sum),
+        elbo=elbo,
         reconstruction=reconstruction,
         effective_sample_size=1 / concentration,
         num_samples=count,
