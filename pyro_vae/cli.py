@@ -29,20 +29,6 @@ if TYPE_CHECKING:
     from .models.vae import VAE
     from .training.checkpoint import Checkpoint
 
-__all__ = [
-    "OpenRun",
-    "RunArguments",
-    "choose_device",
-    "config_of",
-    "fail",
-    "load_run_data",
-    "open_run",
-    "parse",
-    "print_json",
-    "refuse_existing",
-    "run_command",
-]
-
 Arguments = TypeVar("Arguments")
 
 

@@ -19,21 +19,6 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from .options import KL_WEIGHTED, OBJECTIVE_OPTIONS, Objective, check_objective
 
-__all__ = [
-    "PRESETS",
-    "VERSION",
-    "Config",
-    "DataConfig",
-    "FitConfig",
-    "InputError",
-    "ModelConfig",
-    "auto",
-    "check_seed",
-    "read_config",
-    "resolve",
-    "resolve_epochs",
-]
-
 VERSION = "0.1.0"
 
 Likelihood = Literal[

@@ -14,8 +14,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Callback", "concatenate", "ignore", "rows_at_once"]
-
 CACHE_VALUES = 2**19
 # A network keeps some ten times as many values for the gradient: one or two gigabytes in all.
 MEMORY_VALUES = 2**25

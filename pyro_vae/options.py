@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, get_args
 
-__all__ = ["KL_WEIGHTED", "OBJECTIVE_OPTIONS", "Objective", "check_objective"]
-
 Objective = Literal[
     "trace",
     "mean-field",

@@ -11,8 +11,6 @@ import pyro
 import torch
 from torch import Tensor
 
-__all__ = ["OwnState", "RandomStates", "derive", "random_states"]
-
 
 class RandomStates:
     """Reads and writes the global random states that a model on `device` draws from."""

@@ -24,8 +24,6 @@ from torch.utils.data import Dataset, IterableDataset
 from ..config import DataConfig, InputError
 from .readers import LABEL_COLUMNS, Source, from_array, pixel_mode, pixels
 
-__all__ = ["read_object"]
-
 
 def read_object(data: Any, config: DataConfig) -> Source:
     """Read rows from an object in memory.

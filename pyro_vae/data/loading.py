@@ -22,8 +22,6 @@ from .in_memory import read_object
 from .readers import Source, read
 from .splits import CHUNK, DataSpec, Split, Splits, Units
 
-__all__ = ["load_data", "load_foreign"]
-
 
 def load_data(
     source: Any = "digits",

@@ -27,8 +27,6 @@ from PIL import Image, ImageOps
 
 from ..config import TORCHVISION_CLASSES, DataConfig, InputError
 
-__all__ = ["LABEL_COLUMNS", "Source", "from_array", "pixel_mode", "pixels", "read"]
-
 LABEL_COLUMNS = ("label", "labels", "class", "target", "targets")
 LABEL_NAMES = (*LABEL_COLUMNS, "y")  # a table may have a coordinate called y
 VALUE_NAMES = ("x", "data", "images")

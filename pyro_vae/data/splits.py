@@ -21,8 +21,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["DataSpec", "Split", "Splits", "Units", "moments"]
-
 Units = Literal["binary", "unit", "count", "real"]
 
 # Rows read at once from a whole split. Fixed, because the draws of a seeded binarization depend on

@@ -15,8 +15,6 @@ from torch import Tensor
 from ..memory import rows_at_once
 from ..models.interface import LatentModel
 
-__all__ = ["TwoSampleTest", "aggregate_posterior", "energy_coefficient", "energy_test", "holes"]
-
 
 @torch.no_grad()
 def aggregate_posterior(vae: LatentModel, x: Tensor) -> np.ndarray:

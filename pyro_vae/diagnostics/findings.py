@@ -27,25 +27,6 @@ from .predictive import PredictiveCheck
 from .refinement import Gaps
 from .sbc import HDR, LIKELIHOOD, MEAN, Coverage, Simulations
 
-__all__ = [
-    "Check",
-    "Finding",
-    "Verdict",
-    "about_aggregate",
-    "about_bias",
-    "about_bounds",
-    "about_chains",
-    "about_collapse",
-    "about_coverage",
-    "about_gaps",
-    "about_holes",
-    "about_likelihood_ranks",
-    "about_predictions",
-    "about_spread",
-    "about_weights",
-    "number",
-]
-
 Verdict = Literal["sound", "doubtful", "wrong"]
 
 

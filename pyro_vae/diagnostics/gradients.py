@@ -37,8 +37,6 @@ from ..capture.update import gradients_aside
 from ..memory import Callback, ignore
 from .intervals import Interval
 
-__all__ = ["Gradient", "Step", "measure_gradients", "slope"]
-
 BLOCKS = 20  # of the jackknife
 STUDENT = float(stats.t.isf(0.025, BLOCKS - 1))
 # A total variance below this share of |E g|² is rounding error: the gradient has no noise.

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-__all__ = ["Interval", "interval", "share_interval"]
-
 
 @dataclass(frozen=True)
 class Interval:

@@ -14,8 +14,6 @@ from ..evidence.evaluation import ACTIVE_VARIANCE
 from ..memory import rows_at_once
 from ..models.interface import LatentModel
 
-__all__ = ["COLLAPSED_KL", "LatentUse", "latent_use"]
-
 # A latent is collapsed if its KL is below this, in nats.
 COLLAPSED_KL = 0.01
 

@@ -21,8 +21,6 @@ from ..memory import Callback, ignore
 from ..models.interface import PyroModel, held_fixed
 from .aggregate import energy_coefficient
 
-__all__ = ["Comparison", "compare_with_nuts"]
-
 
 @dataclass(frozen=True)
 class Comparison:

@@ -18,8 +18,6 @@ from torch import Tensor
 from ..memory import rows_at_once
 from ..models.interface import LatentModel
 
-__all__ = ["PredictiveCheck", "Statistic", "predictive_check"]
-
 Statistic = Callable[[Tensor, Tensor], Tensor]
 
 # Cache-sized chunks whose draws are made together

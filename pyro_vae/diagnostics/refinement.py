@@ -30,8 +30,6 @@ from ..memory import Callback, ignore
 from ..models.interface import LatentModel, PyroModel, held_fixed, register
 from ..objectives.registry import objective
 
-__all__ = ["Gaps", "PerRowGuide", "elbo", "gaps", "refine"]
-
 PARTICLES = 8
 LEARNING_RATE = 0.05
 # The iterates of this last share of the steps are averaged, which reduces their noise.

@@ -31,20 +31,6 @@ from ..models.interface import LatentModel
 from ..models.log_weights import log_likelihood
 from .intervals import Interval, interval, share_interval
 
-__all__ = [
-    "Coverage",
-    "Miscalibration",
-    "RankTest",
-    "Simulations",
-    "check_ranks",
-    "coverage",
-    "gamma_band",
-    "gamma_discrepancy",
-    "gamma_p_value",
-    "miscalibration",
-    "simulate",
-]
-
 Quantity = Callable[[Tensor, Tensor], Tensor]
 
 LIKELIHOOD, DENSITY = "log p(x|z)", "log q(z|x)"

@@ -30,8 +30,6 @@ from .predictive import predictive_check
 from .refinement import gaps
 from .sbc import Simulations, check_ranks, coverage, gamma_band, miscalibration, simulate
 
-__all__ = ["FULL", "QUICK", "Effort", "Study", "random_rows", "studies"]
-
 
 @dataclass(frozen=True)
 class Effort:

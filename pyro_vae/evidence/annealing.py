@@ -32,8 +32,6 @@ from torch import Tensor
 from ..memory import Callback, concatenate, ignore, rows_at_once
 from ..models.interface import LatentModel
 
-__all__ = ["Annealed", "anneal"]
-
 # Acceptance rate to which the step sizes are tuned. The optimum for HMC is 0.65, and a lower rate
 # costs more than a higher one ("Optimal tuning of the hybrid Monte Carlo algorithm", arXiv
 # 1001.4460).

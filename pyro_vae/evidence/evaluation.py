@@ -17,8 +17,6 @@ from ..models.vae import VAE
 from ..randomness import derive, random_states
 from .importance import MIN_TAIL_SAMPLES, choose_mode, importance_sample, reliable_k
 
-__all__ = ["ACTIVE_VARIANCE", "Evaluation", "elbo_terms", "evaluate"]
-
 # A latent is active if the variance over rows of its posterior mean exceeds this ("Importance
 # weighted autoencoders", arXiv 1509.00519).
 ACTIVE_VARIANCE = 0.01

@@ -33,17 +33,6 @@ from ..memory import Callback, concatenate, ignore, rows_at_once
 from ..models.interface import LatentModel
 from ..models.log_weights import log_weights
 
-__all__ = [
-    "MIN_TAIL_SAMPLES",
-    "Evidence",
-    "choose_mode",
-    "importance_sample",
-    "log_evidence",
-    "pareto_k",
-    "reliable_k",
-    "upper_bound",
-]
-
 # Draws of z for each row in a chunk, at least: evaluating prior and guide then takes little time
 # beside the decoder.
 MIN_CHUNK_DRAWS = 64

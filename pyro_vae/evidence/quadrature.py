@@ -19,8 +19,6 @@ from torch import Tensor
 from ..models.interface import LatentModel
 from ..models.log_weights import log_likelihood
 
-__all__ = ["Quadrature", "quadrature"]
-
 # The grid reaches this many standard deviations of the prior to either side.
 REACH = 8.0
 

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from .interface import register
 from .likelihoods import Likelihood
 
-__all__ = ["Autoencoder"]
-
 
 class Autoencoder(nn.Module):
     """A deterministic autoencoder: a `VAE` without prior and noise in z.

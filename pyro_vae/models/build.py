@@ -13,8 +13,6 @@ from .networks import Decoder, Encoder
 from .priors import StandardNormal
 from .vae import VAE
 
-__all__ = ["build", "build_blank"]
-
 
 def build(config: ModelConfig, splits: Splits, seed: int = 0) -> VAE | Autoencoder:
     """Make a model for the data, with fresh weights.

@@ -21,8 +21,6 @@ import pyro
 from pyro.distributions import Distribution
 from torch import Tensor, nn
 
-__all__ = ["LatentModel", "PyroModel", "held_fixed", "register"]
-
 _names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 _numbers = itertools.count(1)
 

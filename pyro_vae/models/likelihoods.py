@@ -24,8 +24,6 @@ from torch.distributions import constraints
 
 from ..data.splits import DataSpec, Units
 
-__all__ = ["LIKELIHOODS", "ContinuousBernoulli", "DiscretizedLogistic", "Likelihood"]
-
 # Least standard deviation of the Gaussian, in units of the data's. Without it the density of a
 # column that the decoder predicts exactly would be unbounded.
 MIN_SCALE = 1e-2

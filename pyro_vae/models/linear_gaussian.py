@@ -26,8 +26,6 @@ from .likelihoods import Likelihood
 from .priors import StandardNormal
 from .vae import VAE
 
-__all__ = ["LinearGaussian", "probabilistic_pca"]
-
 Guide = Literal["exact", "diagonal", "collapsed"]
 
 

@@ -14,8 +14,6 @@ from torch import Tensor
 from ..memory import rows_at_once
 from .interface import LatentModel
 
-__all__ = ["log_likelihood", "log_weights"]
-
 
 def log_weights(
     vae: LatentModel, posterior: Distribution, x: Tensor, z: Tensor

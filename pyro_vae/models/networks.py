@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from ..config import InputError
 
-__all__ = ["Decoder", "Encoder"]
-
 
 class Encoder(nn.Module):
     """x (..., *data_shape) → features (..., num_features).

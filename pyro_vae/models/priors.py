@@ -6,8 +6,6 @@ import torch
 from pyro.distributions import Distribution, Normal
 from torch import Tensor, nn
 
-__all__ = ["StandardNormal"]
-
 
 class StandardNormal(nn.Module):
     """N(0, I) in `latent_dim` dimensions.

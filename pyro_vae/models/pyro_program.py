@@ -18,8 +18,6 @@ from pyro.distributions import Distribution, TorchDistribution
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["Program"]
-
 
 class Program:
     """A `PyroModel` made of any Pyro model and guide with the sites of `VAE`.

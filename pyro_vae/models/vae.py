@@ -20,8 +20,6 @@ from torch.distributions import kl_divergence
 from .interface import register
 from .likelihoods import Likelihood
 
-__all__ = ["VAE"]
-
 
 class VAE(nn.Module):
     """A generative model p(z) p(x|z) and its amortized posterior q(z|x).

@@ -40,8 +40,6 @@ from .particles import (
     sample_sites,
 )
 
-__all__ = ["BetaTC", "FreeBits", "MaximumMeanDiscrepancy", "MeanField", "Sampled", "ScoreFunction"]
-
 
 class Sampled(Trace_ELBO):
     """trace, beta: the ELBO, all of it sampled. With a KL weight, and particles in chunks.

@@ -52,8 +52,6 @@ from .particles import (
     know_plate_nesting,
 )
 
-__all__ = ["Particles", "Route", "Rule", "WeightedELBO"]
-
 # Smallest share of a group in `piwae`. Smaller shares do not change the digits of a float32, but
 # the gradient is divided by the share.
 MIN_SHARE = 1e-12

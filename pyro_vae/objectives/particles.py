@@ -30,22 +30,6 @@ from torch import Tensor
 from ..memory import rows_at_once
 from ..randomness import random_states
 
-__all__ = [
-    "Detached",
-    "Draws",
-    "check_reparameterized",
-    "chunk_sizes",
-    "common_plates",
-    "draw_path",
-    "draw_score",
-    "draw_total",
-    "in_particles",
-    "is_latent",
-    "know_plate_nesting",
-    "latent_sites",
-    "sample_sites",
-]
-
 PLATE = "num_particles_vectorized"  # Pyro's name for it
 
 PathWeight = Callable[[], Tensor | None]

@@ -19,8 +19,6 @@ from ..options import OBJECTIVE_OPTIONS, check_objective
 from . import elbos
 from . import importance_weighted as weighted
 
-__all__ = ["objective"]
-
 _WEIGHTED: dict[str, tuple[Callable[..., weighted.Particles], weighted.Route]] = {
     "stl": (weighted.stl, "path"),
     "score-baseline": (weighted.score_baseline, "score"),

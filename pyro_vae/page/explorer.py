@@ -27,8 +27,6 @@ from ..plots.codes import Codes
 from ..plots.from_model import to_display
 from .render import data_url
 
-__all__ = ["Explorer", "explore", "interactive", "sheet", "tiles"]
-
 # Latents, anchors, points per side; the first plan whose sheets fit the budget is used.
 PLANS = [(4, 4, 15), (4, 3, 13), (3, 3, 13), (3, 2, 11), (2, 2, 11), (2, 1, 9), (2, 1, 5)]
 # With at most two latents, one sheet shows the whole space.

@@ -13,8 +13,6 @@ from markupsafe import Markup, escape
 
 from ..config import VERSION
 
-__all__ = ["data_url", "render"]
-
 TEMPLATES = Path(__file__).with_name("templates")
 
 

@@ -26,8 +26,6 @@ from ..training.checkpoint import Checkpoint
 from .explorer import Explorer, explore, interactive
 from .render import data_url
 
-__all__ = ["FindingLine", "Overview", "Picture", "Trust", "flat", "overview"]
-
 # Limits for all runs on a page: the explorers' sheets, and the text of each picture. With the
 # thumbnails, and the third that base64 adds, the page stays below 5 MB.
 EXPLORER_BYTES = 1_500_000

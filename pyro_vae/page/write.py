@@ -16,8 +16,6 @@ from ..training.checkpoint import Checkpoint
 from .render import render
 from .summary import Overview, Picture, flat, overview
 
-__all__ = ["write_page", "write_report"]
-
 
 def write_report(run: Path, checkpoint: Checkpoint, splits: Splits, codes: Codes) -> Path:
     """Write RUN/report.html; returns the file. The arguments are those of `overview`."""

@@ -28,14 +28,6 @@ from .run import (
     styled,
 )
 
-__all__ = [
-    "contraction_and_z",
-    "coverage_curve",
-    "ecdf_differences",
-    "rank_histograms",
-    "recovery",
-]
-
 BOLD: Any = {"markersize": 4, "linewidth": 1.8, "capsize": 2.5}
 
 

@@ -14,8 +14,6 @@ from ..models.autoencoder import Autoencoder
 from ..models.vae import VAE
 from .run import Plane
 
-__all__ = ["Codes", "first_rows", "latent_codes"]
-
 # Points in a figure: enough to see every cluster. With t-SNE fewer: 1,000 points take as long as an
 # epoch or two, 2,000 as long as ten.
 MAX_POINTS = 2000

@@ -20,15 +20,6 @@ from ..randomness import random_states
 from . import run as figures
 from .codes import Codes, first_rows
 
-__all__ = [
-    "draw_reconstructions",
-    "draw_run",
-    "generate_images",
-    "reconstructions",
-    "run_figures",
-    "to_display",
-]
-
 
 def to_display(vae: VAE | Autoencoder, x: Tensor) -> np.ndarray:
     """x in the likelihood's units → intensities in [0, 1], or standardized columns of tables."""

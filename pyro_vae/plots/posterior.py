@@ -26,16 +26,6 @@ from .run import (
     styled,
 )
 
-__all__ = [
-    "aggregate_posterior",
-    "chains_against_guide",
-    "inference_gaps",
-    "latent_use",
-    "predictive_checks",
-    "sandwich",
-    "weight_tails",
-]
-
 MOST_BARS, MOST_ROWS = 64, 6
 THIN: Any = {"markersize": 2, "linewidth": 0.5, "alpha": 0.7}
 INTERVAL: Any = {"markersize": 2.5, "linewidth": 1.3}

@@ -22,25 +22,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-__all__ = [
-    "Plane",
-    "compare_curves",
-    "dot_size",
-    "elbo_curves",
-    "image_grid",
-    "in_rows",
-    "latent_scatter",
-    "manifold",
-    "new_figure",
-    "panels",
-    "plain",
-    "reconstructions",
-    "save",
-    "short",
-    "styled",
-    "svg",
-]
-
 STYLE: Any = {
     "font.size": 9,
     "figure.labelsize": 9,

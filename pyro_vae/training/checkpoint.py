@@ -21,8 +21,6 @@ from ..models.autoencoder import Autoencoder
 from ..models.build import build_blank
 from ..models.vae import VAE
 
-__all__ = ["Checkpoint", "load", "load_checkpoint", "serialize"]
-
 FORMAT = "pyro_vae checkpoint"
 FORMAT_VERSION = 1
 

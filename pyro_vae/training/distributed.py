@@ -21,21 +21,6 @@ import torch.distributed as dist
 from pyro.infer import SVI
 from torch import Tensor
 
-__all__ = [
-    "LostRank",
-    "agree",
-    "anyone",
-    "first_here",
-    "part",
-    "processes",
-    "rank",
-    "share",
-    "step",
-    "sum_tensors",
-    "world",
-]
-
-
 # Numbers that a step of training sums over its rows: loss, reconstruction and KL.
 TERMS = 3
 

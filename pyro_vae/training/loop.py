@@ -41,8 +41,6 @@ from . import distributed, schedules
 from .records import Diverged, Position, Progress, Record, Sums, pack, unpack
 from .terms import ElboTerms
 
-__all__ = ["Diverged", "Progress", "Record", "fit", "iterate", "run_mode"]
-
 # Objectives that are no sum over rows.
 WHOLE_BATCH = ("free-bits", "beta-tc", "mmd")
 

@@ -10,8 +10,6 @@ from typing import Any
 
 from ..config import InputError
 
-__all__ = ["Diverged", "Position", "Progress", "Record", "Sums", "pack", "unpack"]
-
 
 @dataclass(frozen=True)
 class Position:

@@ -18,8 +18,6 @@ from ..models.vae import VAE
 from .checkpoint import serialize
 from .records import Record
 
-__all__ = ["RunFolder", "StopSignals", "choose_folder"]
-
 # Checkpoints are written at most so often, in seconds: a kill costs no more than this.
 SAVE_EVERY = 15.0
 

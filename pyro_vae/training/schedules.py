@@ -6,8 +6,6 @@ import math
 
 from ..config import FitConfig
 
-__all__ = ["kl_weight", "learning_rate"]
-
 
 def learning_rate(config: FitConfig, step: int, num_steps: int) -> float:
     """Adam's learning rate: linear warm-up, then constant or half a cosine down to zero.

@@ -11,8 +11,6 @@ from ..capture.captured import Observer
 from ..models.autoencoder import Autoencoder
 from ..models.vae import VAE
 
-__all__ = ["ElboTerms"]
-
 
 class ElboTerms(Observer):
     """Reconstruction and KL, summed over the rows of a step, whatever is maximized.
