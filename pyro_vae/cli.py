@@ -67,8 +67,8 @@ def run_command(work: Callable[[], int | None]) -> int:
         place = f": {error.filename}" if error.filename else ""
         return fail(f"{error.strerror or error}{place}")
     except _out_of_memory() as error:
-        reason = str(error).strip().split("\n")[0] or "out of memory"
-        return fail(f"not enough memory for these sizes, lower them ({reason})")
+        reason = str(error).strip().split("\n")[0] or "no details"
+        return fail(f"not enough memory for these sizes; lower them ({reason})")
     except KeyboardInterrupt:
         return fail("interrupted", status=130)
 

@@ -7,6 +7,7 @@ python -m pyro_vae.generate runs/digits --num 10000 --draw --out samples.npz
 from __future__ import annotations
 
 import io
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ def _main(arguments: GenerateArguments) -> None:
     import numpy as np
 
     from .files import write_atomically
+    from .memory import check_memory
     from .models.vae import VAE
     from .plots.from_model import generate_images, to_display
     from .plots.run import image_grid, in_rows, save
@@ -73,6 +75,8 @@ def _main(arguments: GenerateArguments) -> None:
             f"{arguments.run} is a deterministic autoencoder, which has no prior to draw from; "
             f"train with --model vae"
         )
+    row = vae.prior().event_shape.numel() + math.prod(vae.likelihood_module.spec.shape)
+    check_memory(arguments.num * row, f"{arguments.num:,} rows", "lower --num")
     with random_states(device, arguments.seed):
         x, z = generate_images(vae, arguments.num, arguments.draw)
     ending = arguments.out.suffix.lower()

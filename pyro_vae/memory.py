@@ -1,4 +1,4 @@
-"""Chunks: the number of rows, draws or particles to process together.
+"""Memory: how many rows, draws or particles to process together, and what is too large.
 
 On a CPU a chunk stays in the cache from one operation to the next. With 400 hidden units and 784
 pixels, chunks of 2^17 to 2^20 values of x decode equally fast; 2^22 takes 15% longer and 2^23 takes
@@ -7,12 +7,15 @@ pixels, chunks of 2^17 to 2^20 values of x decode equally fast; 2^22 takes 15% l
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from .config import InputError
 
 CACHE_VALUES = 2**19
 # A network keeps some ten times as many values for the gradient: one or two gigabytes in all.
@@ -39,6 +42,24 @@ def rows_at_once(
     cached = device is not None and device.type == "cpu"
     limit = num_chunks * CACHE_VALUES if cached else MEMORY_VALUES
     return max(1, limit // max(1, values_per_row))
+
+
+def check_memory(num_values: int, what: str, remedy: str) -> None:
+    """Check that the machine has the memory for float32 values, before they are allocated.
+
+    Torch's error for a failed allocation on the CPU has no type of its own.
+
+    Raises:
+        InputError: they need more than the machine's physical memory.
+    """
+    if not hasattr(os, "sysconf"):  # Windows
+        return
+    needed, there = 4 * num_values, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise InputError(
+            f"not enough memory: {what} need {needed / 2**30:,.0f} GiB, this machine has "
+            f"{there / 2**30:,.0f} GiB; {remedy}"
+        )
 
 
 def concatenate(parts: list[Result]) -> Result:

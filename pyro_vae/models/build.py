@@ -6,6 +6,7 @@ import torch
 
 from ..config import DEFAULT_HIDDEN, InputError, ModelConfig
 from ..data.splits import DataSpec, Splits, moments
+from ..memory import check_memory
 from ..randomness import derive, random_states
 from .autoencoder import Autoencoder
 from .likelihoods import LIKELIHOODS, Likelihood
@@ -50,14 +51,31 @@ def build_blank(config: ModelConfig, spec: DataSpec) -> VAE | Autoencoder:
 
 
 def _assemble(config: ModelConfig, likelihood: Likelihood) -> VAE | Autoencoder:
+    """Make the model.
+
+    Raises:
+        InputError: its weights are too large for the machine.
+    """
+    layers = "lower --hidden or --latent-dim"
+    try:
+        with torch.device("meta"):  # shapes without memory
+            shapes = _networks(config, likelihood)
+    except (RuntimeError, OverflowError):  # the size of a weight exceeds a 64-bit integer
+        raise InputError(f"not enough memory for layers of this size; {layers}") from None
+    count = sum(p.numel() for network in shapes for p in network.parameters())
+    check_memory(count, f"{count:,} weights", layers)
+    encoder, decoder = _networks(config, likelihood)
+    if config.kind == "ae":
+        return Autoencoder(encoder, decoder, likelihood)
+    return VAE(StandardNormal(config.latent_dim), encoder, decoder, likelihood)
+
+
+def _networks(config: ModelConfig, likelihood: Likelihood) -> tuple[Encoder, Decoder]:
     hidden = DEFAULT_HIDDEN[config.architecture] if config.hidden is None else config.hidden
     network = (config.architecture, likelihood.spec.shape, hidden, config.activation)
     num_features = config.latent_dim * (1 if config.kind == "ae" else 2)
     encoder = Encoder(*network, num_features, likelihood.mean, likelihood.std)
-    decoder = Decoder(*network, config.latent_dim, likelihood.initial_bias())
-    if config.kind == "ae":
-        return Autoencoder(encoder, decoder, likelihood)
-    return VAE(StandardNormal(config.latent_dim), encoder, decoder, likelihood)
+    return encoder, Decoder(*network, config.latent_dim, likelihood.initial_bias())
 
 
 def _check(likelihood: str, splits: Splits) -> None:
