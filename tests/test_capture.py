@@ -33,6 +33,7 @@ from pyro.infer import (
     config_enumerate,
 )
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.util import torch_item
 from torch import Tensor, nn
 
 import pyro_vae
@@ -117,21 +118,34 @@ def rows(count: int = ROWS, seed: int = 5) -> Tensor:
 
 
 class Step(NamedTuple):
-    """A loss and its gradients, and the next random number."""
+    """A loss and its gradients, the next random number, and what an observer returns."""
 
     loss: float
     gradients: list[Tensor | None]
     next: Tensor
+    observed: tuple[Tensor, ...]
 
 
 def step(elbo: Any, program: Any, *args: Any, seed: int = 1, **kwargs: Any) -> Step:
     for p in program.parameters():
         p.grad = None
     torch.manual_seed(seed)
-    loss = elbo.loss_and_grads(program.model, program.guide, *args, **kwargs)
+    loss, *observed = with_observed(
+        elbo.loss_and_grads(program.model, program.guide, *args, **kwargs)
+    )
     parameters = list(program.parameters())
     gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
-    return Step(loss, gradients, torch.rand((), device=parameters[0].device))
+    return Step(loss, gradients, torch.rand((), device=parameters[0].device), tuple(observed))
+
+
+def with_observed(value: Any) -> tuple[Any, ...]:
+    """A loss in a tuple, as it comes with an observer."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def weight(value: float) -> Tensor:
+    """The KL weight of a step."""
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def same(one: Step, other: Step, tolerance: float = 1e-5) -> None:
@@ -324,23 +338,26 @@ def test_compiled_step_within_training(digits):
     """One graph: fresh draws, an observer, weights that move, and a KL weight that does."""
     vae, x = digits_vae(digits)
     elbo = objective("trace", 1, 1)
-    captured = capture(elbo, "compiled", Sites())
-    same(step(captured, vae, x), step(elbo, vae, x))
-    check_draws(captured, vae, x)
-    check_observed(captured, vae, x)
-    for weight in (1.0, 0.25):
-        elbo.kl_weight = weight
-        check_training(elbo, captured, vae, x, one_optimizer, 1e-4)
+    captured = capture(elbo, "compiled", Totals())
+    same(step(captured, vae, x, kl_weight=weight(1)), step(elbo, vae, x))
+    check_draws(captured, vae, x, kl_weight=weight(1))
+    check_observed(captured, vae, x, kl_weight=weight(1))
+    for value in (1.0, 0.25):
+        kl_weight = {"kl_weight": weight(value)}
+        check_training(elbo, captured, vae, x, one_optimizer, 1e-4, **kl_weight)
     assert captured.captures == 1
 
 
 # --- draws ----------------------------------------------------------------------------------------
 
 
-def check_draws(captured: Captured, program: Any, x: Tensor) -> None:
+def check_draws(captured: Captured, program: Any, x: Tensor, **kwargs: Any) -> None:
     def losses(seed: int) -> list[float]:
         torch.manual_seed(seed)
-        return [captured.loss_and_grads(program.model, program.guide, x) for _ in range(5)]
+        values = [
+            captured.loss_and_grads(program.model, program.guide, x, **kwargs) for _ in range(5)
+        ]
+        return [with_observed(value)[0] for value in values]
 
     first = losses(3)
     assert len(set(first)) == 5
@@ -363,12 +380,12 @@ def pyro_optimizer(program: Any) -> Any:
     return pyro.optim.Adam({"lr": 0.01})
 
 
-def trained(elbo: Any, program: Any, x: Tensor, optimizer: Callable[..., Any]):
+def trained(elbo: Any, program: Any, x: Tensor, optimizer: Callable[..., Any], **kwargs: Any):
     """Losses, all values and the store's names, after 20 steps."""
     pyro.clear_param_store()
     svi = SVI(program.model, program.guide, optimizer(program), elbo)
     torch.manual_seed(2)
-    losses = [svi.step(x) for _ in range(20)]
+    losses = [with_observed(svi.step(x, **kwargs))[0] for _ in range(20)]
     return losses, copy.deepcopy(program.state_dict()), set(pyro.get_param_store().keys())
 
 
@@ -379,6 +396,7 @@ def check_training(
     x: Tensor,
     optimizer: Callable[..., Any],
     tolerance: float,
+    **kwargs: Any,
 ) -> None:
     start = copy.deepcopy(program.state_dict())
     runs = []
@@ -386,7 +404,7 @@ def check_training(
         program.load_state_dict(start)
         for p in program.parameters():
             p.grad = None
-        runs.append(trained(loss, program, x, optimizer))
+        runs.append(trained(loss, program, x, optimizer, **kwargs))
     program.load_state_dict(start)
     (losses, values, names), (captured_losses, captured_values, captured_names) = runs
     assert captured_losses == pytest.approx(losses, rel=tolerance)
@@ -709,21 +727,42 @@ def test_kl_weight_is_an_input(name):
     elbo, program, x = objective(name, 1, 1), toy(), rows()
     captured = capture(elbo, "graph")
     losses = set()
-    for weight in (1, 0.3, 0.0, 2, 1.0):
-        elbo.kl_weight = weight
-        found = step(captured, program, x)
-        assert elbo.kl_weight is weight
-        same(found, step(elbo, program, x))
+    for value in (1, 0.3, 0.0, 2, 1.0):
+        found = step(captured, program, x, kl_weight=weight(value))
+        same(found, step(elbo, program, x, kl_weight=weight(value)))
         losses.add(found.loss)
     assert len(losses) == 4
+    assert elbo.kl_weight == 1
     assert captured.captures == 1
 
 
-def test_kl_weight_in_double_precision():
+@pytest.mark.parametrize("name", [n for n in KL_WEIGHTED if n != "beta"])
+def test_kl_weight_that_is_a_number_is_part_of_the_graph(name):
+    """As an argument and as an attribute of the ELBO, which holds where a step gives none."""
+    elbo, program, x = objective(name, 1, 1), toy(), rows()
+    captured = capture(elbo, "graph")
+    losses = set()
+    for value, expected in ((1, 1), (0.3, 2), (0.0, 3), (0.3, 3)):
+        found = step(captured, program, x, kl_weight=value)
+        same(found, step(elbo, program, x, kl_weight=weight(value)))
+        losses.add(found.loss)
+        assert captured.captures == expected
+    for value, expected in ((1, 4), (0.3, 5), (0.0, 6), (0.3, 6)):
+        elbo.kl_weight = value
+        found = step(captured, program, x)
+        same(found, step(objective(name, 1, 1), program, x, kl_weight=weight(value)))
+        losses.add(found.loss)
+        assert captured.captures == expected
+    assert len(losses) == 3
+
+
+@pytest.mark.parametrize("as_argument", [True, False])
+def test_kl_weight_in_double_precision(as_argument):
     elbo, program, x = objective("trace", 1, 1), toy().double(), rows().double()
     program.shift = program.shift.double()
-    elbo.kl_weight = 0.3
-    check(elbo, program, x, tolerance=1e-12)
+    kwargs = {"kl_weight": weight(0.3)} if as_argument else {}
+    elbo.kl_weight = 1.0 if as_argument else 0.3
+    check(elbo, program, x, tolerance=1e-12, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -1251,23 +1290,49 @@ class Sites(Observer):
         return z.detach(), q.entropy().sum(), p.log_prob(x).sum()
 
 
-def check_observed(captured: Captured, program: Any, x: Tensor) -> None:
-    eager = capture(captured.elbo, "eager", Sites())
+class Totals(Sites):
+    """Numbers, as `SVI.step` expects."""
+
+    def observed(self) -> tuple[Tensor, ...]:
+        return tuple(value.sum() for value in super().observed())
+
+
+def check_observed(captured: Captured, program: Any, x: Tensor, **kwargs: Any) -> None:
+    eager = capture(captured.elbo, "eager", type(captured.observer)())
     draws = []
     for seed in (1, 2):
-        for elbo in (captured, eager):
-            step(elbo, program, x, seed=seed)
-        torch.testing.assert_close(captured.observed, eager.observed, rtol=1e-5, atol=1e-5)
-        assert not any(o.requires_grad for o in captured.observed)
-        draws.append(captured.observed[0])
+        found, expected = (
+            step(elbo, program, x, seed=seed, **kwargs).observed for elbo in (captured, eager)
+        )
+        assert len(found) == 3
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert not any(o.requires_grad for o in found)
+        draws.append(found[0])
     assert not torch.equal(*draws)  # nor does a later step write over what was observed
+
+
+@pytest.mark.parametrize("mode", ["graph", "eager"])
+def test_every_method_returns_what_is_observed(mode):
+    """Behind the loss, in a tuple; without an observer the loss comes alone."""
+    program, x = toy(), rows()
+    for method in ("loss", "loss_and_grads", "differentiable_loss"):
+        values = []
+        for observer in (Sites(), None):
+            captured = capture(Trace_ELBO(), mode, observer)
+            torch.manual_seed(1)
+            values.append(getattr(captured, method)(program.model, program.guide, x))
+        (loss, z, entropy, log_likelihood), alone = values
+        assert type(loss) is type(alone) is (Tensor if method == "differentiable_loss" else float)
+        assert torch_item(loss) == torch_item(alone)
+        assert z.shape == (ROWS, 2)
+        assert entropy.shape == log_likelihood.shape == ()
 
 
 def test_observed_is_that_of_the_step(digits):
     vae, x = digits_vae(digits)
     check_observed(capture(objective("trace", 1, 1), "graph", Sites()), vae, x)
     captured = capture(objective("mean-field", 1, 1), "graph", Sites())
-    captured.loss(vae.model, vae.guide, x)
+    assert len(captured.loss(vae.model, vae.guide, x)) == 4
     check_observed(captured, vae, x)
 
 
@@ -1284,8 +1349,9 @@ def test_observed_takes_no_gradient():
             return (self.sites["z"][1],)
 
     captured, program = capture(Trace_ELBO(), "eager", Draw()), toy()
-    step(captured, program, rows())
-    assert not captured.observed[0].requires_grad
+    (z,) = step(captured, program, rows()).observed
+    assert z.shape == (ROWS, 2)
+    assert not z.requires_grad
 
 
 # --- the guard ------------------------------------------------------------------------------------
@@ -1425,11 +1491,14 @@ def test_gpu_keeps_what_earlier_steps_gave():
 def test_gpu_kl_weight_given_as_integer():
     """What a CUDA graph takes is copied to inputs of the type at its capture."""
     elbo, program, x = objective("trace", 1, 1), on_gpu(toy()), rows().cuda()
-    elbo.kl_weight = 1
     captured = capture(elbo, "compiled")
-    for weight in (1, 0.3):
-        elbo.kl_weight = weight
-        same(step(captured, program, x), step(elbo, program, x), 1e-4)
+    for value in (torch.tensor(1), weight(0.3), weight(0.6)):
+        value = value.cuda()
+        same(
+            step(captured, program, x, kl_weight=value),
+            step(elbo, program, x, kl_weight=value),
+            1e-4,
+        )
 
 
 @needs_cuda

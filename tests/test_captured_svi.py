@@ -22,9 +22,9 @@ from torch import Tensor, nn
 import pyro_vae
 from pyro_vae import svi as fitting
 from pyro_vae.calls import Mode
-from pyro_vae.capture import CapturedSVI, capture
+from pyro_vae.capture import CapturedSVI, Observer, capture
 from pyro_vae.objectives import objective
-from pyro_vae.optimizer import OneOptimizer
+from pyro_vae.optimizer import NonFiniteGradient, OneOptimizer
 
 STEPS = 12
 
@@ -214,24 +214,11 @@ def test_on_cuda(digits):
     check_same(vae.cuda(), x.cuda(), mode="compiled")
 
 
-def test_ranks_share_before_the_update(digits):
-    """A hook between gradient and update has its place in SVI's step alone."""
-    vae, x = program(digits)
-    optimizer = adam(vae)
-    called = []
-    optimizer.before = lambda: called.append(1)
-    svi = captured_svi(vae, optimizer)
-    steps(svi, x, 3)
-    assert len(called) == 3
-    assert list(svi.graphs._graphs.values()) == [None]
-
-
 # --- nothing stale --------------------------------------------------------------------------------
 
 
 def test_rate_norm_and_weight_change_without_another_graph(digits):
     vae, x = program(digits)
-    elbo = objective("trace", 1, 1)
 
     def play(svi: Any, optimizer: OneOptimizer) -> list[float]:
         torch.manual_seed(3)
@@ -239,11 +226,10 @@ def test_rate_norm_and_weight_change_without_another_graph(digits):
         for i in range(STEPS):
             optimizer.optimizer.param_groups[0]["lr"] = 0.01 / (i + 1)
             optimizer.max_norm = 20.0 * (i + 1)
-            elbo.kl_weight = i / STEPS
-            losses.append(svi.step(x))
+            losses.append(svi.step(x, kl_weight=torch.tensor(i / STEPS, dtype=torch.float64)))
         return losses
 
-    both(vae, play, elbo)
+    both(vae, play)
 
 
 def test_betas_that_change_are_captured_anew(digits):
@@ -358,7 +344,7 @@ def test_gradient_that_is_not_finite_changes_nothing():
     good, bad = torch.ones(3), torch.tensor([1.0, 0.0, 1.0])
     steps(svi, good, 2)
     before = everything(fragile, optimizer)
-    with pytest.raises(RuntimeError, match="non-finite"):
+    with pytest.raises(NonFiniteGradient):
         svi.step(bad)
     assert svi.graphs.captures == 1
     for a, b in zip(before, everything(fragile, optimizer), strict=True):
@@ -442,5 +428,41 @@ def test_machine_without_a_compiler(tmp_path):
 def test_what_fit_uses(compile, kind, digits):
     vae, _ = program(digits)
     config = pyro_vae.FitConfig(epochs=1, batch_size=100, compile=compile)
-    training = fitting._Training(vae, digits, config, 0)
-    assert [type(svi) for svi in training.svis] == [kind, SVI]
+    run = fitting._setup(vae, digits, config, 0)
+    assert [type(svi) for svi in (run.svi, run.svi_of_rest)] == [kind, SVI]
+
+
+class Draws(Observer):
+    """The sum of the guide's draws and the number of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.z = torch.zeros(())
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] == "z":
+            self.z = msg["value"]
+
+    def observed(self) -> tuple[Tensor, ...]:
+        return self.z.sum(), torch.full((), float(len(self.z)))
+
+
+def test_step_returns_what_is_observed(digits):
+    """Numbers behind the loss, as SVI's own step returns them, whether it is captured or not."""
+    vae, x = program(digits)
+    found = []
+    for kind, mode in ((SVI, "eager"), (SVI, "graph"), (CapturedSVI, "graph")):
+        pyro.clear_param_store()
+        own = copy.deepcopy(vae)
+        loss = capture(objective("trace", 1, 1), mode, Draws())
+        svi = kind(own.model, own.guide, adam(own), loss)
+        torch.manual_seed(2)
+        found.append([svi.step(x) for _ in range(3)])
+    assert svi.graphs.captures == 1
+    for results in zip(*found, strict=True):
+        for loss, total, count in results:
+            assert {type(value) for value in (loss, total, count)} == {float}
+            assert count == len(x)
+            assert total == pytest.approx(results[0][1], rel=1e-4)
+            assert loss == pytest.approx(results[0][0], rel=1e-4)
+    assert len({results[0][1] for results in zip(*found, strict=True)}) == 3
