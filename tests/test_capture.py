@@ -16,6 +16,7 @@ import typing
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -25,6 +26,8 @@ from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import (
     SVI,
+    JitTrace_ELBO,
+    JitTraceMeanField_ELBO,
     RenyiELBO,
     Trace_ELBO,
     TraceEnum_ELBO,
@@ -44,7 +47,8 @@ from pyro_vae.linear_gaussian import LinearGaussian
 from pyro_vae.objectives import objective
 from pyro_vae.optimizer import OneOptimizer
 
-captures = importlib.import_module("pyro_vae.calls")
+build = importlib.import_module("pyro_vae.capture_build")
+capturing = importlib.import_module("pyro_vae.capture")
 
 ROWS = 6
 
@@ -893,7 +897,7 @@ class Boxed(Factor):
 
 
 def test_argument_whose_change_could_not_be_seen():
-    reason = "whether an argument has changed cannot be told of a Box"
+    reason = "changes inside an argument go unseen: Box"
     check_falls_back(Trace_ELBO(), Boxed(), Box(rows()), reason=reason)
 
 
@@ -991,17 +995,35 @@ class Masked(Factor):
         return (self.w.expand_as(x)[x > 0] * x[x > 0]).square().sum()
 
 
+class OnList(Factor):
+    def loss(self, x: Tensor) -> Tensor:
+        return self.w.square().sum() * sum(x[0].tolist())
+
+
+class OnArray(Factor):
+    def loss(self, x: Tensor) -> Tensor:
+        return self.w.square().sum() * float(np.asarray(x).sum())
+
+
+class OnNumbers(Factor):
+    def loss(self, x: Tensor) -> Tensor:
+        return self.w.square().sum() * float(x.numpy()[0].sum())
+
+
 @pytest.mark.parametrize(
     ("program", "reason"),
     [
         (OnDraw, ".*value"),
-        (OnParameter, "its course depends on the values of a tensor"),
+        (OnParameter, "its control flow depends on the values of a tensor"),
         (OnPartOfParameter, ".*value"),
         (OnArgument, ".*value"),
         (Masked, "a shape in it depends on the values of a tensor"),
+        (OnList, "it reads the values of a tensor, in Tensor.tolist"),
+        (OnArray, "it reads the values of a tensor, in Tensor.(numpy|__array__)"),
+        (OnNumbers, "it reads the values of a tensor, in Tensor.numpy"),
     ],
 )
-def test_course_that_depends_on_values(program, reason):
+def test_control_flow_that_depends_on_values(program, reason):
     torch.manual_seed(0)
     check_falls_back(Trace_ELBO(), program(), rows(), reason=reason)
 
@@ -1011,7 +1033,7 @@ def test_unhashable_argument():
         def loss(self, x: Tensor, columns: set[int]) -> Tensor:
             return sum(((self.w * x)[:, i].square().sum() for i in columns), torch.zeros(()))
 
-    reason = "whether an argument has changed cannot be told of a set"
+    reason = "changes inside an argument go unseen: set"
     check_falls_back(Trace_ELBO(), Chosen(), rows(), {0, 2}, reason=reason)
 
 
@@ -1087,7 +1109,7 @@ def test_program_that_is_not_the_same_at_each_run():
 
 def test_argument_that_takes_a_gradient():
     program, x = toy(), rows().requires_grad_()
-    check_falls_back(Trace_ELBO(), program, x, reason="an argument takes a gradient")
+    check_falls_back(Trace_ELBO(), program, x, reason="an argument requires a gradient")
     x.grad = None
     captured = capture(Trace_ELBO(), "eager")
     captured.differentiable_loss(program.model, program.guide, x).backward()
@@ -1095,7 +1117,7 @@ def test_argument_that_takes_a_gradient():
 
 
 def test_more_shapes_than_graphs_are_kept(monkeypatch):
-    monkeypatch.setattr(captures, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(capturing, "MAX_GRAPHS", 2)
     captured, program = capture(Trace_ELBO(), "graph"), toy()
     for count in (2, 3):
         step(captured, program, rows(count))
@@ -1134,8 +1156,102 @@ def test_errors_in_the_capturing_need_no_words(monkeypatch):
     def refuse(run: Any, inputs: list[Tensor]) -> Any:
         raise NotImplementedError
 
-    monkeypatch.setattr(captures, "record", refuse)
+    monkeypatch.setattr(build, "trace_graph", refuse)
     check_falls_back(Trace_ELBO(), toy(), rows(), reason="NotImplementedError")
+
+
+@pytest.mark.parametrize("fault", [TypeError, KeyError, AttributeError, AssertionError])
+@pytest.mark.parametrize(
+    ("step_of_capture", "mode"),
+    [
+        ("trace_graph", "graph"),
+        ("_own_result", "graph"),
+        ("_find_shared", "graph"),
+        ("Guards", "graph"),
+        ("compile_graph", "compiled"),
+    ],
+)
+def test_fault_of_ours_is_raised(fault, step_of_capture, mode, monkeypatch):
+    """In any step of a capture, rather than turned into a warning; random state is restored."""
+    program, x = toy(nn.BatchNorm1d(5)), rows()
+    captured = capture(Trace_ELBO(), mode)
+    before = copy.deepcopy(program.state_dict())
+
+    def raises(*args: Any, **kwargs: Any) -> Any:
+        raise fault("planted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(build, step_of_capture, raises)
+        torch.manual_seed(1)
+        with pytest.raises(fault, match="planted"):
+            captured.loss_and_grads(program.model, program.guide, x)
+        after = torch.rand(())
+        torch.manual_seed(1)
+        assert torch.equal(after, torch.rand(()))
+    assert all(torch.equal(before[key], value) for key, value in program.state_dict().items())
+    captured.graphs.mode = "graph"
+    same(step(captured, program, x), step(Trace_ELBO(), program, x))
+
+
+def test_more_memory_than_there_is(monkeypatch):
+    """Capturing holds two sets of gradients, a step one."""
+
+    def exhausted(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(build, "_own_result", exhausted)
+    check_falls_back(Trace_ELBO(), toy(), rows(), reason="out of memory")
+
+
+@pytest.mark.filterwarnings("ignore:Trace_ELBO runs uncaptured")
+def test_new_parameters_of_a_program_that_cannot_be_captured():
+    """They are drawn by the eager run, as if nothing had been drawn before."""
+
+    def model(x: Tensor) -> None:
+        loc = pyro.param("loc", lambda: torch.randn(4))
+        z = pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+        scale = 2.0 if z.sum() > 0 else 1.0
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("x", dist.Normal(z, scale).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        loc = pyro.param("q", lambda: torch.randn(4))
+        pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    found = []
+    for elbo in (capture(Trace_ELBO(), "graph"), Trace_ELBO()):
+        pyro.clear_param_store()
+        torch.manual_seed(1)
+        loss = torch.tensor(elbo.loss_and_grads(model, guide, rows()))
+        found.append((pyro.param("loc").clone(), pyro.param("q").clone(), torch.rand(()), loss))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_unhashable_model():
+    class Called:
+        __hash__ = None
+
+        def __init__(self, program: Any) -> None:
+            self.program = program
+
+        def __call__(self, x: Tensor) -> None:
+            self.program(x)
+
+    own = toy()
+    program = Functions(Called(own.model), Called(own.guide))
+    step(Trace_ELBO(), program, rows())  # which fills the store
+    check_falls_back(Trace_ELBO(), program, rows(), reason="model and guide must be hashable")
+
+
+def test_elbos_that_use_torch_jit():
+    program = toy()
+    for kind in (JitTrace_ELBO, JitTraceMeanField_ELBO):
+        captured = capture(kind(), "graph")
+        call = captured.call(program.model, program.guide, (rows(),), {})
+        with pytest.warns(UserWarning, match="it uses torch.jit"):
+            graph = captured.graphs.find(call)
+        assert graph is None
 
 
 NO_COMPILER = """
@@ -1359,13 +1475,13 @@ def test_observed_takes_no_gradient():
 
 def plant(monkeypatch: pytest.MonkeyPatch, alter: Callable[..., Any]) -> None:
     """Graphs whose loss, gradients and observed are altered."""
-    recorded = captures.record
+    traced = build.trace_graph
 
     def faulty(run: Any, inputs: list[Tensor]) -> Callable[..., Any]:
-        graph = recorded(run, inputs)
+        graph = traced(run, inputs)
         return lambda *tensors: alter(*graph(*tensors))
 
-    monkeypatch.setattr(captures, "record", faulty)
+    monkeypatch.setattr(build, "trace_graph", faulty)
 
 
 def last_times(factor: float) -> Callable[[Iterable[Tensor]], tuple[Tensor, ...]]:
@@ -1398,9 +1514,9 @@ def test_graph_that_is_rounded_otherwise_is_not(where, monkeypatch):
 def test_graph_of_infinite_gradients_is_held_against_the_rest():
     """A tolerance in terms of the largest element is none where that is infinite."""
     expected, wrong = torch.tensor([math.inf, 1.0]), torch.tensor([math.inf, 2.0])
-    captures._check((expected,), (expected,))
-    with pytest.raises(captures.Unfit):
-        captures._check((expected,), (wrong,))
+    build._verify((expected,), (expected,))
+    with pytest.raises(build.CannotCapture):
+        build._verify((expected,), (wrong,))
 
 
 @pytest.mark.filterwarnings("ignore:Encountered NaN")
@@ -1432,7 +1548,7 @@ def test_function_is_captured_as_an_elbo_is(name, digits):
         torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
         results.append(found[0][0])
         move_weights(vae)
-    assert captured.captures == 2
+    assert captured.graphs.captures == 2
     assert not any(part.requires_grad for result in results for part in result)
 
 
@@ -1445,6 +1561,16 @@ def test_function_that_cannot_be_captured():
         assert torch.equal(captured(rows()), positive(rows()))
     assert len(all_) == 1
     assert torch.equal(captured(rows(seed=6)), positive(rows(seed=6)))
+
+
+@pytest.mark.parametrize("value", [3, "three", dist.Normal(0.0, 1.0)])
+def test_function_that_returns_more_than_tensors(value):
+    captured = CapturedFunction(lambda x: (x + 1, value), "graph")
+    name = type(value).__name__
+    with pytest.warns(UserWarning, match=f"runs uncaptured: it returns a value of type {name}"):
+        found = captured(rows())
+    assert torch.equal(found[0], rows() + 1)
+    assert found[1] is value
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
@@ -1502,12 +1628,23 @@ def test_gpu_kl_weight_given_as_integer():
 
 
 @needs_cuda
+def test_gpu_kl_weight_on_the_cpu():
+    """Which a CUDA graph would take for a constant."""
+    elbo, program, x = objective("trace", 1, 1), on_gpu(toy()), rows().cuda()
+    captured = capture(elbo, "compiled")
+    for value in (weight(1.0), weight(0.3)):
+        expected = step(elbo, program, x, kl_weight=value)
+        same(step(captured, program, x, kl_weight=value), expected, 1e-4)
+    assert captured.captures == 1
+
+
+@needs_cuda
 @pytest.mark.parametrize("mode", ["graph", "compiled"])
 def test_gpu_after_cpu(mode):
     captured, program, x = capture(Trace_ELBO(), "graph"), toy(), rows()
-    captured.mode = "graph"
+    captured.graphs.mode = "graph"
     step(captured, program, x)
-    captured.mode = mode
+    captured.graphs.mode = mode
     on_gpu(program)
     pyro.clear_param_store()
     for seed in (1, 2):

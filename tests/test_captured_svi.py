@@ -25,6 +25,7 @@ from pyro_vae.calls import Mode
 from pyro_vae.capture import CapturedSVI, Observer, capture
 from pyro_vae.objectives import objective
 from pyro_vae.optimizer import NonFiniteGradient, OneOptimizer
+from pyro_vae.updates import AdamUpdate
 
 STEPS = 12
 
@@ -91,7 +92,7 @@ def both(
         result = play(svi, optimizer)
         names = {name.partition("$$$")[2] for name in pyro.get_param_store()}
         ends.append((result, everything(own, optimizer), names, torch.rand(())))
-    assert sum(graph is not None for graph in svi.graphs._graphs.values()) == graphs
+    assert sum(graph is not None for graph in svi.graphs.graphs.values()) == graphs
     assert svi.graphs.captures == max(graphs, 1)
     (result, values, names, following), (other, other_values, other_names, other_following) = ends
     assert other == pytest.approx(result, rel=1e-5)
@@ -200,7 +201,7 @@ def test_optimizer_that_is_not_adam(digits):
         objective("trace", 1, 1),
     )
     assert steps(svi, x) == pytest.approx(steps(expected, x), rel=1e-6)
-    assert list(svi.graphs._graphs.values()) == [None]
+    assert list(svi.graphs.graphs.values()) == [None]
     assert svi.captured.captures == 1  # the gradient is captured alone
 
 
@@ -299,7 +300,7 @@ def test_parameters_that_were_updated_at_different_counts(digits):
     vae, x = program(digits)
 
     def play(svi: Any, optimizer: OneOptimizer) -> list[float]:
-        optimizer.moments(optimizer.parameters)[0]["step"] += 5
+        AdamUpdate(optimizer, optimizer.parameters).moments[0]["step"] += 5
         return steps(svi, x, 3)
 
     both(vae, play, graphs=0)
@@ -353,6 +354,33 @@ def test_gradient_that_is_not_finite_changes_nothing():
     assert not torch.equal(before[1], fragile.v)
 
 
+def test_first_gradient_that_is_not_finite_changes_nothing():
+    fragile = Fragile()
+    optimizer = adam(fragile)
+    svi = captured_svi(fragile, optimizer, Trace_ELBO())
+    before = copy.deepcopy(fragile.state_dict())
+    for _ in range(2):
+        with pytest.raises(NonFiniteGradient):
+            svi.step(torch.tensor([1.0, 0.0, 1.0]))
+        assert all(torch.equal(before[k], v) for k, v in fragile.state_dict().items())
+    steps(svi, torch.ones(3), 2)
+    assert sum(graph is not None for graph in svi.graphs.graphs.values()) == 1
+    assert not torch.equal(before["v"], fragile.v)
+
+
+@pytest.mark.parametrize("fault", [TypeError, KeyError, AttributeError, AssertionError])
+def test_fault_of_ours_is_raised(fault, digits, monkeypatch):
+    """In the update, which is traced by itself."""
+
+    def update(self: AdamUpdate, gradients: Any, scalars: Tensor) -> Tensor:
+        raise fault("planted")
+
+    monkeypatch.setattr(AdamUpdate, "__call__", update)
+    vae, x = program(digits)
+    with pytest.raises(fault, match="planted"):
+        captured_svi(vae, adam(vae)).step(x)
+
+
 @pytest.mark.parametrize(
     "fault",
     [
@@ -364,14 +392,14 @@ def test_gradient_that_is_not_finite_changes_nothing():
 )
 def test_update_that_is_not_the_optimizers_is_refused(fault, digits, monkeypatch):
     """The step is SVI's then; the true update, by the same detour, is not refused."""
-    true = OneOptimizer.update
+    true = AdamUpdate.__call__
 
     def planted(change: Any) -> Any:
-        def update(self: OneOptimizer, parameters: Any, gradients: Any, numbers: Tensor) -> Tensor:
-            before = [p.detach().clone() for p in parameters]
-            norm = true(self, parameters, gradients, numbers)
+        def update(self: AdamUpdate, gradients: Any, scalars: Tensor) -> Tensor:
+            before = [p.detach().clone() for p in self.parameters]
+            norm = true(self, gradients, scalars)
             with torch.no_grad():
-                for p, old in zip(parameters, before, strict=True):
+                for p, old in zip(self.parameters, before, strict=True):
                     p.copy_(old + change(p - old, p))
             return norm
 
@@ -379,7 +407,7 @@ def test_update_that_is_not_the_optimizers_is_refused(fault, digits, monkeypatch
 
     vae, x = program(digits)
     for change, graphs in ((lambda step, p: step, 1), (fault, 0)):
-        monkeypatch.setattr(OneOptimizer, "update", planted(change))
+        monkeypatch.setattr(AdamUpdate, "__call__", planted(change))
         check_same(vae, x, graphs=graphs)
 
 
@@ -392,7 +420,7 @@ def test_capturing_changes_nothing(digits):
     state = torch.get_rng_state()
     with torch.enable_grad():
         call = svi.captured.call(vae.model, vae.guide, (x,), {}, optimizer)
-        assert svi.graphs.graph_of(call) is not None
+        assert svi.graphs.find(call) is not None
     assert torch.equal(torch.get_rng_state(), state)
     for p, old in zip(vae.parameters(), start, strict=True):
         assert torch.equal(p, old)
