@@ -3,14 +3,13 @@
     svi = SVI(vae.model, vae.guide, optimizer, loss=capture(Trace_ELBO()))
 
 Pyro runs model and guide in Python at every step; at small batches that costs more than the
-arithmetic. A `Captured` ELBO runs them when it first sees arguments of some shape, records loss and
-gradient as one graph, random draws included, verifies the graph against the ELBO itself at the same
-random numbers, and compiles it. In a `CapturedSVI` the graph includes the optimizer's update.
+arithmetic. A `Captured` ELBO runs them when it first sees arguments of some shape, traces loss and
+gradient as one graph, random draws included, verifies the graph against the ELBO at the same random
+numbers, and compiles it. In a `CapturedSVI` the graph includes the optimizer's update.
 
-Guards are checked before each run of a graph: the shapes of the arguments, the parameters and
-buffers and their layout, and every plain attribute (training mode, the p of a dropout) of the
-modules that take part. Where something has changed, the ELBO is captured again. What Python code
-reads from elsewhere, a global variable or a closure, keeps its value from the capture.
+The ELBO is captured again where the shape of an argument, a parameter, a buffer or a plain
+attribute of a module (training mode, the p of a dropout) has changed. A value that Python code
+reads from elsewhere, a global variable or a closure, stays as it was at the capture.
 """
 
 from __future__ import annotations
@@ -210,29 +209,21 @@ def _number(loss: Tensor | float) -> float:
 
 
 class _Graphs:
-    """The graphs of one function for arguments of several shapes.
-
-    Args:
-        warns: whether to warn, once, why a call has no graph.
-
-    Attributes:
-        captures: number of captures so far.
-    """
+    """The graphs of one function, for arguments of several shapes."""
 
     def __init__(self, mode: Mode, warns: bool = True) -> None:
         self.mode = mode
-        self.captures = 0
+        self.captures = 0  # so far
         self.graphs: dict[GraphKey, Graph | None] = {}  # None: cannot be captured
-        self._warns = warns
+        self._warns = warns  # once, if a call has no graph
 
     def find(self, call: Call) -> Graph | None:
-        """The graph of a call, captured if necessary; None if the call must run eagerly."""
+        """The graph of a call, captured if necessary; None where the call must run eagerly."""
         if self.mode == "eager":
             return None
-        if not all(map(_only_records, _PYRO_STACK)):
-            # A graph would run without these handlers, or with them after they are gone.
-            handlers = ", ".join(type(h).__name__ for h in _PYRO_STACK if not _only_records(h))
-            return self._warn(call, f"it runs within other handlers: {handlers}")
+        handlers = [type(h).__name__ for h in _PYRO_STACK if not _only_records(h)]
+        if handlers:  # a graph would run without them, or with them after they are gone
+            return self._warn(call, f"it runs within other handlers: {', '.join(handlers)}")
         try:
             hash(call.programs)
         except TypeError as error:

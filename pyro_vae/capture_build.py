@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from .calls import Call, Graph, Mode, observe
 from .granted import Guards, StoredParameter, is_plain, watch_modules
-from .graphs import CannotCapture, CudaGraph, compile_graph, summary, trace_graph
+from .graphs import CannotCapture, CudaGraph, compile_graph, errors_of_torch, trace_graph
 from .optimizer import OneOptimizer
 from .randomness import RandomStates
 from .updates import AdamUpdate
@@ -91,8 +91,9 @@ def _check(call: Call) -> None:
     for leaf in call.leaves:
         if not (isinstance(leaf, Tensor) or is_plain(leaf)):
             raise CannotCapture(f"changes inside an argument go unseen: {type(leaf).__name__}")
-    if call.function is None:
-        raise CannotCapture("it has no differentiable_loss")
+    for name in ("differentiable_loss", "loss_and_grads"):
+        if not (call.owner is call.function or hasattr(call.owner, name)):
+            raise CannotCapture(f"it has no {name}")
     if isinstance(call.owner, (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceMeanField_ELBO)):
         raise CannotCapture("it uses torch.jit")
 
@@ -103,8 +104,8 @@ def _build(call: Call, mode: Mode, snapshot: Snapshot) -> Graph:
         after = snapshot.random_states.get()
     leaves = _leaves(value) if torch.is_grad_enabled() else []
     snapshot.keep(leaves)
-    with snapshot:
-        graph = _trace(call, leaves)
+    with snapshot, errors_of_torch():
+        graph = trace_graph(partial(call.run, leaves), call.inputs)
     with snapshot, torch.no_grad():
         result = graph(*call.inputs)
     with snapshot:
@@ -132,11 +133,7 @@ def _run_eagerly(
     call: Call, snapshot: Snapshot
 ) -> tuple[Any, list[nn.Module], list[StoredParameter]]:
     """Run the function once. Returns its value, and the modules and parameters that took part."""
-
-    def keep_buffers(module: nn.Module) -> None:
-        snapshot.keep(module.buffers(recurse=False))
-
-    watched = watch_modules((*call.programs, call.function), keep_buffers)
+    watched = watch_modules((*call.programs, call.function), snapshot.keep)
     with watched as modules, poutine.trace(param_only=True) as registered:
         value, _, observed = call.run([], *call.inputs)
     for result in tree_leaves((value, observed)):
@@ -147,17 +144,7 @@ def _run_eagerly(
         leaf = site["value"].unconstrained()
         in_module = leaf is site["value"] and isinstance(leaf, nn.Parameter)
         parameters.append(StoredParameter(name, leaf, in_module))
-    return value, modules, parameters
-
-
-def _trace(call: Call, leaves: list[Tensor]) -> Callable[..., Any]:
-    """The graph of value, gradients and what is observed."""
-    try:
-        return trace_graph(partial(call.run, leaves), call.inputs)
-    # make_fx raises it, or its subclass NotImplementedError, where it meets code that it cannot
-    # record. An exception of any other type is a fault, and is not caught.
-    except RuntimeError as error:
-        raise CannotCapture(summary(error)) from error
+    return value, [*modules.values()], parameters
 
 
 def _own_result(call: Call, leaves: list[Tensor]) -> tuple[Any, ...]:

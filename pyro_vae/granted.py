@@ -105,22 +105,23 @@ class Guards:
 
 @contextmanager
 def watch_modules(
-    functions: Iterable[Any], on_module: Callable[[nn.Module], object]
-) -> Iterator[list[nn.Module]]:
+    functions: Iterable[Any], keep: Callable[[Iterable[Tensor]], object]
+) -> Iterator[dict[int, nn.Module]]:
     """Collect the modules of some functions, and all modules that are called in the block.
 
     Args:
-        on_module: called with each module before its first call in the block.
+        keep: called with the buffers of each module before its first call in the block.
+
+    Yields:
+        The modules by their id.
     """
-    modules: list[nn.Module] = []
-    known: set[int] = set()
+    modules: dict[int, nn.Module] = {}
 
     def add(module: nn.Module, args: Any = ()) -> None:
         for part in module.modules():
-            if id(part) not in known:
-                known.add(id(part))
-                modules.append(part)
-                on_module(part)
+            if id(part) not in modules:
+                modules[id(part)] = part
+                keep(part.buffers(recurse=False))
 
     for function in functions:
         for value in (function, *_closure(function)):

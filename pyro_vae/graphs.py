@@ -24,11 +24,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["CannotCapture", "CudaGraph", "compile_graph", "summary", "trace_graph"]
+__all__ = ["CannotCapture", "CudaGraph", "compile_graph", "errors_of_torch", "trace_graph"]
 
 
 class CannotCapture(Exception):
     """A call has no graph. The message is the reason."""
+
+
+@contextmanager
+def errors_of_torch() -> Iterator[None]:
+    """Turn an error by which make_fx, torch.compile or CUDA reject a function into CannotCapture.
+
+    They raise RuntimeError, of which NotImplementedError and TorchDynamoException are subclasses.
+    An exception of any other type is a fault, and is not caught.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        first_line = str(error).strip().partition("\n")[0]
+        name = type(error).__name__
+        raise CannotCapture(f"{name}: {first_line}" if first_line else name) from error
 
 
 def trace_graph(function: Callable[..., Any], inputs: list[Tensor]) -> Callable[..., Any]:
@@ -59,13 +74,10 @@ def compile_graph(graph: Callable[..., Any], inputs: list[Tensor]) -> Callable[.
     options: dict[str, Any] = {"fallback_random": True}  # the same random numbers as in eager mode
     if hasattr(torch.compiler, "skip_all_guards_unsafe"):  # `Guards` check what can change
         options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
-    try:
+    with errors_of_torch(), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the compiler's, about its own settings
         compiled = torch.compile(graph, dynamic=False, options=options)
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # the compiler's, about its own settings
-            compiled(*inputs)
-    except RuntimeError as error:  # TorchDynamoException and the errors of Inductor are among these
-        raise CannotCapture(summary(error)) from error
+        compiled(*inputs)
     return compiled
 
 
@@ -85,11 +97,8 @@ class CudaGraph:
                 run(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.no_grad(), torch.cuda.graph(self.graph):
-                self.outputs = run(*self.inputs)
-        except RuntimeError as error:
-            raise CannotCapture(summary(error)) from error
+        with errors_of_torch(), torch.no_grad(), torch.cuda.graph(self.graph):
+            self.outputs = run(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Any:
         for own, new in zip(self.inputs, inputs, strict=True):
@@ -99,21 +108,15 @@ class CudaGraph:
         return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.outputs)
 
 
-def summary(error: Exception) -> str:
-    """The type of an error and the first line of its message, if it has one."""
-    lines = str(error).strip().splitlines()
-    return ": ".join([type(error).__name__, *lines[:1]])
-
-
 @contextmanager
 def _reported_values_stay_tensors() -> Iterator[None]:
     """Pyro's ELBOs read their loss as a number, and check it for NaN, only to report it."""
-    substitutes: list[tuple[Any, Callable[..., Any]]] = [
+    substitutes: list[tuple[Any, Any]] = [
         (torch_item, lambda x: x.detach() if isinstance(x, Tensor) else x),
         (warn_if_nan, lambda value, *args, **kwargs: value),
         (warn_if_inf, lambda value, *args, **kwargs: value),
     ]
-    replaced = [
+    replaced: list[tuple[Any, Any, Any]] = [
         (module, function, substitute)
         for module in list(sys.modules.values())
         for function, substitute in substitutes

@@ -20,24 +20,16 @@ from .optimizer import OneOptimizer
 
 __all__ = ["AdamUpdate", "adam_settings"]
 
-# Settings of torch.optim.Adam with which `AdamUpdate` equals its step.
-_REQUIRED = {
-    "weight_decay": 0,
-    "decoupled_weight_decay": False,
-    "amsgrad": False,
-    "maximize": False,
-    "differentiable": False,
-}
+# Settings of torch.optim.Adam that `AdamUpdate` does not have.
+_OFF = ("weight_decay", "decoupled_weight_decay", "amsgrad", "maximize", "differentiable")
 
 
 def adam_settings(optimizer: OneOptimizer) -> tuple[float, float, float] | None:
-    """β₁, β₂ and ε, which are constants of a graph; None if `AdamUpdate` would not be right."""
-    groups = optimizer.optimizer.param_groups
-    if type(optimizer.optimizer) is not torch.optim.Adam or len(groups) > 1:
+    """β₁, β₂ and ε, which are constants of a graph; None if `AdamUpdate` would be wrong."""
+    group, *others = optimizer.optimizer.param_groups
+    if type(optimizer.optimizer) is not torch.optim.Adam or others:
         return None
-    if any(groups[0].get(name, value) != value for name, value in _REQUIRED.items()):
-        return None
-    return (*groups[0]["betas"], groups[0]["eps"])
+    return None if any(group.get(name) for name in _OFF) else (*group["betas"], group["eps"])
 
 
 class AdamUpdate:

@@ -29,6 +29,7 @@ ORDER = [
     "optimizer",
     "updates",
     "calls",
+    "capture_build",
     "capture",
     "distributed",
     "factory",
