@@ -1,165 +1,167 @@
-"""An ELBO, captured once as a graph of tensor operations, and from then on run as that graph.
+"""An ELBO, or a whole step of SVI, captured as a graph of tensor operations.
 
     svi = SVI(vae.model, vae.guide, optimizer, loss=capture(Trace_ELBO()))
 
 Pyro runs model and guide in Python at every step; at small batches that costs more than the
-arithmetic. A `Captured` ELBO runs them when it first sees arguments of some shape, records loss and
-gradient as one graph, random draws included, holds the graph against the ELBO itself at the same
-random numbers, and compiles it. In a `CapturedSVI` the graph holds the optimizer's update too.
+arithmetic. A `Captured` ELBO runs them when it first sees arguments of some shape, traces loss and
+gradient as one graph, random draws included, verifies the graph against the ELBO at the same random
+numbers, and compiles it. In a `CapturedSVI` the graph includes the optimizer's update.
 
-What a graph takes for granted is looked at before each use: the shapes of the arguments, the
-parameters and buffers and where they are, and every plain attribute (training mode, the p of a
-dropout) of the modules that took part. Where something has changed, the ELBO is captured anew. What
-Python code reads from elsewhere, a global variable or a closure, stays as it was when captured.
+The ELBO is captured again where the shape of an argument, a parameter, a buffer or a plain
+attribute of a module (training mode, the p of a dropout) has changed. A value that Python code
+reads from elsewhere, a global variable or a closure, stays as it was at the capture.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from pyro.infer import ELBO, SVI
-from pyro.infer.util import torch_item
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.util import warn_if_nan
 from torch import Tensor
 
-from .graph import Call, Graphs, Mode, Observer, observing
+from .build import build
+from .graph import Call, Graph, GraphKey, Mode, Observer, observe
 from .optimizer import NonFiniteGradient, OneOptimizer
+from .tracing import CannotCapture
 
-__all__ = ["Captured", "CapturedFunction", "CapturedSVI", "Mode", "Observer", "capture"]
+# Captures of one ELBO. A program that needs more (a new function at every step, batches of any
+# size) is faster without.
+MAX_GRAPHS = 32
 
 
 def capture(elbo: ELBO, mode: Mode = "compiled", observer: Observer | None = None) -> Captured:
     """An ELBO of the same value and gradient that runs as a graph.
 
     Args:
-        elbo: any with a `differentiable_loss`: the objectives of this package and most of Pyro's.
-            Where an attribute of it changes, it is captured anew. A value that changes from step to
-            step is an argument: a tensor, such as `kl_weight` of `elbos.Sampled`.
+        elbo: one with a `differentiable_loss`: the objectives of this package and most of Pyro's.
+            If an attribute of it changes, it is captured again. Give a value that changes from step
+            to step as a tensor argument, such as `kl_weight` of `elbos.Sampled`.
         mode: compiled, by torch.compile, which takes some ten seconds for each shape of the
             arguments; graph: captured but not compiled, a fraction of a second; eager: neither.
         observer: a messenger around guide and model. With one, the loss comes in a tuple, followed
-            by what the observer makes of the run, as Pyro's `SVI.step` allows.
+            by the tensors of `Observer.observed`, as Pyro's `SVI.step` allows.
 
-    Enumerated sites and code whose course depends on the values of tensors cannot be captured. They
-    run as they are, after one warning that says why. Without a compiler, compiled is as graph.
+    Enumerated sites and data-dependent control flow cannot be captured. They run eagerly, after one
+    warning that gives the reason. Without a compiler, compiled is the same as graph.
     """
     return Captured(elbo, mode, observer)
 
 
-class Captured(Graphs, ELBO):
-    """See `capture`. Pyro's checks of shapes and supports are made when a shape is first seen.
+class Captured(ELBO):
+    """See `capture`. Pyro checks shapes and supports when a shape is first seen.
 
     Attributes:
-        elbo: what is captured.
-        captures: number of graphs captured so far.
+        elbo: the ELBO that is captured.
+        graphs: its graphs.
     """
 
     def __init__(self, elbo: ELBO, mode: Mode, observer: Observer | None) -> None:
-        ELBO.__init__(
-            self, num_particles=elbo.num_particles, max_plate_nesting=elbo.max_plate_nesting
-        )
-        Graphs.__init__(self, mode)
+        super().__init__(num_particles=elbo.num_particles, max_plate_nesting=elbo.max_plate_nesting)
         self.elbo = elbo
         self.observer = observer
+        self.graphs = _Graphs(mode)
+
+    @property
+    def captures(self) -> int:
+        """Number of captures so far."""
+        return self.graphs.captures
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss, of draws of its own; with an observer, a tuple."""
+        """The loss, from draws of its own; with an observer, a tuple."""
         with torch.no_grad():
-            call = self.call(model, guide, args, kwargs)
-            graph = self.graph_of(call)
-            if graph is None:
-                return self._uncaptured(self.elbo.loss, model, guide, args, kwargs)
-            loss, _, observed = graph(call)
-        return self._with(_number(loss), observed)
+            _, loss, _, observed = self._run("loss", model, guide, args, kwargs)
+        return self.with_observed(_number(loss), observed)
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss, and its gradient added to that of the parameters; with an observer, a tuple."""
+        """The loss. Its gradient is added to the parameters'. With an observer, a tuple."""
         with torch.enable_grad():
-            call = self.call(model, guide, args, kwargs)
-            graph = self.graph_of(call)
-            if graph is None:
-                return self._uncaptured(self.elbo.loss_and_grads, model, guide, args, kwargs)
-        loss, gradients, observed = graph(call)
-        for leaf, gradient in zip(graph.leaves, gradients, strict=True):
+            leaves, loss, gradients, observed = self._run(
+                "loss_and_grads", model, guide, args, kwargs
+            )
+        for leaf, gradient in zip(leaves, gradients, strict=True):
             if gradient is not None:
                 leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
-        return self._with(_number(loss), observed)
+        return self.with_observed(_number(loss), observed)
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss, (), that may be differentiated once; with an observer, a tuple."""
+        """The loss, (), which can be differentiated once; with an observer, a tuple."""
+        leaves, loss, gradients, observed = self._run(
+            "differentiable_loss", model, guide, args, kwargs
+        )
+        if leaves:
+            loss = _Loss.apply(loss, gradients, *leaves)
+        return self.with_observed(loss, observed)
+
+    def call(
+        self, model: Any, guide: Any, args: Any, kwargs: Any, optimizer: OneOptimizer | None = None
+    ) -> Call:
+        """The call that is captured, for these arguments."""
+        function = getattr(self.elbo, "differentiable_loss", None)
+        return Call(self.elbo, function, (model, guide), args, kwargs, self.observer, optimizer)
+
+    def with_observed(self, loss: Any, observed: tuple[Any, ...]) -> Any:
+        return loss if self.observer is None else (loss, *observed)
+
+    def _run(
+        self, method: str, model: Any, guide: Any, args: Any, kwargs: Any
+    ) -> tuple[list[Tensor], Any, Any, tuple[Tensor, ...]]:
+        """Leaves, loss, gradients and observed of a graph; without one, a method of the ELBO."""
         call = self.call(model, guide, args, kwargs)
-        graph = self.graph_of(call)
-        if graph is None:
-            return self._uncaptured(self.elbo.differentiable_loss, model, guide, args, kwargs)
-        loss, gradients, observed = graph(call)
-        value = _Loss.apply(loss, gradients, *graph.leaves) if graph.leaves else loss
-        return self._with(value, observed)
+        graph = self.graphs.find(call)
+        if graph is not None:
+            return graph.leaves, *graph(call.inputs)
+        function = getattr(self.elbo, method)
+        loss, observed = observe(self.observer, function, model, guide, *args, **kwargs)
+        return [], loss, (), observed
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError("a captured ELBO has no trace")
 
-    def call(
-        self,
-        model: Any,
-        guide: Any,
-        args: tuple[Any, ...],
-        kwargs: Any,
-        optimizer: OneOptimizer | None = None,
-    ) -> Call:
-        """The ELBO's run with these arguments."""
-        function = getattr(self.elbo, "differentiable_loss", None)
-        return Call(self.elbo, function, (model, guide), args, kwargs, self.observer, optimizer)
 
-    def _uncaptured(
-        self, function: Callable[..., Any], model: Any, guide: Any, args: Any, kwargs: Any
-    ) -> Any:
-        """The ELBO itself."""
-        value, observed = observing(self.observer, function, model, guide, *args, **kwargs)
-        return self._with(value, observed)
-
-    def _with(self, loss: Any, observed: tuple[Tensor, ...]) -> Any:
-        return loss if self.observer is None else (loss, *observed)
-
-
-class CapturedFunction(Graphs):
+class CapturedFunction:
     """A function of tensors, without gradients, captured as an ELBO is.
 
     Args:
-        function: (*tensors) → a tensor or a tuple of them; a method of a module, or a function
-            whose modules are called within.
+        function: (*tensors) → a tensor or a tuple of tensors; a method of a module, or a function
+            that calls modules.
     """
 
     def __init__(self, function: Callable[..., Any], mode: Mode = "compiled") -> None:
-        super().__init__(mode)
         self.function = function
+        self.graphs = _Graphs(mode)
 
     @torch.no_grad()
     def __call__(self, *args: Any) -> Any:
-        call = Call(self.function, self.function, (), args, {}, None)
-        graph = self.graph_of(call)
-        return self.function(*args) if graph is None else graph(call)[0]
+        call = Call(self.function, self.function, (), args, {})
+        graph = self.graphs.find(call)
+        return self.function(*args) if graph is None else graph(call.inputs)[0]
 
 
 class CapturedSVI(SVI):
     """`pyro.infer.SVI` whose whole step is one graph: loss, gradient and the optimizer's update.
 
-    The graph is held against the ELBO's gradient and the optimizer's own step when it is captured.
-    The update is Adam's; with another optimizer, or where a gradient is there already or the ELBO
-    cannot be captured, the step is SVI's, of the ELBO captured alone, if it can be.
+    At its capture, the graph is verified against the ELBO's gradient and the optimizer's own step.
+    The update is Adam's. With another optimizer, or where a parameter has a gradient already or the
+    step cannot be captured, the step is SVI's, with the ELBO captured alone if that is possible.
 
     Args:
         model, guide: see `pyro.infer.SVI`.
-        optim: of all parameters.
+        optim: an optimizer over all parameters.
         loss: the ELBO.
     """
 
     def __init__(self, model: Any, guide: Any, optim: OneOptimizer, loss: Captured) -> None:
         super().__init__(model, guide, optim, loss)
         self.captured = loss
-        self.graphs = Graphs(loss.mode, warns=False)
+        self.graphs = _Graphs(loss.graphs.mode, warns=False)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Make a step.
@@ -172,15 +174,13 @@ class CapturedSVI(SVI):
         """
         with torch.enable_grad():
             call = self.captured.call(self.model, self.guide, args, kwargs, self.optim)
-            graph = self.graphs.graph_of(call)
+            graph = self.graphs.find(call)
         if graph is None or any(leaf.grad is not None for leaf in graph.leaves):
             return super().step(*args, **kwargs)
-        loss, norm, observed = graph(call)
+        loss, norm, observed = graph(call.inputs)
         if not math.isfinite(norm.item()):
-            raise NonFiniteGradient("the norm of the gradient is not finite; no step was made")
-        if self.captured.observer is None:
-            return _number(loss)
-        return _number(loss), *(x.item() for x in observed)
+            raise NonFiniteGradient
+        return self.captured.with_observed(_number(loss), tuple(x.item() for x in observed))
 
 
 class _Loss(torch.autograd.Function):
@@ -197,7 +197,62 @@ class _Loss(torch.autograd.Function):
         return None, None, *(None if g is None else outer * g for g in ctx.gradients)
 
 
-def _number(loss: Tensor) -> float:
-    number = torch_item(loss)
+def _number(loss: Tensor | float) -> float:
+    """The loss of a graph as a number. An ELBO that runs eagerly returns one, and warns itself."""
+    if not isinstance(loss, Tensor):
+        return loss
+    number = loss.item()
     warn_if_nan(number, "loss")
     return number
+
+
+class _Graphs:
+    """The graphs of one function, for arguments of several shapes."""
+
+    def __init__(self, mode: Mode, warns: bool = True) -> None:
+        self.mode = mode
+        self.captures = 0  # so far
+        self.graphs: dict[GraphKey, Graph | None] = {}  # None: cannot be captured
+        self._warns = warns  # once, if a call has no graph
+
+    def find(self, call: Call) -> Graph | None:
+        """The graph of a call, captured if necessary; None where the call must run eagerly."""
+        if self.mode == "eager":
+            return None
+        handlers = [type(h).__name__ for h in _PYRO_STACK if not _only_records(h)]
+        if handlers:  # a graph would run without them, or with them after they are gone
+            return self._warn(call, f"it runs within other handlers: {', '.join(handlers)}")
+        try:
+            hash(call.programs)
+        except TypeError as error:
+            return self._warn(call, f"model and guide must be hashable: {error}")
+        key = call.key()
+        graph = self.graphs.get(key)
+        if graph is not None and graph.guards.hold():
+            return graph
+        if graph is None and key in self.graphs:
+            return None
+        if self.captures >= MAX_GRAPHS:
+            return self._warn(
+                call, f"it was captured {MAX_GRAPHS} times, for other arguments or programs"
+            )
+        try:
+            graph = build(call, self.mode)
+            graph.guards.register()
+        except CannotCapture as reason:
+            graph = self._warn(call, str(reason))
+        self.captures += 1
+        self.graphs[key] = graph
+        return graph
+
+    def _warn(self, call: Call, reason: str) -> Graph | None:
+        """Warn at the first time. Returns None."""
+        if self._warns:
+            name = getattr(call.owner, "__name__", type(call.owner).__name__)
+            warnings.warn(f"{name} runs uncaptured: {reason}", stacklevel=4)
+            self._warns = False
+        return None
+
+
+def _only_records(handler: Messenger) -> bool:
+    return isinstance(handler, TraceMessenger) and handler.param_only

@@ -1,175 +1,176 @@
-"""What a captured graph takes for granted, to be looked at before each use.
+"""Guards of a captured graph, rechecked before each replay.
 
-The modules that took part: of which parts they are made, where their tensors are, what their plain
-attributes say; and the parameters under their names in Pyro's store.
+They cover the modules that the graph uses (their parts, the layout of their tensors, their plain
+attributes) and the parameters under their names in Pyro's store.
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from operator import attrgetter
+from typing import Any, NamedTuple
 from weakref import ref
 
 import pyro
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Granted", "Used", "is_plain", "place", "token"]
+# A dictionary, a key, and the object that must stay there.
+Entry = tuple[dict[Any, Any], Any, Any]
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_properties = attrgetter("shape", "dtype", "device", "requires_grad")
+_PARTS = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
 
 
-class Granted:
-    """How things are at its making.
+class StoredParameter(NamedTuple):
+    """A parameter of Pyro's store."""
+
+    name: str
+    value: Tensor  # unconstrained
+    in_module: bool
+
+
+class Guards:
+    """State recorded at capture time.
 
     Args:
         leaves: tensors that the loss has gradients of.
-        params: of Pyro's store: name, unconstrained value, and whether that is a module's parameter
-            as it stands.
-        modules: those that take part.
-        parts: dictionaries that must hold the same object under a name.
+        parameters: those that the call registers in Pyro's store.
+        modules: those that the graph uses.
+        entries: further objects that must stay in their place.
     """
 
     def __init__(
         self,
         leaves: list[Tensor],
-        params: list[tuple[str, Tensor, bool]],
+        parameters: list[StoredParameter],
         modules: list[nn.Module],
-        parts: list[tuple[dict[Any, Any], Any, Any]],
+        entries: list[Entry],
     ) -> None:
-        self._params = params
-        # What is looked at before each use: what must be the same object, what must be equal, of
-        # how many entries, and where each tensor is.
-        made_of = [part for m in modules for part in _parts(m)]
-        self._sizes = [(part, len(part)) for part in made_of]
-        self._same = [*parts, *((part, k, v) for part in made_of for k, v in part.items())]
-        self._same += [
-            (vars(m), k, v) for m in modules for k, v in vars(m).items() if isinstance(v, Tensor)
-        ]
-        self._equal = [(vars(m), k, v) for m in modules for k, v in vars(m).items() if is_plain(v)]
-        tensors = [*leaves, *(v for _, _, v in self._same if isinstance(v, Tensor))]
-        self._places = [(t, place(t)) for t in {id(t): t for t in tensors}.values()]
+        self._parameters = parameters
+        parts = [getattr(m, name) for m in modules for name in _PARTS]
+        attributes = [(vars(m), k, v) for m in modules for k, v in vars(m).items()]
+        self._sizes = [(part, len(part)) for part in parts]
+        self._entries = [*entries, *((part, k, v) for part in parts for k, v in part.items())]
+        self._entries += [entry for entry in attributes if isinstance(entry[2], Tensor)]
+        self._plain = [entry for entry in attributes if is_plain(entry[2])]
+        objects = [*leaves, *(x for _, _, x in self._entries)]
+        self._tensors = list({id(x): x for x in objects if isinstance(x, Tensor)}.values())
+        self._layouts = [*map(_properties, self._tensors)], [*map(Tensor.stride, self._tensors)]
+        self._on_gpu = [x for x in self._tensors if x.is_cuda]
+        self._addresses = [*map(Tensor.data_ptr, self._on_gpu)]  # which a CUDA graph uses
 
-    def is_current(self) -> bool:
-        """Whether all is as it was. The parameters are registered in Pyro's store on the way."""
-        # Plain loops: this is done at every step.
+    def hold(self) -> bool:
+        """Whether nothing has changed. If so, the parameters are registered in Pyro's store."""
+        # Plain loops and maps, because this runs at every step.
         for part, size in self._sizes:
             if len(part) != size:
                 return False
-        for part, name, value in self._same:
-            if part.get(name) is not value:
+        for part, key, value in self._entries:
+            if part.get(key) is not value:
                 return False
-        for part, name, value in self._equal:
-            now = part.get(name)
-            if now is not value and now != value:
+        for part, key, value in self._plain:
+            now = part.get(key)
+            if now is not value and (type(now) is not type(value) or now != value):
                 return False
-        for tensor, was in self._places:
-            if place(tensor) != was:
-                return False
-        return self.register()
+        properties, strides = self._layouts
+        return (
+            [*map(_properties, self._tensors)] == properties
+            and [*map(Tensor.stride, self._tensors)] == strides
+            and [*map(Tensor.data_ptr, self._on_gpu)] == self._addresses
+            and self.register()
+        )
 
     def register(self) -> bool:
-        """As model and guide would, for whoever traces them, and for what `SVI` optimizes.
+        """Register the parameters as model and guide do, for `SVI` and other handlers to see.
 
         Returns:
-            False where the store has another parameter of that name, or has lost one that it alone
-            knows how to make.
+            False if the store holds another parameter of that name, or has lost one that no module
+            holds.
         """
         store = pyro.get_param_store()
-        for name, leaf, plain in self._params:
-            if name in store:
-                value = pyro.param(name)
-            elif plain:
-                value = pyro.param(name, leaf)
-            else:
+        for name, value, in_module in self._parameters:
+            if name not in store and not in_module:
                 return False
-            if value.unconstrained() is not leaf:
+            found = pyro.param(name) if name in store else pyro.param(name, value)
+            if found.unconstrained() is not value:
                 return False
         return True
 
 
-class Used:
-    """The modules of the programs and all called within, and how they were before.
+@contextmanager
+def watch_modules(
+    functions: Iterable[Any], keep: Callable[[Iterable[Tensor]], object]
+) -> Iterator[dict[int, nn.Module]]:
+    """Collect the modules of some functions, and all modules that are called in the block.
 
-    Attributes:
-        modules: in the order of their first use.
+    Args:
+        keep: called with the buffers of each module before its first call in the block.
+
+    Yields:
+        The modules by their id.
     """
+    modules: dict[int, nn.Module] = {}
 
-    def __init__(self, *programs: Any) -> None:
-        self.modules: list[nn.Module] = []
-        self._buffers: list[tuple[Tensor, Tensor]] = []
-        for program in programs:
-            for value in (program, *_closed_over(program)):
-                owner = getattr(value, "__self__", value)
-                if isinstance(owner, nn.Module):
-                    self._see(owner)
-
-    def __enter__(self) -> None:
-        self._hook = nn.modules.module.register_module_forward_pre_hook(self._see)
-
-    def __exit__(self, *error: object) -> None:
-        self._hook.remove()
-
-    def _see(self, module: nn.Module, args: Any = ()) -> None:
+    def add(module: nn.Module, args: Any = ()) -> None:
         for part in module.modules():
-            if not any(part is other for other in self.modules):
-                self.modules.append(part)
-                self._buffers += [(b, b.detach().clone()) for b in part.buffers(recurse=False)]
+            if id(part) not in modules:
+                modules[id(part)] = part
+                keep(part.buffers(recurse=False))
 
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Buffers, such as the running means of a batch normalization."""
-        for buffer, value in self._buffers:
-            buffer.copy_(value)
-
-
-def _closed_over(program: Any) -> list[Any]:
-    """What a function reads from around it."""
+    for function in functions:
+        for value in (function, *_closure(function)):
+            owner = getattr(value, "__self__", value)
+            if isinstance(owner, nn.Module):
+                add(owner)
+    hook = nn.modules.module.register_module_forward_pre_hook(add)
     try:
-        variables = inspect.getclosurevars(program)
-    except TypeError:  # it is no Python function
+        yield modules
+    finally:
+        hook.remove()
+
+
+def _closure(function: Any) -> list[Any]:
+    """Values that a function reads from its closure and from global variables."""
+    try:
+        variables = inspect.getclosurevars(function)
+    except (TypeError, ValueError):  # not a Python function; a variable without a value
         return []
     values = [*variables.nonlocals.values(), *variables.globals.values()]
     return [value() if isinstance(value, ref) else value for value in values]
 
 
-def _parts(module: nn.Module) -> list[dict[Any, Any]]:
-    """What a module is made of."""
-    return [
-        module._modules,
-        module._parameters,
-        module._buffers,
-        module._forward_hooks,
-        module._forward_pre_hooks,
-    ]
-
-
 def is_plain(value: Any) -> bool:
-    """Whether a value is compared at a glance, and changes by being replaced alone."""
+    """Whether a value is immutable and quickly compared."""
     if isinstance(value, tuple):
         return all(is_plain(part) for part in value)
     return isinstance(value, _PLAIN)
 
 
-class _Same:
-    """Stands for an object in a key: equal to itself alone."""
+class _Identity:
+    """Stands for an object in a key, and equals only itself."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
+        return isinstance(other, _Identity) and self.value is other.value
 
     def __hash__(self) -> int:
         return id(self.value)
 
 
-def token(value: Any) -> Any:
-    """A value's part of a key. (0.0 equals −0.0, and True equals 1.)"""
-    return (type(value), repr(value)) if is_plain(value) else _Same(value)
+def value_key(value: Any) -> Any:
+    """A hashable stand-in for a value: if it is plain, type and text; otherwise its identity.
+
+    The text distinguishes 0.0 from −0.0, the type True from 1.
+    """
+    return (type(value), repr(value)) if is_plain(value) else _Identity(value)
 
 
-def place(tensor: Tensor) -> tuple[Any, ...]:
-    """All but the values; in CUDA graphs addresses are fixed."""
-    address = tensor.data_ptr() if tensor.is_cuda else None
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad, address
+def layout(tensor: Tensor) -> tuple[Any, ...]:
+    """All that a graph depends on except the values."""
+    return _properties(tensor), tensor.stride()

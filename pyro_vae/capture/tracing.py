@@ -1,9 +1,8 @@
-"""A function of tensors → the graph of its operations, compiled or not.
+"""From a function of tensors to the graph of its operations, and to compiled code.
 
-The graph is recorded by make_fx while the function runs. What Python makes of tensors' values would
-be a constant of it, so that reading them is refused, but for what Pyro's ELBOs read only to report
-it. Tensors that are no arguments, such as parameters, are taken by reference: the graph sees their
-values of the moment.
+make_fx records the operations while the function runs. Tensors that are not arguments, such as
+parameters, enter the graph by reference: every run reads their current values. A number that Python
+code computes from a tensor would become a constant of the graph, so `CannotCapture` is raised.
 """
 
 from __future__ import annotations
@@ -20,78 +19,120 @@ from pyro.infer.util import torch_item
 from pyro.util import warn_if_inf, warn_if_nan
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["Replayed", "Unfit", "compiled", "reason", "record"]
 
-
-class Unfit(Exception):
-    """Why something cannot be captured."""
-
-
-def record(run: Callable[..., Any], inputs: list[Tensor]) -> Callable[..., Any]:
-    """The graph of a function of tensors."""
-
-    def watched(*inputs: Tensor) -> Any:
-        with _Fresh():
-            return run(*inputs)
-
-    # Of their own, since make_fx knows a tensor by its identity: one that is given twice, or that a
-    # module holds too, would be taken for the same in all later calls.
-    own = [x.clone() for x in inputs]
-    with _items_stay_tensors(), pyro.validation_enabled(False):
-        return make_fx(watched)(*own)
-
-
-def compiled(graph: Callable[..., Any], inputs: list[Tensor]) -> Callable[..., Any]:
-    """The graph compiled.
-
-    Raises:
-        Unfit: it cannot be, as where the machine has no compiler.
-    """
-    options: dict[str, Any] = {"fallback_random": True}  # random numbers as eager torch draws them
-    if hasattr(torch.compiler, "skip_all_guards_unsafe"):  # whoever calls it looks for changes
-        options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
-    compiled = torch.compile(graph, dynamic=False, options=options)
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of the compiler, on how it goes about it
-            compiled(*inputs)
-    except Exception as error:
-        raise Unfit(reason(error)) from None
-    return compiled
+class CannotCapture(Exception):
+    """A call has no graph. The message is the reason."""
 
 
 @contextmanager
-def _items_stay_tensors() -> Iterator[None]:
-    """Pyro's ELBOs take the loss's value as a number, and look whether it is one."""
-    substitutes: dict[Any, Any] = {
-        torch_item: lambda x: x.detach() if isinstance(x, Tensor) else x,
-        warn_if_nan: lambda value, *args, **kwargs: value,
-        warn_if_inf: lambda value, *args, **kwargs: value,
-    }
-    names = {function.__name__: function for function in substitutes}
-    replaced = [
-        (module, name, function)
+def errors_of_torch() -> Iterator[None]:
+    """Turn an error by which make_fx, torch.compile or CUDA reject a function into CannotCapture.
+
+    They raise RuntimeError, of which NotImplementedError and TorchDynamoException are subclasses.
+    An exception of any other type is a fault, and is not caught.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        first_line = str(error).strip().partition("\n")[0]
+        name = type(error).__name__
+        raise CannotCapture(f"{name}: {first_line}" if first_line else name) from error
+
+
+def trace_graph(function: Callable[..., Any], inputs: list[Tensor]) -> Callable[..., Any]:
+    """Record the graph of a function of tensors.
+
+    Raises:
+        CannotCapture: the function reads the values of a tensor.
+        RuntimeError: make_fx cannot record the function.
+    """
+
+    def watched(*inputs: Tensor) -> Any:
+        with _NoExport(), _NoReads():
+            return function(*inputs)
+
+    # make_fx knows a tensor by its identity. Without copies, an argument that is given twice, or
+    # that a module also holds, would be the same tensor in every later run.
+    copies = [x.clone() for x in inputs]
+    with _reported_values_stay_tensors(), pyro.validation_enabled(False):
+        return make_fx(watched)(*copies)
+
+
+def compile_graph(graph: Callable[..., Any], inputs: list[Tensor]) -> Callable[..., Any]:
+    """Compile a graph with torch.compile.
+
+    Raises:
+        CannotCapture: torch.compile fails, for example because the machine has no compiler.
+    """
+    options: dict[str, Any] = {"fallback_random": True}  # the same random numbers as in eager mode
+    if hasattr(torch.compiler, "skip_all_guards_unsafe"):  # `Guards` check what can change
+        options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
+    with errors_of_torch(), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the compiler's, about its own settings
+        compiled = torch.compile(graph, dynamic=False, options=options)
+        compiled(*inputs)
+    return compiled
+
+
+class CudaGraph:
+    """A graph as a CUDA graph: each run copies the inputs and launches all kernels at once.
+
+    Raises:
+        CannotCapture: the graph contains an operation that CUDA cannot record.
+    """
+
+    def __init__(self, run: Callable[..., Any], inputs: list[Tensor]) -> None:
+        self.inputs = [x.clone() for x in inputs]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.no_grad(), torch.cuda.stream(stream):
+            for _ in range(3):  # initialization at first use must not be recorded
+                run(*self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with errors_of_torch(), torch.no_grad(), torch.cuda.graph(self.graph):
+            self.outputs = run(*self.inputs)
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        for own, new in zip(self.inputs, inputs, strict=True):
+            own.copy_(new)
+        self.graph.replay()
+        # The next replay overwrites the outputs.
+        return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.outputs)
+
+
+@contextmanager
+def _reported_values_stay_tensors() -> Iterator[None]:
+    """Pyro's ELBOs read their loss as a number, and check it for NaN, only to report it."""
+    substitutes: list[tuple[Any, Any]] = [
+        (torch_item, lambda x: x.detach() if isinstance(x, Tensor) else x),
+        (warn_if_nan, lambda value, *args, **kwargs: value),
+        (warn_if_inf, lambda value, *args, **kwargs: value),
+    ]
+    replaced: list[tuple[Any, Any, Any]] = [
+        (module, function, substitute)
         for module in list(sys.modules.values())
-        for name, function in names.items()
-        if getattr(module, "__dict__", {}).get(name) is function
+        for function, substitute in substitutes
+        if getattr(module, "__dict__", {}).get(function.__name__) is function
     ]
     try:
-        for module, name, function in replaced:
-            setattr(module, name, substitutes[function])
+        for module, function, substitute in replaced:
+            setattr(module, function.__name__, substitute)
         yield
     finally:
-        for module, name, function in replaced:
-            setattr(module, name, function)
+        for module, function, _ in replaced:
+            setattr(module, function.__name__, function)
 
 
-class _Fresh(TorchDispatchMode):
-    """Refuses to read, into Python, a tensor that was there before.
+class _NoReads(TorchDispatchMode):
+    """Raises CannotCapture where an operation reads the values of a tensor that existed before.
 
-    Of a tensor made within, make_fx knows whether it is a constant. Of parameters it does not ask.
+    For tensors made inside, make_fx knows whether they are constants. It does not check parameters.
     """
 
     def __init__(self) -> None:
@@ -100,12 +141,11 @@ class _Fresh(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if torch.Tag.data_dependent_output in func.tags and any(
-            t not in self.made for t in tensors
-        ):
-            raise Unfit(f"its course depends on the values of a tensor, through {func}")
+        old = any(t not in self.made for t in tensors)
+        if torch.Tag.data_dependent_output in func.tags and old:
+            raise CannotCapture(f"its control flow depends on the values of a tensor, in {func}")
         if torch.Tag.dynamic_output_shape in func.tags and not _indexes(func, tensors):
-            raise Unfit(f"a shape in it depends on the values of a tensor, through {func}")
+            raise CannotCapture(f"a shape in it depends on the values of a tensor, in {func}")
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -113,35 +153,16 @@ class _Fresh(TorchDispatchMode):
         return result
 
 
-class Replayed:
-    """A graph as a CUDA graph: the inputs are copied to its own, and one launch does it all."""
+class _NoExport(TorchFunctionMode):
+    """Raises CannotCapture where the values of a tensor leave torch, which no operation records."""
 
-    def __init__(self, run: Callable[..., Any], inputs: list[Tensor]) -> None:
-        self.inputs = [x.clone() for x in inputs]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.no_grad(), torch.cuda.stream(stream):
-            for _ in range(3):  # what is set up at first use must not be captured
-                run(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self.graph):
-            self.outputs = run(*self.inputs)
-
-    def __call__(self, *inputs: Tensor) -> Any:
-        for own, new in zip(self.inputs, inputs, strict=True):
-            own.copy_(new)
-        self.graph.replay()
-        # The next replay writes over them.
-        return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.outputs)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.numpy, Tensor.tolist, Tensor.__array__):
+            raise CannotCapture(f"it reads the values of a tensor, in Tensor.{func.__name__}")
+        return func(*args, **(kwargs or {}))
 
 
 def _indexes(func: Any, tensors: list[Tensor]) -> bool:
-    """Whether an operation takes elements by their numbers, whose shape is that of the numbers."""
+    """Whether an operation selects elements by integer indices, which determine its shape."""
     integers = (torch.int64, torch.int32, torch.int16, torch.int8)
     return func is torch.ops.aten.index.Tensor and all(t.dtype in integers for t in tensors[1:])
-
-
-def reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return ": ".join([type(error).__name__, *lines[:1]])

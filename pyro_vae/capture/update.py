@@ -1,103 +1,110 @@
-"""An optimizer's step as the end of a graph of loss and gradient."""
+"""Adam's update as tensor operations, to be part of a captured step.
+
+    g ← g · min(1, max_norm / ‖g‖)
+    m ← β₁ m + (1 − β₁) g,    v ← β₂ v + (1 − β₂) g²
+    θ ← θ − lr / (1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + ε)
+
+"Adam: A Method for Stochastic Optimization" (arXiv:1412.6980), after clipping by the global norm.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .guards import Entry
 from .optimizer import OneOptimizer
-from .tracing import Unfit
+from .tracing import CannotCapture
 
-__all__ = ["Update", "gradients_aside"]
+# Settings of torch.optim.Adam that `AdamUpdate` does not have.
+_OFF = ("weight_decay", "decoupled_weight_decay", "amsgrad", "maximize", "differentiable")
 
 
-class Update:
-    """An optimizer's step behind a graph of loss and gradient, with which it makes one graph.
+def adam_settings(optimizer: OneOptimizer) -> tuple[float, float, float] | None:
+    """β₁, β₂ and ε, which are constants of a graph; None if `AdamUpdate` would be wrong."""
+    group, *others = optimizer.optimizer.param_groups
+    if type(optimizer.optimizer) is not torch.optim.Adam or others:
+        return None
+    return None if any(group.get(name) for name in _OFF) else (*group["betas"], group["eps"])
 
-    Args:
-        graph: inputs → loss, gradients of the leaves, what is observed.
-        gradients: of a run; None for a leaf that has none.
+
+class AdamUpdate:
+    """Adam's update of the parameters that have a gradient.
+
+    Attributes:
+        moments: t, m and v of each parameter, as torch names them: `step`, `exp_avg` and
+            `exp_avg_sq`. They are initialized as torch would, if missing.
+        changes: all tensors that the update changes.
 
     Raises:
-        Unfit: why the optimizer's step cannot be a part of a graph.
+        CannotCapture: the update would not equal the optimizer's step.
     """
 
-    def __init__(
-        self,
-        optimizer: OneOptimizer,
-        graph: Callable[..., Any],
-        leaves: list[Tensor],
-        gradients: tuple[Tensor | None, ...],
-    ) -> None:
-        self.optimizer, self.graph = optimizer, graph
-        self.taken = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        self.leaves = [leaves[i] for i in self.taken]
+    def __init__(self, optimizer: OneOptimizer, parameters: list[Tensor]) -> None:
+        self.optimizer, self.parameters = optimizer, parameters
         known = {id(p) for p in optimizer.parameters}
-        if optimizer.settings() is None or not {id(leaf) for leaf in self.leaves} <= known:
-            raise Unfit("its optimizer is not plain Adam over all parameters")
-        self.states = optimizer.moments(self.leaves)
-        if len({(leaf.dtype, leaf.device) for leaf in self.leaves}) != 1:
-            raise Unfit("its parameters are of several types or on several devices")
-        if len({state["step"].item() for state in self.states}) != 1:
-            raise Unfit("its parameters have been updated some more often than others")
-        changed = [*self.leaves, *(x for state in self.states for x in state.values())]
-        self._kept = [(x, x.detach().clone()) for x in changed]
+        if adam_settings(optimizer) is None or not {id(p) for p in parameters} <= known:
+            raise CannotCapture("its optimizer is not plain Adam over all parameters")
+        if len({(p.dtype, p.device) for p in parameters}) != 1:
+            raise CannotCapture("its parameters are of several types or on several devices")
+        group, state = optimizer.optimizer.param_groups[0], optimizer.optimizer.state
+        for p in parameters:
+            if not state[p]:
+                device = p.device if group["capturable"] or group["fused"] else "cpu"
+                state[p]["step"] = torch.zeros((), device=device)
+                state[p]["exp_avg"] = torch.zeros_like(p)
+                state[p]["exp_avg_sq"] = torch.zeros_like(p)
+        self.moments = [state[p] for p in parameters]
+        if len({moments["step"].item() for moments in self.moments}) != 1:
+            raise CannotCapture("some of its parameters have been updated more often than others")
+        self.changes = [*parameters, *(x for moments in self.moments for x in moments.values())]
 
-    def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
-        """(*inputs, numbers) → loss, norm of the gradient, what is observed."""
-        with torch.no_grad(), torch.autocast(self.leaves[0].device.type, enabled=False):
-            value, gradients, observed = self.graph(*inputs[:-1])
-            gradients = [gradients[i] for i in self.taken]
-            return value, self.optimizer.update(self.leaves, gradients, inputs[-1]), observed
-
-    def numbers(self) -> Tensor:
-        return self.optimizer.numbers(self.leaves[0])
-
-    def parts(self) -> list[tuple[dict[Any, Any], Any, Any]]:
-        """Where the optimizer holds the tensors that the graph changes."""
+    def entries(self) -> list[Entry]:
+        """Where the optimizer holds these tensors, for `Guards`."""
         state = self.optimizer.optimizer.state
-        places: list[tuple[dict[Any, Any], Any, Any]] = [
-            (vars(self.optimizer.optimizer), "state", state)
-        ]
-        for leaf, part in zip(self.leaves, self.states, strict=True):
-            places += [(state, leaf, part), *((part, name, x) for name, x in part.items())]
-        return places
+        entries: list[Entry] = [(vars(self.optimizer.optimizer), "state", state)]
+        for p, moments in zip(self.parameters, self.moments, strict=True):
+            entries += [(state, p, moments), *((moments, k, x) for k, x in moments.items())]
+        return entries
+
+    def scalars(self) -> Tensor:
+        """lr / (1 − β₁ᵗ), 1 / √(1 − β₂ᵗ) and the largest norm, (3,).
+
+        They are an input of the graph: inside, the compiler would repeat them for every element.
+        """
+        group, p = self.optimizer.optimizer.param_groups[0], self.parameters[0]
+        beta1, beta2 = group["betas"]
+        t = self.moments[0]["step"].item() + 1
+        rate, correction = group["lr"] / (1 - beta1**t), (1 - beta2**t) ** -0.5
+        values = [rate, correction, self.optimizer.max_norm]
+        return torch.tensor(values, dtype=p.dtype, device=p.device)
 
     @torch.no_grad()
-    def restore(self) -> None:
-        for x, value in self._kept:
-            x.copy_(value)
+    def __call__(self, gradients: list[Tensor], scalars: Tensor) -> Tensor:
+        """Update parameters and moments in place, unless the norm of the gradient is not finite.
 
-    def forget(self) -> None:
-        """How things were before, once they are restored: another copy of all parameters."""
-        self._kept.clear()
-
-    @torch.no_grad()
-    def changed(self, step: Callable[[], Any]) -> list[Tensor]:
-        """What a step makes of parameters and moments."""
-        step()
-        return [x.detach().clone() for x, _ in self._kept]
-
-    def own_step(self, gradients: tuple[Any, ...]) -> None:
-        """The optimizer's, by the same gradients."""
-        with gradients_aside(self.optimizer.parameters):
-            for leaf, i in zip(self.leaves, self.taken, strict=True):
-                leaf.grad = gradients[i].clone()
-            self.optimizer(self.leaves)
-
-
-@contextmanager
-def gradients_aside(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Within, the tensors have no gradient; afterwards, the one that they had."""
-    kept = [x.grad for x in tensors]
-    try:
-        for x in tensors:
-            x.grad = None
-        yield
-    finally:
-        for x, gradient in zip(tensors, kept, strict=True):
-            x.grad = gradient
+        Returns:
+            The norm of the gradient before clipping, ().
+        """
+        rate, correction, max_norm = scalars.unbind()
+        group: dict[str, Any] = self.optimizer.optimizer.param_groups[0]
+        (beta1, beta2), eps = group["betas"], group["eps"]
+        norms = [torch.linalg.vector_norm(g) for g in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        finite = norm.isfinite()
+        clip = torch.where(norm > max_norm, max_norm / (norm + 1e-6), 1.0)
+        for p, gradient, moments in zip(self.parameters, gradients, self.moments, strict=True):
+            g = gradient * clip
+            mean = moments["exp_avg"].lerp(g, 1 - beta1)
+            square = (moments["exp_avg_sq"] * beta2).addcmul(g, g, value=1 - beta2)
+            step = rate * mean / (square.sqrt() * correction + eps)
+            for old, new in (
+                (p, p - step),
+                (moments["exp_avg"], mean),
+                (moments["exp_avg_sq"], square),
+                (moments["step"], moments["step"] + 1),
+            ):
+                old.copy_(torch.where(finite, new, old))
+        return norm

@@ -19,7 +19,8 @@ import itertools
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..capture.update import gradients_aside
 from ..memory import Callback, ignore
 from .intervals import Interval
 
@@ -166,7 +166,7 @@ def measure_gradients(
             torch.cuda.synchronize(x.device)
 
     store, seconds = pyro.get_param_store(), []
-    with gradients_aside(every), store.scope(store.get_state()):
+    with _gradients_kept(every), store.scope(store.get_state()):
         memory = _memory(step, x.device)  # with Pyro's validation as it is set
         with pyro.validation_enabled(False):
             for _ in range(BLOCKS * per_block):
@@ -283,3 +283,16 @@ class _Allocations(TorchDispatchMode):
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def _gradients_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """In the block, the tensors have no gradient; afterwards they have their own again."""
+    kept = [x.grad for x in tensors]
+    try:
+        for x in tensors:
+            x.grad = None
+        yield
+    finally:
+        for x, gradient in zip(tensors, kept, strict=True):
+            x.grad = gradient

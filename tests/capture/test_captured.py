@@ -16,6 +16,7 @@ import typing
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -25,6 +26,8 @@ from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import (
     SVI,
+    JitTrace_ELBO,
+    JitTraceMeanField_ELBO,
     RenyiELBO,
     Trace_ELBO,
     TraceEnum_ELBO,
@@ -33,18 +36,20 @@ from pyro.infer import (
     config_enumerate,
 )
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.util import torch_item
 from torch import Tensor, nn
 
 import pyro_vae
-from pyro_vae import memory as chunks
 from pyro_vae.capture.captured import Captured, CapturedFunction, Observer, capture
 from pyro_vae.capture.optimizer import OneOptimizer
 from pyro_vae.config import KL_WEIGHTED, Objective
 from pyro_vae.models.linear_gaussian import LinearGaussian
 from pyro_vae.objectives import importance_weighted as weighted
+from pyro_vae.objectives import particles
 from pyro_vae.objectives.registry import objective
 
-captures = importlib.import_module("pyro_vae.capture.graph")
+build = importlib.import_module("pyro_vae.capture.build")
+capturing = importlib.import_module("pyro_vae.capture.captured")
 
 ROWS = 6
 
@@ -118,21 +123,34 @@ def rows(count: int = ROWS, seed: int = 5) -> Tensor:
 
 
 class Step(NamedTuple):
-    """A loss and its gradients, and the next random number."""
+    """A loss and its gradients, the next random number, and what an observer returns."""
 
     loss: float
     gradients: list[Tensor | None]
     next: Tensor
+    observed: tuple[Tensor, ...]
 
 
 def step(elbo: Any, program: Any, *args: Any, seed: int = 1, **kwargs: Any) -> Step:
     for p in program.parameters():
         p.grad = None
     torch.manual_seed(seed)
-    loss = elbo.loss_and_grads(program.model, program.guide, *args, **kwargs)
+    loss, *observed = with_observed(
+        elbo.loss_and_grads(program.model, program.guide, *args, **kwargs)
+    )
     parameters = list(program.parameters())
     gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
-    return Step(loss, gradients, torch.rand((), device=parameters[0].device))
+    return Step(loss, gradients, torch.rand((), device=parameters[0].device), tuple(observed))
+
+
+def with_observed(value: Any) -> tuple[Any, ...]:
+    """A loss in a tuple, as it comes with an observer."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def weight(value: float) -> Tensor:
+    """The KL weight of a step."""
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def same(one: Step, other: Step, tolerance: float = 1e-5) -> None:
@@ -325,23 +343,26 @@ def test_compiled_step_within_training(digits):
     """One graph: fresh draws, an observer, weights that move, and a KL weight that does."""
     vae, x = digits_vae(digits)
     elbo = objective("trace", 1, 1)
-    captured = capture(elbo, "compiled", Sites())
-    same(step(captured, vae, x), step(elbo, vae, x))
-    check_draws(captured, vae, x)
-    check_observed(captured, vae, x)
-    for weight in (1.0, 0.25):
-        elbo.kl_weight = weight
-        check_training(elbo, captured, vae, x, one_optimizer, 1e-4)
+    captured = capture(elbo, "compiled", Totals())
+    same(step(captured, vae, x, kl_weight=weight(1)), step(elbo, vae, x))
+    check_draws(captured, vae, x, kl_weight=weight(1))
+    check_observed(captured, vae, x, kl_weight=weight(1))
+    for value in (1.0, 0.25):
+        kl_weight = {"kl_weight": weight(value)}
+        check_training(elbo, captured, vae, x, one_optimizer, 1e-4, **kl_weight)
     assert captured.captures == 1
 
 
 # --- draws ----------------------------------------------------------------------------------------
 
 
-def check_draws(captured: Captured, program: Any, x: Tensor) -> None:
+def check_draws(captured: Captured, program: Any, x: Tensor, **kwargs: Any) -> None:
     def losses(seed: int) -> list[float]:
         torch.manual_seed(seed)
-        return [captured.loss_and_grads(program.model, program.guide, x) for _ in range(5)]
+        values = [
+            captured.loss_and_grads(program.model, program.guide, x, **kwargs) for _ in range(5)
+        ]
+        return [with_observed(value)[0] for value in values]
 
     first = losses(3)
     assert len(set(first)) == 5
@@ -364,12 +385,12 @@ def pyro_optimizer(program: Any) -> Any:
     return pyro.optim.Adam({"lr": 0.01})
 
 
-def trained(elbo: Any, program: Any, x: Tensor, optimizer: Callable[..., Any]):
+def trained(elbo: Any, program: Any, x: Tensor, optimizer: Callable[..., Any], **kwargs: Any):
     """Losses, all values and the store's names, after 20 steps."""
     pyro.clear_param_store()
     svi = SVI(program.model, program.guide, optimizer(program), elbo)
     torch.manual_seed(2)
-    losses = [svi.step(x) for _ in range(20)]
+    losses = [with_observed(svi.step(x, **kwargs))[0] for _ in range(20)]
     return losses, copy.deepcopy(program.state_dict()), set(pyro.get_param_store().keys())
 
 
@@ -380,6 +401,7 @@ def check_training(
     x: Tensor,
     optimizer: Callable[..., Any],
     tolerance: float,
+    **kwargs: Any,
 ) -> None:
     start = copy.deepcopy(program.state_dict())
     runs = []
@@ -387,7 +409,7 @@ def check_training(
         program.load_state_dict(start)
         for p in program.parameters():
             p.grad = None
-        runs.append(trained(loss, program, x, optimizer))
+        runs.append(trained(loss, program, x, optimizer, **kwargs))
     program.load_state_dict(start)
     (losses, values, names), (captured_losses, captured_values, captured_names) = runs
     assert captured_losses == pytest.approx(losses, rel=tolerance)
@@ -710,21 +732,42 @@ def test_kl_weight_is_an_input(name):
     elbo, program, x = objective(name, 1, 1), toy(), rows()
     captured = capture(elbo, "graph")
     losses = set()
-    for weight in (1, 0.3, 0.0, 2, 1.0):
-        elbo.kl_weight = weight
-        found = step(captured, program, x)
-        assert elbo.kl_weight is weight
-        same(found, step(elbo, program, x))
+    for value in (1, 0.3, 0.0, 2, 1.0):
+        found = step(captured, program, x, kl_weight=weight(value))
+        same(found, step(elbo, program, x, kl_weight=weight(value)))
         losses.add(found.loss)
     assert len(losses) == 4
+    assert elbo.kl_weight == 1
     assert captured.captures == 1
 
 
-def test_kl_weight_in_double_precision():
+@pytest.mark.parametrize("name", [n for n in KL_WEIGHTED if n != "beta"])
+def test_kl_weight_that_is_a_number_is_part_of_the_graph(name):
+    """As an argument and as an attribute of the ELBO, which holds where a step gives none."""
+    elbo, program, x = objective(name, 1, 1), toy(), rows()
+    captured = capture(elbo, "graph")
+    losses = set()
+    for value, expected in ((1, 1), (0.3, 2), (0.0, 3), (0.3, 3)):
+        found = step(captured, program, x, kl_weight=value)
+        same(found, step(elbo, program, x, kl_weight=weight(value)))
+        losses.add(found.loss)
+        assert captured.captures == expected
+    for value, expected in ((1, 4), (0.3, 5), (0.0, 6), (0.3, 6)):
+        elbo.kl_weight = value
+        found = step(captured, program, x)
+        same(found, step(objective(name, 1, 1), program, x, kl_weight=weight(value)))
+        losses.add(found.loss)
+        assert captured.captures == expected
+    assert len(losses) == 3
+
+
+@pytest.mark.parametrize("as_argument", [True, False])
+def test_kl_weight_in_double_precision(as_argument):
     elbo, program, x = objective("trace", 1, 1), toy().double(), rows().double()
     program.shift = program.shift.double()
-    elbo.kl_weight = 0.3
-    check(elbo, program, x, tolerance=1e-12)
+    kwargs = {"kl_weight": weight(0.3)} if as_argument else {}
+    elbo.kl_weight = 1.0 if as_argument else 0.3
+    check(elbo, program, x, tolerance=1e-12, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -855,7 +898,7 @@ class Boxed(Factor):
 
 
 def test_argument_whose_change_could_not_be_seen():
-    reason = "whether an argument has changed cannot be told of a Box"
+    reason = "changes inside an argument go unseen: Box"
     check_falls_back(Trace_ELBO(), Boxed(), Box(rows()), reason=reason)
 
 
@@ -953,17 +996,35 @@ class Masked(Factor):
         return (self.w.expand_as(x)[x > 0] * x[x > 0]).square().sum()
 
 
+class OnList(Factor):
+    def loss(self, x: Tensor) -> Tensor:
+        return self.w.square().sum() * sum(x[0].tolist())
+
+
+class OnArray(Factor):
+    def loss(self, x: Tensor) -> Tensor:
+        return self.w.square().sum() * float(np.asarray(x).sum())
+
+
+class OnNumbers(Factor):
+    def loss(self, x: Tensor) -> Tensor:
+        return self.w.square().sum() * float(x.numpy()[0].sum())
+
+
 @pytest.mark.parametrize(
     ("program", "reason"),
     [
         (OnDraw, ".*value"),
-        (OnParameter, "its course depends on the values of a tensor"),
+        (OnParameter, "its control flow depends on the values of a tensor"),
         (OnPartOfParameter, ".*value"),
         (OnArgument, ".*value"),
         (Masked, "a shape in it depends on the values of a tensor"),
+        (OnList, "it reads the values of a tensor, in Tensor.tolist"),
+        (OnArray, "it reads the values of a tensor, in Tensor.(numpy|__array__)"),
+        (OnNumbers, "it reads the values of a tensor, in Tensor.numpy"),
     ],
 )
-def test_course_that_depends_on_values(program, reason):
+def test_control_flow_that_depends_on_values(program, reason):
     torch.manual_seed(0)
     check_falls_back(Trace_ELBO(), program(), rows(), reason=reason)
 
@@ -973,7 +1034,7 @@ def test_unhashable_argument():
         def loss(self, x: Tensor, columns: set[int]) -> Tensor:
             return sum(((self.w * x)[:, i].square().sum() for i in columns), torch.zeros(()))
 
-    reason = "whether an argument has changed cannot be told of a set"
+    reason = "changes inside an argument go unseen: set"
     check_falls_back(Trace_ELBO(), Chosen(), rows(), {0, 2}, reason=reason)
 
 
@@ -1049,7 +1110,7 @@ def test_program_that_is_not_the_same_at_each_run():
 
 def test_argument_that_takes_a_gradient():
     program, x = toy(), rows().requires_grad_()
-    check_falls_back(Trace_ELBO(), program, x, reason="an argument takes a gradient")
+    check_falls_back(Trace_ELBO(), program, x, reason="an argument requires a gradient")
     x.grad = None
     captured = capture(Trace_ELBO(), "eager")
     captured.differentiable_loss(program.model, program.guide, x).backward()
@@ -1057,7 +1118,7 @@ def test_argument_that_takes_a_gradient():
 
 
 def test_more_shapes_than_graphs_are_kept(monkeypatch):
-    monkeypatch.setattr(captures, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(capturing, "MAX_GRAPHS", 2)
     captured, program = capture(Trace_ELBO(), "graph"), toy()
     for count in (2, 3):
         step(captured, program, rows(count))
@@ -1071,7 +1132,7 @@ def test_more_shapes_than_graphs_are_kept(monkeypatch):
 
 def test_particles_in_chunks(monkeypatch):
     """Those that are drawn once more, with the random state set back, cannot be captured."""
-    monkeypatch.setattr(chunks, "MEMORY_VALUES", 2 * rows().numel())
+    monkeypatch.setattr(particles, "VALUES_AT_ONCE", 2 * rows().numel())
     check(objective("trace", 3, 1), toy(), rows())
     check_falls_back(objective("iwae", 3, 1), toy(), rows(), reason="its graph gives another")
 
@@ -1096,8 +1157,102 @@ def test_errors_in_the_capturing_need_no_words(monkeypatch):
     def refuse(run: Any, inputs: list[Tensor]) -> Any:
         raise NotImplementedError
 
-    monkeypatch.setattr(captures, "record", refuse)
+    monkeypatch.setattr(build, "trace_graph", refuse)
     check_falls_back(Trace_ELBO(), toy(), rows(), reason="NotImplementedError")
+
+
+@pytest.mark.parametrize("fault", [TypeError, KeyError, AttributeError, AssertionError])
+@pytest.mark.parametrize(
+    ("step_of_capture", "mode"),
+    [
+        ("trace_graph", "graph"),
+        ("_own_result", "graph"),
+        ("_find_shared", "graph"),
+        ("Guards", "graph"),
+        ("compile_graph", "compiled"),
+    ],
+)
+def test_fault_of_ours_is_raised(fault, step_of_capture, mode, monkeypatch):
+    """In any step of a capture, rather than turned into a warning; random state is restored."""
+    program, x = toy(nn.BatchNorm1d(5)), rows()
+    captured = capture(Trace_ELBO(), mode)
+    before = copy.deepcopy(program.state_dict())
+
+    def raises(*args: Any, **kwargs: Any) -> Any:
+        raise fault("planted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(build, step_of_capture, raises)
+        torch.manual_seed(1)
+        with pytest.raises(fault, match="planted"):
+            captured.loss_and_grads(program.model, program.guide, x)
+        after = torch.rand(())
+        torch.manual_seed(1)
+        assert torch.equal(after, torch.rand(()))
+    assert all(torch.equal(before[key], value) for key, value in program.state_dict().items())
+    captured.graphs.mode = "graph"
+    same(step(captured, program, x), step(Trace_ELBO(), program, x))
+
+
+def test_more_memory_than_there_is(monkeypatch):
+    """Capturing holds two sets of gradients, a step one."""
+
+    def exhausted(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(build, "_own_result", exhausted)
+    check_falls_back(Trace_ELBO(), toy(), rows(), reason="out of memory")
+
+
+@pytest.mark.filterwarnings("ignore:Trace_ELBO runs uncaptured")
+def test_new_parameters_of_a_program_that_cannot_be_captured():
+    """They are drawn by the eager run, as if nothing had been drawn before."""
+
+    def model(x: Tensor) -> None:
+        loc = pyro.param("loc", lambda: torch.randn(4))
+        z = pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+        scale = 2.0 if z.sum() > 0 else 1.0
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("x", dist.Normal(z, scale).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        loc = pyro.param("q", lambda: torch.randn(4))
+        pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    found = []
+    for elbo in (capture(Trace_ELBO(), "graph"), Trace_ELBO()):
+        pyro.clear_param_store()
+        torch.manual_seed(1)
+        loss = torch.tensor(elbo.loss_and_grads(model, guide, rows()))
+        found.append((pyro.param("loc").clone(), pyro.param("q").clone(), torch.rand(()), loss))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_unhashable_model():
+    class Called:
+        __hash__ = None
+
+        def __init__(self, program: Any) -> None:
+            self.program = program
+
+        def __call__(self, x: Tensor) -> None:
+            self.program(x)
+
+    own = toy()
+    program = Functions(Called(own.model), Called(own.guide))
+    step(Trace_ELBO(), program, rows())  # which fills the store
+    check_falls_back(Trace_ELBO(), program, rows(), reason="model and guide must be hashable")
+
+
+def test_elbos_that_use_torch_jit():
+    program = toy()
+    for kind in (JitTrace_ELBO, JitTraceMeanField_ELBO):
+        captured = capture(kind(), "graph")
+        call = captured.call(program.model, program.guide, (rows(),), {})
+        with pytest.warns(UserWarning, match="it uses torch.jit"):
+            graph = captured.graphs.find(call)
+        assert graph is None
 
 
 NO_COMPILER = """
@@ -1252,23 +1407,49 @@ class Sites(Observer):
         return z.detach(), q.entropy().sum(), p.log_prob(x).sum()
 
 
-def check_observed(captured: Captured, program: Any, x: Tensor) -> None:
-    eager = capture(captured.elbo, "eager", Sites())
+class Totals(Sites):
+    """Numbers, as `SVI.step` expects."""
+
+    def observed(self) -> tuple[Tensor, ...]:
+        return tuple(value.sum() for value in super().observed())
+
+
+def check_observed(captured: Captured, program: Any, x: Tensor, **kwargs: Any) -> None:
+    eager = capture(captured.elbo, "eager", type(captured.observer)())
     draws = []
     for seed in (1, 2):
-        for elbo in (captured, eager):
-            step(elbo, program, x, seed=seed)
-        torch.testing.assert_close(captured.observed, eager.observed, rtol=1e-5, atol=1e-5)
-        assert not any(o.requires_grad for o in captured.observed)
-        draws.append(captured.observed[0])
+        found, expected = (
+            step(elbo, program, x, seed=seed, **kwargs).observed for elbo in (captured, eager)
+        )
+        assert len(found) == 3
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert not any(o.requires_grad for o in found)
+        draws.append(found[0])
     assert not torch.equal(*draws)  # nor does a later step write over what was observed
+
+
+@pytest.mark.parametrize("mode", ["graph", "eager"])
+def test_every_method_returns_what_is_observed(mode):
+    """Behind the loss, in a tuple; without an observer the loss comes alone."""
+    program, x = toy(), rows()
+    for method in ("loss", "loss_and_grads", "differentiable_loss"):
+        values = []
+        for observer in (Sites(), None):
+            captured = capture(Trace_ELBO(), mode, observer)
+            torch.manual_seed(1)
+            values.append(getattr(captured, method)(program.model, program.guide, x))
+        (loss, z, entropy, log_likelihood), alone = values
+        assert type(loss) is type(alone) is (Tensor if method == "differentiable_loss" else float)
+        assert torch_item(loss) == torch_item(alone)
+        assert z.shape == (ROWS, 2)
+        assert entropy.shape == log_likelihood.shape == ()
 
 
 def test_observed_is_that_of_the_step(digits):
     vae, x = digits_vae(digits)
     check_observed(capture(objective("trace", 1, 1), "graph", Sites()), vae, x)
     captured = capture(objective("mean-field", 1, 1), "graph", Sites())
-    captured.loss(vae.model, vae.guide, x)
+    assert len(captured.loss(vae.model, vae.guide, x)) == 4
     check_observed(captured, vae, x)
 
 
@@ -1285,8 +1466,9 @@ def test_observed_takes_no_gradient():
             return (self.sites["z"][1],)
 
     captured, program = capture(Trace_ELBO(), "eager", Draw()), toy()
-    step(captured, program, rows())
-    assert not captured.observed[0].requires_grad
+    (z,) = step(captured, program, rows()).observed
+    assert z.shape == (ROWS, 2)
+    assert not z.requires_grad
 
 
 # --- the guard ------------------------------------------------------------------------------------
@@ -1294,13 +1476,13 @@ def test_observed_takes_no_gradient():
 
 def plant(monkeypatch: pytest.MonkeyPatch, alter: Callable[..., Any]) -> None:
     """Graphs whose loss, gradients and observed are altered."""
-    recorded = captures.record
+    traced = build.trace_graph
 
     def faulty(run: Any, inputs: list[Tensor]) -> Callable[..., Any]:
-        graph = recorded(run, inputs)
+        graph = traced(run, inputs)
         return lambda *tensors: alter(*graph(*tensors))
 
-    monkeypatch.setattr(captures, "record", faulty)
+    monkeypatch.setattr(build, "trace_graph", faulty)
 
 
 def last_times(factor: float) -> Callable[[Iterable[Tensor]], tuple[Tensor, ...]]:
@@ -1333,9 +1515,9 @@ def test_graph_that_is_rounded_otherwise_is_not(where, monkeypatch):
 def test_graph_of_infinite_gradients_is_held_against_the_rest():
     """A tolerance in terms of the largest element is none where that is infinite."""
     expected, wrong = torch.tensor([math.inf, 1.0]), torch.tensor([math.inf, 2.0])
-    captures._check((expected,), (expected,))
-    with pytest.raises(captures.Unfit):
-        captures._check((expected,), (wrong,))
+    build._verify((expected,), (expected,))
+    with pytest.raises(build.CannotCapture):
+        build._verify((expected,), (wrong,))
 
 
 @pytest.mark.filterwarnings("ignore:Encountered NaN")
@@ -1367,7 +1549,7 @@ def test_function_is_captured_as_an_elbo_is(name, digits):
         torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
         results.append(found[0][0])
         move_weights(vae)
-    assert captured.captures == 2
+    assert captured.graphs.captures == 2
     assert not any(part.requires_grad for result in results for part in result)
 
 
@@ -1380,6 +1562,16 @@ def test_function_that_cannot_be_captured():
         assert torch.equal(captured(rows()), positive(rows()))
     assert len(all_) == 1
     assert torch.equal(captured(rows(seed=6)), positive(rows(seed=6)))
+
+
+@pytest.mark.parametrize("value", [3, "three", dist.Normal(0.0, 1.0)])
+def test_function_that_returns_more_than_tensors(value):
+    captured = CapturedFunction(lambda x: (x + 1, value), "graph")
+    name = type(value).__name__
+    with pytest.warns(UserWarning, match=f"runs uncaptured: it returns a value of type {name}"):
+        found = captured(rows())
+    assert torch.equal(found[0], rows() + 1)
+    assert found[1] is value
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
@@ -1426,20 +1618,34 @@ def test_gpu_keeps_what_earlier_steps_gave():
 def test_gpu_kl_weight_given_as_integer():
     """What a CUDA graph takes is copied to inputs of the type at its capture."""
     elbo, program, x = objective("trace", 1, 1), on_gpu(toy()), rows().cuda()
-    elbo.kl_weight = 1
     captured = capture(elbo, "compiled")
-    for weight in (1, 0.3):
-        elbo.kl_weight = weight
-        same(step(captured, program, x), step(elbo, program, x), 1e-4)
+    for value in (torch.tensor(1), weight(0.3), weight(0.6)):
+        value = value.cuda()
+        same(
+            step(captured, program, x, kl_weight=value),
+            step(elbo, program, x, kl_weight=value),
+            1e-4,
+        )
+
+
+@needs_cuda
+def test_gpu_kl_weight_on_the_cpu():
+    """Which a CUDA graph would take for a constant."""
+    elbo, program, x = objective("trace", 1, 1), on_gpu(toy()), rows().cuda()
+    captured = capture(elbo, "compiled")
+    for value in (weight(1.0), weight(0.3)):
+        expected = step(elbo, program, x, kl_weight=value)
+        same(step(captured, program, x, kl_weight=value), expected, 1e-4)
+    assert captured.captures == 1
 
 
 @needs_cuda
 @pytest.mark.parametrize("mode", ["graph", "compiled"])
 def test_gpu_after_cpu(mode):
     captured, program, x = capture(Trace_ELBO(), "graph"), toy(), rows()
-    captured.mode = "graph"
+    captured.graphs.mode = "graph"
     step(captured, program, x)
-    captured.mode = mode
+    captured.graphs.mode = mode
     on_gpu(program)
     pyro.clear_param_store()
     for seed in (1, 2):

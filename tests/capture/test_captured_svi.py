@@ -20,9 +20,10 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
 import pyro_vae
-from pyro_vae.capture.captured import CapturedSVI, capture
+from pyro_vae.capture.captured import CapturedSVI, Observer, capture
 from pyro_vae.capture.graph import Mode
-from pyro_vae.capture.optimizer import OneOptimizer
+from pyro_vae.capture.optimizer import NonFiniteGradient, OneOptimizer
+from pyro_vae.capture.update import AdamUpdate
 from pyro_vae.objectives.registry import objective
 from pyro_vae.training import loop as fitting
 
@@ -91,7 +92,7 @@ def both(
         result = play(svi, optimizer)
         names = {name.partition("$$$")[2] for name in pyro.get_param_store()}
         ends.append((result, everything(own, optimizer), names, torch.rand(())))
-    assert sum(graph is not None for graph in svi.graphs._graphs.values()) == graphs
+    assert sum(graph is not None for graph in svi.graphs.graphs.values()) == graphs
     assert svi.graphs.captures == max(graphs, 1)
     (result, values, names, following), (other, other_values, other_names, other_following) = ends
     assert other == pytest.approx(result, rel=1e-5)
@@ -200,7 +201,7 @@ def test_optimizer_that_is_not_adam(digits):
         objective("trace", 1, 1),
     )
     assert steps(svi, x) == pytest.approx(steps(expected, x), rel=1e-6)
-    assert list(svi.graphs._graphs.values()) == [None]
+    assert list(svi.graphs.graphs.values()) == [None]
     assert svi.captured.captures == 1  # the gradient is captured alone
 
 
@@ -214,24 +215,11 @@ def test_on_cuda(digits):
     check_same(vae.cuda(), x.cuda(), mode="compiled")
 
 
-def test_ranks_share_before_the_update(digits):
-    """A hook between gradient and update has its place in SVI's step alone."""
-    vae, x = program(digits)
-    optimizer = adam(vae)
-    called = []
-    optimizer.before = lambda: called.append(1)
-    svi = captured_svi(vae, optimizer)
-    steps(svi, x, 3)
-    assert len(called) == 3
-    assert list(svi.graphs._graphs.values()) == [None]
-
-
 # --- nothing stale --------------------------------------------------------------------------------
 
 
 def test_rate_norm_and_weight_change_without_another_graph(digits):
     vae, x = program(digits)
-    elbo = objective("trace", 1, 1)
 
     def play(svi: Any, optimizer: OneOptimizer) -> list[float]:
         torch.manual_seed(3)
@@ -239,11 +227,10 @@ def test_rate_norm_and_weight_change_without_another_graph(digits):
         for i in range(STEPS):
             optimizer.optimizer.param_groups[0]["lr"] = 0.01 / (i + 1)
             optimizer.max_norm = 20.0 * (i + 1)
-            elbo.kl_weight = i / STEPS
-            losses.append(svi.step(x))
+            losses.append(svi.step(x, kl_weight=torch.tensor(i / STEPS, dtype=torch.float64)))
         return losses
 
-    both(vae, play, elbo)
+    both(vae, play)
 
 
 def test_betas_that_change_are_captured_anew(digits):
@@ -313,7 +300,7 @@ def test_parameters_that_were_updated_at_different_counts(digits):
     vae, x = program(digits)
 
     def play(svi: Any, optimizer: OneOptimizer) -> list[float]:
-        optimizer.moments(optimizer.parameters)[0]["step"] += 5
+        AdamUpdate(optimizer, optimizer.parameters).moments[0]["step"] += 5
         return steps(svi, x, 3)
 
     both(vae, play, graphs=0)
@@ -358,13 +345,40 @@ def test_gradient_that_is_not_finite_changes_nothing():
     good, bad = torch.ones(3), torch.tensor([1.0, 0.0, 1.0])
     steps(svi, good, 2)
     before = everything(fragile, optimizer)
-    with pytest.raises(RuntimeError, match="non-finite"):
+    with pytest.raises(NonFiniteGradient):
         svi.step(bad)
     assert svi.graphs.captures == 1
     for a, b in zip(before, everything(fragile, optimizer), strict=True):
         assert torch.equal(a, b)
     svi.step(good)
     assert not torch.equal(before[1], fragile.v)
+
+
+def test_first_gradient_that_is_not_finite_changes_nothing():
+    fragile = Fragile()
+    optimizer = adam(fragile)
+    svi = captured_svi(fragile, optimizer, Trace_ELBO())
+    before = copy.deepcopy(fragile.state_dict())
+    for _ in range(2):
+        with pytest.raises(NonFiniteGradient):
+            svi.step(torch.tensor([1.0, 0.0, 1.0]))
+        assert all(torch.equal(before[k], v) for k, v in fragile.state_dict().items())
+    steps(svi, torch.ones(3), 2)
+    assert sum(graph is not None for graph in svi.graphs.graphs.values()) == 1
+    assert not torch.equal(before["v"], fragile.v)
+
+
+@pytest.mark.parametrize("fault", [TypeError, KeyError, AttributeError, AssertionError])
+def test_fault_of_ours_is_raised(fault, digits, monkeypatch):
+    """In the update, which is traced by itself."""
+
+    def update(self: AdamUpdate, gradients: Any, scalars: Tensor) -> Tensor:
+        raise fault("planted")
+
+    monkeypatch.setattr(AdamUpdate, "__call__", update)
+    vae, x = program(digits)
+    with pytest.raises(fault, match="planted"):
+        captured_svi(vae, adam(vae)).step(x)
 
 
 @pytest.mark.parametrize(
@@ -378,14 +392,14 @@ def test_gradient_that_is_not_finite_changes_nothing():
 )
 def test_update_that_is_not_the_optimizers_is_refused(fault, digits, monkeypatch):
     """The step is SVI's then; the true update, by the same detour, is not refused."""
-    true = OneOptimizer.update
+    true = AdamUpdate.__call__
 
     def planted(change: Any) -> Any:
-        def update(self: OneOptimizer, parameters: Any, gradients: Any, numbers: Tensor) -> Tensor:
-            before = [p.detach().clone() for p in parameters]
-            norm = true(self, parameters, gradients, numbers)
+        def update(self: AdamUpdate, gradients: Any, scalars: Tensor) -> Tensor:
+            before = [p.detach().clone() for p in self.parameters]
+            norm = true(self, gradients, scalars)
             with torch.no_grad():
-                for p, old in zip(parameters, before, strict=True):
+                for p, old in zip(self.parameters, before, strict=True):
                     p.copy_(old + change(p - old, p))
             return norm
 
@@ -393,7 +407,7 @@ def test_update_that_is_not_the_optimizers_is_refused(fault, digits, monkeypatch
 
     vae, x = program(digits)
     for change, graphs in ((lambda step, p: step, 1), (fault, 0)):
-        monkeypatch.setattr(OneOptimizer, "update", planted(change))
+        monkeypatch.setattr(AdamUpdate, "__call__", planted(change))
         check_same(vae, x, graphs=graphs)
 
 
@@ -406,7 +420,7 @@ def test_capturing_changes_nothing(digits):
     state = torch.get_rng_state()
     with torch.enable_grad():
         call = svi.captured.call(vae.model, vae.guide, (x,), {}, optimizer)
-        assert svi.graphs.graph_of(call) is not None
+        assert svi.graphs.find(call) is not None
     assert torch.equal(torch.get_rng_state(), state)
     for p, old in zip(vae.parameters(), start, strict=True):
         assert torch.equal(p, old)
@@ -442,5 +456,41 @@ def test_machine_without_a_compiler(tmp_path):
 def test_what_fit_uses(compile, kind, digits):
     vae, _ = program(digits)
     config = pyro_vae.FitConfig(epochs=1, batch_size=100, compile=compile)
-    training = fitting._Training(vae, digits, config, 0)
-    assert [type(svi) for svi in training.svis] == [kind, SVI]
+    run = fitting._setup(vae, digits, config, 0)
+    assert [type(svi) for svi in (run.svi, run.svi_of_rest)] == [kind, SVI]
+
+
+class Draws(Observer):
+    """The sum of the guide's draws and the number of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.z = torch.zeros(())
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] == "z":
+            self.z = msg["value"]
+
+    def observed(self) -> tuple[Tensor, ...]:
+        return self.z.sum(), torch.full((), float(len(self.z)))
+
+
+def test_step_returns_what_is_observed(digits):
+    """Numbers behind the loss, as SVI's own step returns them, whether it is captured or not."""
+    vae, x = program(digits)
+    found = []
+    for kind, mode in ((SVI, "eager"), (SVI, "graph"), (CapturedSVI, "graph")):
+        pyro.clear_param_store()
+        own = copy.deepcopy(vae)
+        loss = capture(objective("trace", 1, 1), mode, Draws())
+        svi = kind(own.model, own.guide, adam(own), loss)
+        torch.manual_seed(2)
+        found.append([svi.step(x) for _ in range(3)])
+    assert svi.graphs.captures == 1
+    for results in zip(*found, strict=True):
+        for loss, total, count in results:
+            assert {type(value) for value in (loss, total, count)} == {float}
+            assert count == len(x)
+            assert total == pytest.approx(results[0][1], rel=1e-4)
+            assert loss == pytest.approx(results[0][0], rel=1e-4)
+    assert len({results[0][1] for results in zip(*found, strict=True)}) == 3
