@@ -285,9 +285,8 @@ def _bounds(vae: VAE, effort: Effort, on_step: Callable[[int], object]) -> Study
         difference = values - upper
         error = difference.std(ddof=1) / len(x) ** 0.5
         shown.append((name, float(difference.mean()), float(error), kind))
-    figure = posterior_figures.sandwich(
-        shown, "log p(x) of simulated rows, minus its annealed upper bound"
-    )
+    title = "log p(x) of simulated rows, minus its annealed upper bound"
+    figure = posterior_figures.sandwich(shown, title)
     return Study(findings, details, {"bounds": figure})
 
 

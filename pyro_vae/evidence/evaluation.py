@@ -15,7 +15,7 @@ from ..memory import Callback, ignore
 from ..models.autoencoder import Autoencoder
 from ..models.vae import VAE
 from ..randomness import derive, random_states
-from .importance import MIN_TAIL_SAMPLES, choose_mode, importance_sample, reliable_k
+from .importance import MIN_TAIL_SAMPLES, Evidence, choose_mode, importance_sample, reliable_k
 
 # A latent is active if the variance over rows of its posterior mean exceeds this ("Importance
 # weighted autoencoders", arXiv 1509.00519).
@@ -106,15 +106,11 @@ def evaluate(
 
     size = math.prod(split.spec.shape)
     mode, with_tail = choose_mode(count * num_samples * size), num_samples >= MIN_TAIL_SAMPLES
-    parts = []
+    parts: list[tuple[Tensor, ...]] = []
     with random_states(split.device, derive(seed, "posterior")):
         for x in batches:
-            part = importance_sample(vae, x, num_samples, on_chunk, with_tail, mode=mode)
-            posterior = vae.posterior(x)
-            kl = kl_divergence(posterior, vae.prior()).double()
-            tail = kl if part.pareto_k is None else part.pareto_k  # kl fills the place
-            terms = (part.log_evidence, part.reconstruction, kl)
-            parts.append((*terms, part.standard_error, tail, posterior.mean.double()))
+            evidence = importance_sample(vae, x, num_samples, on_chunk, with_tail, mode=mode)
+            parts.append(_terms(vae, x, evidence))
             if on_batch is not None:
                 log_evidence, reconstruction, kl, *_ = _joined(parts)
                 on_batch((reconstruction - kl).mean().item(), log_evidence.mean().item())
@@ -137,6 +133,15 @@ def evaluate(
         num_samples=num_samples,
         binarization=binarization,
     )
+
+
+def _terms(vae: VAE, x: Tensor, evidence: Evidence) -> tuple[Tensor, ...]:
+    """log p(x), log p(x|z), KL, error and k̂ (B,), posterior mean (B, Z); without k̂ the KL again."""
+    posterior = vae.posterior(x)
+    kl = kl_divergence(posterior, vae.prior()).double()
+    tail = kl if evidence.pareto_k is None else evidence.pareto_k
+    terms = (evidence.log_evidence, evidence.reconstruction, kl, evidence.standard_error, tail)
+    return (*terms, posterior.mean.double())
 
 
 def _joined(parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:

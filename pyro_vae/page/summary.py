@@ -33,20 +33,11 @@ PICTURE_BYTES = 400_000
 
 VERDICTS = ("wrong", "doubtful", "sound")
 
-# Caption and alternative text of each picture; {} is the word for a datum.
+# Captions of the pictures; {} is the word for a datum.
 PICTURES = {
-    "reconstructions": (
-        "Reconstructions of validation {}s by the best epoch",
-        "Pairs of validation {}s and their reconstructions",
-    ),
-    "samples": (
-        "Samples: means of p(x|z) at draws of z from the prior",
-        "Grid of {}s decoded from draws of the prior",
-    ),
-    "interpolations": (
-        "Interpolations: decoded points on the line between the codes of two test {}s",
-        "Lines of decoded {0}s between pairs of test {0}s",
-    ),
+    "reconstructions": "Validation {0}s and their reconstructions by the best epoch",
+    "samples": "Samples: means of p(x|z) at draws of z from the prior",
+    "interpolations": "Interpolations: decoded lines between the codes of pairs of test {0}s",
 }
 
 # The figures of `diagnose` and their captions.
@@ -68,12 +59,15 @@ CAPTIONS = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture with its caption: the text of an SVG or, if that is empty, an image's URL."""
+    """A picture: the text of an SVG or, if that is empty, an image's URL.
+
+    Its alternative text is the caption, unless `alt` is given.
+    """
 
     caption: str
-    alt: str
     svg: str = ""
     src: str = ""
+    alt: str = ""
 
 
 @dataclass(frozen=True)
@@ -265,7 +259,7 @@ def _number(value: float | None) -> str:
 def _pictures(drawn: dict[str, Figure], row: str, num_runs: int) -> list[Picture]:
     """Figures as SVG, or as WebP if the SVG would be too large."""
     pictures = []
-    for name, (caption, alt) in PICTURES.items():
+    for name, caption in PICTURES.items():
         if name not in drawn:
             continue
         svg, src = figures.svg(drawn[name]), ""
@@ -273,7 +267,7 @@ def _pictures(drawn: dict[str, Figure], row: str, num_runs: int) -> list[Picture
             buffer = io.BytesIO()
             drawn[name].savefig(buffer, format="png", dpi=110)
             svg, src = "", _webp(Image.open(buffer), 60)
-        pictures.append(Picture(caption.format(row), alt.format(row), svg, src))
+        pictures.append(Picture(caption.format(row), svg, src))
     return pictures
 
 
@@ -283,7 +277,7 @@ def _curves(
     term, name = ("reconstruction",) * 2 if best["kl"] is None else ("ELBO", "elbo")
     value = f"{term} {best[f'validation_{name}']:.2f} nats per {row}"
     alt = f"Curves over {len(history)} epochs; best epoch {best['epoch']}, {value}"
-    return Picture(f"By epoch, training and validation {row}s", alt, figures.svg(figure))
+    return Picture(f"By epoch, training and validation {row}s", figures.svg(figure), alt=alt)
 
 
 def _webp(image: Image.Image, quality: int) -> str:
@@ -312,9 +306,8 @@ def _trust(run: Path, checkpoint: Checkpoint) -> Trust:
     pictures = []
     for path in sorted((run / "figures").glob("diagnose_*.png")):
         name = path.stem.removeprefix("diagnose_")
-        caption = CAPTIONS.get(name, name)
         with Image.open(path) as image:
-            pictures.append(Picture(caption, caption, src=_webp(image, 80)))
+            pictures.append(Picture(CAPTIONS.get(name, name), src=_webp(image, 80)))
     if state == (checkpoint.history[-1]["step"], checkpoint.fingerprint):
         return Trust(words, "", "", findings, pictures, evidence)
     stale = (

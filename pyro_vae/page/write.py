@@ -58,12 +58,10 @@ def _distinct(paths: Sequence[Path]) -> list[str]:
 
 
 def _curves(runs: Sequence[Overview], row: str) -> Picture:
+    curves = figures.compare_curves({run.name: run.history for run in runs}, row)
     names = ", ".join(run.name for run in runs)
-    return Picture(
-        f"By epoch, validation {row}s",
-        f"ELBO, reconstruction and KL on validation data over epochs, of {names}",
-        figures.svg(figures.compare_curves({run.name: run.history for run in runs}, row)),
-    )
+    alt = f"ELBO, reconstruction and KL on validation data over epochs, of {names}"
+    return Picture(f"By epoch, validation {row}s", figures.svg(curves), alt=alt)
 
 
 def _settings(runs: Sequence[Overview]) -> list[dict[str, Any]]:
