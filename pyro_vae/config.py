@@ -97,11 +97,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.source:
             raise InputError("--data expects the name of a data set or a path; got nothing")
-        for flag, value in [
-            ("validation-size", self.validation_size),
-            ("test-size", self.test_size),
-        ]:
-            _at_least(flag, value, 1)
+        _at_least("validation-size", self.validation_size, 1)
+        _at_least("test-size", self.test_size, 1)
         _at_least("max-value", self.max_value, 1)
         for side in self.image_size or ():
             _at_least("image-size", side, 1)

@@ -1,9 +1,8 @@
-"""Name → `pyro.infer.ELBO`, for `pyro.infer.SVI`, `fit` and `--objective`.
+"""Objectives by name: `pyro.infer.ELBO`s for `pyro.infer.SVI`, `fit` and `--objective`.
 
-Every objective is a sum over images that is to be maximized, most of them a lower bound on
-log p(x); the loss is its negative. K is the number of particles, draws of z for each image;
-log w = log p(x, z) − log q(z|x). "Biased" is said of the gradient, as an estimate of the gradient
-of what is named.
+An objective is a sum over rows that training maximizes; the loss is its negative. Most objectives
+are lower bounds on log p(x). K is the number of particles, draws of z for each row, and
+log w = log p(x, z) − log q(z|x).
 """
 
 from __future__ import annotations
@@ -47,59 +46,43 @@ def objective(
     max_plate_nesting: float = math.inf,
     **options: float,
 ) -> ELBO:
-    """The objective called `name`.
+    """Return the objective called `name`. Gradients are unbiased unless stated otherwise.
 
     The ELBO, E_q[log w]:
 
-    trace: sampled, with reparameterized gradients, and the score where the guide has none.
-        Unbiased. For any model and guide; the default. arXiv 1312.6114.
-    mean-field: the same with KL(q ‖ p(z)) in closed form where torch knows one. Unbiased; less
-        noise where the KL's is not the lesser part. arXiv 1312.6114.
-    stl: without the score's part of the gradient, whose expectation is zero. Unbiased, and without
-        any variance where q is the posterior: for guides that come near it. arXiv 1703.09194.
-    score-function: through log q alone, no reparameterization. Unbiased, of large variance: for
-        guides that cannot be reparameterized, and for comparison. arXiv 1401.0118.
-    score-baseline: the same, each particle held against the mean of the others (K ≥ 2). Unbiased,
-        of less variance. arXiv 2010.10436.
-    beta: trace with the KL's part times `beta` (4). A bound for β ≥ 1. For more (β < 1) or less
-        information in the latents. openreview Sy2fzU9gl.
-    free-bits: the KL of each latent, averaged over the batch, counts at least `free_bits` (0.1
-        nats), so that none is pressed to nothing. A bound. arXiv 1606.04934.
-    beta-tc: ELBO − (`beta` (6) − 1) · total correlation of q(z), for independent latents. Biased,
-        since q(z) is taken from the batch. A bound for β ≥ 1. arXiv 1802.04942.
+    trace: sampled, by reparameterization, or by the score for sites without. arXiv 1312.6114.
+    mean-field: with KL(q(z|x) ‖ p(z)) in closed form if torch has it. arXiv 1312.6114.
+    stl: without the score term; zero gradient variance if q is the posterior. arXiv 1703.09194.
+    score-function: without reparameterization, at high variance. arXiv 1401.0118.
+    score-baseline: the same, with the mean of the other particles as baseline (K ≥ 2), which
+        lowers the variance. arXiv 2010.10436.
+    beta: trace with the KL times `beta` (4). A bound for β ≥ 1. openreview Sy2fzU9gl.
+    free-bits: each latent's KL, averaged over the batch, counts as at least `free_bits` (0.1
+        nats), which prevents collapse. A bound. arXiv 1606.04934.
+    beta-tc: ELBO − (`beta` (6) − 1) · total correlation of q(z), for independent latents. Biased:
+        q(z) is estimated from the batch. A bound for β ≥ 1. arXiv 1802.04942.
 
-    Bounds between the ELBO and log p(x), log-means of K weights for each image by itself:
+    Importance-weighted bounds, between the ELBO and log p(x), with K weights for each row:
 
-    iwae: IWAE_K = E[log ⅟K Σ w]. Unbiased, but with K the encoder's gradient gets lost in its
-        noise. For tight bounds at small K. arXiv 1509.00519.
-    dreg: the same, without the score's part in the encoder's gradient, which gets clearer with K.
-        Unbiased. For tight bounds at any K. arXiv 1810.04152.
-    renyi: E[log(⅟K Σ w^(1−α)) / (1−α)], `alpha` (0.5): the ELBO at α → 1, IWAE_K at 0; above it
-        for α < 0, where it is no bound. Biased at finite K for Rényi's divergence, unbiased for
-        what it says. arXiv 1602.02311.
-    miwae: the mean of `groups` (8) bounds IWAE_{K/groups}. Unbiased. arXiv 1802.04537.
-    ciwae: β ELBO + (1 − β) IWAE_K, β = `elbo_weight` (0.05). Unbiased. arXiv 1802.04537.
-    piwae: the decoder's gradient that of IWAE_K, the encoder's that of miwae. Each unbiased; the
-        value is IWAE_K. arXiv 1802.04537.
-    wake-sleep: reweighted wake-sleep without its sleep phase. The decoder's gradient is that of
-        IWAE_K, the encoder's follows −KL(p(z|x) ‖ q), biased at finite K. For latents of any kind,
-        discrete ones too, and for guides that shall cover the posterior. arXiv 1406.2751.
+    iwae: IWAE_K = E[log ⅟K Σ w]. For the encoder, signal-to-noise falls with K. arXiv 1509.00519.
+    dreg: IWAE_K; for the encoder, signal-to-noise rises with K. arXiv 1810.04152.
+    renyi: E[log(⅟K Σ w^(1−α)) / (1−α)], `alpha` (0.5): the ELBO for α → 1, IWAE_K for α = 0, no
+        bound for α < 0. Biased as an estimate of Rényi's divergence. arXiv 1602.02311.
+    miwae: mean of `groups` (8) bounds IWAE_{K/groups}. arXiv 1802.04537.
+    ciwae: β ELBO + (1 − β) IWAE_K, β = `elbo_weight` (0.05). arXiv 1802.04537.
+    piwae: IWAE_K for the decoder, miwae for the encoder. arXiv 1802.04537.
+    wake-sleep: IWAE_K for the decoder, −KL(p(z|x) ‖ q) for the encoder, biased at finite K. For
+        discrete latents, and guides that cover the posterior. arXiv 1406.2751.
 
-    Others:
+    Other objectives:
 
-    mmd: E_q[log p(x|z)] − λ MMD²(q(z), p(z)), λ = `mmd_weight` (100 nats), q(z) from the batch's
-        draws. No bound: q(z|x) may shrink to a point. Unbiased. arXiv 1706.02262.
-
-    A `weighted.WeightedELBO` weighs each datum of the plate by itself, scaled and subsampled plates
-    included. Where there are more particles than memory allows at once, they are taken in chunks.
-    trace, mean-field, beta, score-function and free-bits take a KL weight with each step,
-    `svi.step(x, kl_weight=...)`; without one it is their attribute `kl_weight` (1, or `beta`).
+    mmd: E_q[log p(x|z)] − λ MMD²(q(z), p(z)), λ = `mmd_weight` (100 nats), with q(z) from the
+        batch. Not a bound. arXiv 1706.02262.
 
     Args:
         name: one of the above.
-        num_particles: K, draws of z for each image; they share one pass.
-        max_plate_nesting: as of Pyro's ELBOs: number of plates inside each other, found by running
-            the guide and the model once where it is not given.
+        num_particles: K, draws of z per row, in chunks if memory requires it.
+        max_plate_nesting: as in Pyro's ELBOs; by default found by running guide and model once.
         options: `alpha`, `beta`, `groups`, `elbo_weight`, `free_bits`, `mmd_weight`, as above.
 
     Raises:
@@ -107,10 +90,7 @@ def objective(
     """
     check_objective(name, num_particles, options)
     chosen: dict[str, Any] = {**OBJECTIVE_OPTIONS.get(name, {}), **options}
-    size: dict[str, Any] = {
-        "num_particles": num_particles,
-        "max_plate_nesting": max_plate_nesting,
-    }
+    size: Any = {"num_particles": num_particles, "max_plate_nesting": max_plate_nesting}
     if name in _WEIGHTED:
         rule, route = _WEIGHTED[name]
         return weighted.WeightedELBO(partial(rule, **chosen), route, **size)
