@@ -21,7 +21,7 @@ def aggregate_posterior(vae: LatentModel, x: Tensor) -> np.ndarray:
     """Draws (N, Z) from the aggregate posterior: one z ~ q(z|x) for each x (N, *data_shape).
 
     For x simulated from the model, the aggregate of an exact guide is the prior. For real x it
-    differs from the prior unless the model fits the data, which is no error of inference.
+    differs if the model does not fit the data, which is no error of inference.
     """
     rows = rows_at_once(x[:1].numel(), x.device)
     return torch.cat([vae.posterior(part).sample() for part in x.split(rows)]).cpu().numpy()
@@ -30,8 +30,8 @@ def aggregate_posterior(vae: LatentModel, x: Tensor) -> np.ndarray:
 def energy_coefficient(first: np.ndarray, second: np.ndarray) -> float:
     """Distance between the distributions of two samples (N, Z) and (M, Z), 0 (equal) to 1.
 
-    (2 E|X − Y| − E|X − X'| − E|Y − Y'|) / 2 E|X − Y|, each over all pairs of different draws. For
-    samples of one distribution the numerator has expectation 0, and the value can be negative.
+    (2 E|X − Y| − E|X − X'| − E|Y − Y'|) / 2 E|X − Y|, each over all pairs of different draws; for
+    samples of one distribution the numerator has expectation 0.
 
     Source: "Energy statistics: a class of statistics based on distances", doi
     10.1016/j.jspi.2013.03.018.
@@ -89,10 +89,9 @@ def _coefficients(distances: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def holes(aggregate: np.ndarray, prior: np.ndarray, ratio: float = 0.1, seed: int = 0) -> float:
     """Share of the prior's mass in holes, where the aggregate posterior is thin.
 
-    A hole is where the density of the aggregate is below `ratio` times that of the prior. The
-    density ratio comes from a cross-validated classifier between the two samples, gradient-boosted
-    trees on z and |z|². Holes that the classifier misses are not counted, which makes this
-    approximately a lower bound.
+    In a hole the density of the aggregate is below `ratio` times that of the prior. The density
+    ratio comes from a cross-validated classifier between the two samples, gradient-boosted trees on
+    z and |z|². It misses some holes: the share is about a lower bound.
 
     Args:
         aggregate, prior: (N, Z) draws from each, equally many.

@@ -132,8 +132,8 @@ def measure_gradients(
 ) -> Step:
     """Draw the gradient of an objective many times, with the same parameters and batch.
 
-    Draws come from torch's global random state. The parameters' own gradients and Pyro's parameter
-    store are restored afterwards.
+    Draws come from torch's global random state. The parameters' own gradients and Pyro's store are
+    restored afterwards.
 
     Args:
         objective: any `pyro.infer.ELBO`.
@@ -156,7 +156,8 @@ def measure_gradients(
     sites = _site_parameters(objective, model, guide, x)
     # Gradients reach the parameters of all groups, and parameters outside any group.
     every = list({id(p): p for p in itertools.chain(*parameters.values(), sites)}.values())
-    sums = {name: _Sums(group, per_block) for name, group in parameters.items()}
+    sizes = {name: sum(p.numel() for p in group) for name, group in parameters.items()}
+    sums = {n: torch.zeros(2, BLOCKS, size, dtype=torch.float64) for n, size in sizes.items()}
 
     def step() -> None:
         for parameter in every:
@@ -169,14 +170,15 @@ def measure_gradients(
     with _gradients_kept(every), store.scope(store.get_state()):
         memory = _memory(step, x.device)  # with Pyro's validation as it is set
         with pyro.validation_enabled(False):
-            for _ in range(BLOCKS * per_block):
+            for draw in range(BLOCKS * per_block):
                 started = time.perf_counter()
                 step()
                 seconds.append(time.perf_counter() - started)
-                for group_sums in sums.values():
-                    group_sums.add()
+                for name, group in parameters.items():
+                    gradient = _uphill(group)
+                    sums[name][:, draw // per_block] += torch.stack([gradient, gradient.square()])
                 on_draw(1)
-    gradients = {name: group_sums.result() for name, group_sums in sums.items()}
+    gradients = {name: _summary(both, per_block) for name, both in sums.items()}
     return Step(gradients, float(np.median(seconds)), memory)
 
 
@@ -212,36 +214,19 @@ def _square(vector: Tensor) -> float:
     return vector.square().sum().item()
 
 
-class _Sums:
-    """Running sums over the gradients of a group: for each block, and over all draws."""
+def _uphill(parameters: list[Tensor]) -> Tensor:
+    """The gradient (P,) of the objective, whose loss is minimized, float64."""
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    return -torch.cat([part.flatten() for part in parts]).double().cpu()
 
-    def __init__(self, parameters: list[Tensor], per_block: int) -> None:
-        self.parameters, self.per_block = parameters, per_block
-        size = sum(p.numel() for p in parameters)
-        self.sums = torch.zeros(BLOCKS, size, dtype=torch.float64)
-        self.norms = torch.zeros(BLOCKS, dtype=torch.float64)
-        self.squares = torch.zeros(size, dtype=torch.float64)
-        self.count = 0
 
-    def add(self) -> None:
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        gradient = -torch.cat([part.flatten() for part in parts]).double().cpu()
-        square, block = gradient.square(), self.count // self.per_block
-        self.sums[block] += gradient
-        self.squares += square
-        self.norms[block] += square.sum()
-        self.count += 1
-
-    def result(self) -> Gradient:
-        mean = self.sums.sum(0) / self.count
-        variance = (self.squares / self.count - mean.square()) * self.count / (self.count - 1)
-        return Gradient(
-            num_draws=self.count,
-            mean=mean,
-            standard_error=(variance.clamp_min(0) / self.count).sqrt(),
-            block_means=self.sums / self.per_block,
-            block_squares=self.norms / self.per_block,
-        )
+def _summary(totals: Tensor, per_block: int) -> Gradient:
+    """From the sums of the gradients and of their squares in each block, (2, blocks, P)."""
+    (sums, squares), count = totals, BLOCKS * per_block
+    mean = sums.sum(0) / count
+    variance = (squares.sum(0) / count - mean.square()) * count / (count - 1)
+    error = (variance.clamp_min(0) / count).sqrt()
+    return Gradient(count, mean, error, sums / per_block, squares.sum(1) / per_block)
 
 
 def _memory(step: Callable[[], None], device: torch.device) -> int:

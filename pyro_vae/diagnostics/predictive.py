@@ -63,8 +63,7 @@ def predictive_check(
         vae: model with `posterior(x)` and `likelihood(z)`.
         x: (B, *data_shape).
         statistics: name → f(x (S, B, *data_shape), z (S, B, Z)) → (S, B). By default mean, standard
-            deviation and log p(x|z), and for images the roughness, the mean absolute difference of
-            neighbouring pixels.
+            deviation, log p(x|z) and, for images, the mean absolute difference of neighbours.
         num_draws: S, at least 2.
 
     Raises:

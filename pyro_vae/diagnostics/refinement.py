@@ -80,9 +80,9 @@ def refine(
 ) -> PerRowGuide:
     """Fit a Gaussian to the posterior of each row by SVI, with the model fixed.
 
-    Adam with a learning rate that falls to zero, eight particles; the iterates of the last quarter
-    are averaged. The fit approaches the optimum from below: its ELBO gives a lower bound on the
-    amortization gap and an upper bound on the rest.
+    Adam with a learning rate that falls to zero; the iterates of the last quarter are averaged. The
+    ELBO approaches the optimum from below: it gives a lower bound on the amortization gap and an
+    upper bound on the rest.
 
     Args:
         vae: with a `model(x)` whose latents may take any real value, and whose decoder takes

@@ -33,16 +33,12 @@ from ..memory import Callback, concatenate, ignore, rows_at_once
 from ..models.interface import LatentModel
 from ..models.log_weights import log_weights
 
-# Draws of z for each row in a chunk, at least: evaluating prior and guide then takes little time
-# beside the decoder.
+# Draws of z for each row in a chunk, at least: the decoder then takes most of the time.
 MIN_CHUNK_DRAWS = 64
-
-# Chunks whose z are drawn together: drawing takes little time, but many calls.
+# Chunks whose z are drawn together, in fewer calls.
 CHUNKS_PER_BLOCK = 8
-
 # Number of decoded values from which compiling the decoder pays.
 COMPILE_FROM = 5e9
-
 # Fewer weights do not show the shape of their tail.
 MIN_TAIL_SAMPLES = 25
 
@@ -87,8 +83,8 @@ def importance_sample(
 ) -> Evidence:
     """Importance-sampled log p(x) with its standard error, for each row.
 
-    Rows and samples are decoded in chunks, and only sums are kept, so memory does not grow with K
-    unless `with_pareto_k` is set. Draws come from torch's global random state.
+    Only sums are kept: memory does not grow with K unless `with_pareto_k` is set. Draws come from
+    torch's global random state.
 
     Args:
         vae: model with `prior()`, `posterior(x)` and `likelihood(z)`.
@@ -98,9 +94,9 @@ def importance_sample(
         with_pareto_k: keep the weights of a chunk of rows and fit their tail.
         proposal: distribution to draw z from in place of q(z|x), batch (B,), event (Z,). All rows
             are then decoded together, a few samples at a time.
-        mode: whether to capture and compile the sampling, see `capture.Mode`. By default it is
-            compiled if `vae` is a module and there are many values to decode. Compiled code is
-            kept for later calls with the same `vae`.
+        mode: whether to capture and compile the sampling, see `capture.Mode`; by default compiled
+            if `vae` is a module and there are many values to decode. Compiled code is kept for
+            later calls with this `vae`.
 
     Raises:
         ValueError: `num_samples` is not positive, or x lies outside the likelihood's support.
@@ -115,7 +111,8 @@ def importance_sample(
     rows = rows_at_once(MIN_CHUNK_DRAWS * x[:1].numel(), x.device)
     parts = []
     for part in x.split(rows) if proposal is None else [x]:
-        blocks = _blocks(vae, part, num_samples, proposal, sampler)
+        q = vae.posterior(part) if proposal is None else proposal
+        blocks = _blocks(vae, q, part, num_samples, sampler)
         parts.append(_estimate(blocks, num_samples, on_chunk, with_pareto_k))
     return concatenate(parts)
 
@@ -124,9 +121,8 @@ def importance_sample(
 def upper_bound(vae: LatentModel, x: Tensor, z: Tensor, num_samples: int = 5000) -> Tensor:
     """A stochastic upper bound on log p(x) (B,), nats, for simulated x.
 
-        log ⅟K (w(z*) + Σₖ w(zₖ)),  zₖ ~ q(z|x),  k = 2 … K
-
-    Its expectation over z* ~ p(z|x) and the zₖ is at least log p(x) and falls to it with K.
+    log ⅟K (w(z*) + Σₖ w(zₖ)), zₖ ~ q(z|x), k = 2 … K. Its expectation is at least log p(x) and
+    falls to it with K.
 
     Args:
         vae: model with `prior()`, `posterior(x)` and `likelihood(z)`.
@@ -211,24 +207,18 @@ def _captured(vae: Any, mode: Mode) -> CapturedFunction:
 
 
 def _blocks(
-    vae: LatentModel,
-    x: Tensor,
-    num_samples: int,
-    proposal: Distribution | None,
-    sampler: CapturedFunction | None,
+    vae: LatentModel, q: Distribution, x: Tensor, num_samples: int, sampler: CapturedFunction | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """log p(x|z) and log w (S, B) of blocks of draws, `num_samples` for each row in all."""
-    posterior = vae.posterior(x) if proposal is None else proposal
+    """log p(x|z) and log w (S, B) of blocks of draws from q, `num_samples` for each row in all."""
     block = rows_at_once(x.numel(), x.device) * (CHUNKS_PER_BLOCK if sampler is None else 1)
     for done in range(0, num_samples, block):
         size = min(block, num_samples - done)
         if sampler is not None and size == block:
             yield sampler(x, size)
             continue
-        z = posterior.sample((size,))
-        # The first block checks that x lies in the support.
-        with pyro.validation_enabled(done == 0):
-            weights = log_weights(vae, posterior, x, z)
+        z = q.sample((size,))
+        with pyro.validation_enabled(done == 0):  # the first block checks the support of x
+            weights = log_weights(vae, q, x, z)
         yield weights
 
 
