@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 import torch
 
 from ..config import DEFAULT_HIDDEN, InputError, ModelConfig
@@ -51,31 +54,18 @@ def build_blank(config: ModelConfig, spec: DataSpec) -> VAE | Autoencoder:
 
 
 def _assemble(config: ModelConfig, likelihood: Likelihood) -> VAE | Autoencoder:
-    """Make the model.
-
-    Raises:
-        InputError: its weights are too large for the machine.
-    """
-    layers = "lower --hidden or --latent-dim"
-    try:
-        with torch.device("meta"):  # shapes without memory
-            shapes = _networks(config, likelihood)
-    except (RuntimeError, OverflowError):  # the size of a weight exceeds a 64-bit integer
-        raise InputError(f"not enough memory for layers of this size; {layers}") from None
-    count = sum(p.numel() for network in shapes for p in network.parameters())
-    check_memory(count, f"{count:,} weights", layers)
-    encoder, decoder = _networks(config, likelihood)
+    hidden = DEFAULT_HIDDEN[config.architecture] if config.hidden is None else config.hidden
+    shape, is_conv = likelihood.spec.shape, config.architecture == "conv"
+    sizes = [shape[0] if is_conv else math.prod(shape), *hidden, config.latent_dim]
+    count = 2 * sum(below * above for below, above in pairwise(sizes))
+    check_memory(count, f"{count:,} weights", "lower --hidden or --latent-dim")
+    network = (config.architecture, shape, hidden, config.activation)
+    num_features = config.latent_dim * (1 if config.kind == "ae" else 2)
+    encoder = Encoder(*network, num_features, likelihood.mean, likelihood.std)
+    decoder = Decoder(*network, config.latent_dim, likelihood.initial_bias())
     if config.kind == "ae":
         return Autoencoder(encoder, decoder, likelihood)
     return VAE(StandardNormal(config.latent_dim), encoder, decoder, likelihood)
-
-
-def _networks(config: ModelConfig, likelihood: Likelihood) -> tuple[Encoder, Decoder]:
-    hidden = DEFAULT_HIDDEN[config.architecture] if config.hidden is None else config.hidden
-    network = (config.architecture, likelihood.spec.shape, hidden, config.activation)
-    num_features = config.latent_dim * (1 if config.kind == "ae" else 2)
-    encoder = Encoder(*network, num_features, likelihood.mean, likelihood.std)
-    return encoder, Decoder(*network, config.latent_dim, likelihood.initial_bias())
 
 
 def _check(likelihood: str, splits: Splits) -> None:
