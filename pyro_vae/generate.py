@@ -1,5 +1,7 @@
 """Generate data from a trained VAE: draw z from the prior and decode it.
 
+x is the mean of p(x|z) or, with --draw, a draw from p(x|z).
+
   python -m pyro_vae.generate runs/digits --num 64 --out samples.png
   python -m pyro_vae.generate runs/digits --num 10000 --draw --out samples.npz
 """
