@@ -55,7 +55,7 @@ def _main(arguments: ReportArguments) -> None:
         raise InputError("expected at least one run folder, as in: report runs/digits")
     for run in runs:
         if not run.is_dir():
-            raise InputError(f"expected a run folder, as python -m pyro_vae.train makes; got {run}")
+            raise InputError(f"expected a run folder, made by python -m pyro_vae.train; got {run}")
     own = runs[0] / "report.html" if len(runs) == 1 else None
     out = arguments.out or own or Path("comparison.html")
     if own is None or out.resolve() != own.resolve():
