@@ -1,8 +1,8 @@
 """Networks: x (..., *data_shape) → features, and z (..., Z) → (..., P, *data_shape).
 
 Both accept any number of leading batch dimensions, so particles of z need no reshaping elsewhere. P
-is the number of parameters of the likelihood for each value of x. The output has the type of the
-input, also under torch.autocast.
+is the number of parameters of the likelihood for each value of x. The output has the dtype of the
+input, even under torch.autocast.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _activation(name: str) -> nn.Module:
     kinds = {key.lower(): getattr(module, key) for key in module.__all__}
     probe = torch.tensor([[-1.0, 0.5]], device="cpu")
     try:
-        with warnings.catch_warnings(), torch.device("cpu"):  # values, also where shapes suffice
+        with warnings.catch_warnings(), torch.device("cpu"):  # real values, even on the meta device
             warnings.simplefilter("ignore")  # Softmax warns that it acts on a whole dimension
             activation = kinds[name.lower()]().eval()
             whole, part = activation(probe), activation(probe[:, :1])
