@@ -360,7 +360,7 @@ def test_bad_datasets(dataset, message):
         (np.zeros(5), r"rows \(N, D\), .* in the array; got an array \(5,\)"),
         (np.zeros((5, 9, 8, 4)), r"got an array \(5, 9, 8, 4\)"),
         (np.zeros((0, 4)), r"rows of numbers in the array; got an empty array \(0, 4\)"),
-        (np.zeros((2, 4)), "array has 2 rows; training, validation and test need at least one each"),
+        (np.zeros((2, 4)), "array has 2 rows; training, validation and test need at least one"),
         (np.ma.masked_less(np.arange(12.0).reshape(4, 3), 5), "without masked values"),
         (np.array([[0.0], [1.0], [np.nan], [2.0]]), r"1 value .* NaN.* row 2 at \(0,\)"),
         (torch.tensor([[0.0], [1.0], [2.0], [torch.inf]]), r"tensor holds 1 .* row 3 at \(0,\)"),
