@@ -165,7 +165,7 @@ def _activation(name: str) -> nn.Module:
     kinds = {key.lower(): getattr(module, key) for key in module.__all__}
     probe = torch.tensor([[-1.0, 0.5]], device="cpu")
     try:
-        with warnings.catch_warnings(), torch.device("cpu"):  # real values, even on the meta device
+        with warnings.catch_warnings(), torch.device("cpu"):  # values, also where shapes suffice
             warnings.simplefilter("ignore")  # Softmax warns that it acts on a whole dimension
             activation = kinds[name.lower()]().eval()
             whole, part = activation(probe), activation(probe[:, :1])
