@@ -1,13 +1,13 @@
 """Variational autoencoders as Pyro programs.
 
   pyro-vae train      train a model and write a run folder
-  pyro-vae evaluate   ELBO, log-evidence, bits per dimension, active units of a run
-  pyro-vae generate   new data from a run
-  pyro-vae encode     posterior means and standard deviations of data
-  pyro-vae diagnose   whether the posterior of a run can be believed
-  pyro-vae report     a run, or several side by side, as one HTML page
+  pyro-vae evaluate   compute ELBO, log p(x), bits per dimension and active units of a run
+  pyro-vae generate   generate data from a run
+  pyro-vae encode     write posterior means and standard deviations of data
+  pyro-vae diagnose   check the posterior of a run
+  pyro-vae report     write one HTML page for a run, or several side by side
 
-`pyro-vae COMMAND --help` explains a command; python -m pyro_vae.COMMAND is the same.
+`pyro-vae COMMAND --help` explains a command. `python -m pyro_vae.COMMAND` is the same command.
 """
 
 from __future__ import annotations

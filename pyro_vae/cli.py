@@ -53,14 +53,14 @@ def parse(
 
 def run_command(work: Callable[[], int | None]) -> int:
     """Run a command. A user's mistake becomes one line on stderr and exit status 2."""
-    logging.getLogger("pyro.infer").setLevel(logging.WARNING)  # not Pyro's guesses of plate nesting
+    logging.getLogger("pyro.infer").setLevel(logging.WARNING)  # no guesses of plate nesting
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _note
             return work() or 0
     except InputError as error:
         return fail(str(error))
-    except BrokenPipeError:  # the reader of the output has ended, as in `--help | head`
+    except BrokenPipeError:  # the reader has closed the pipe, as in `--help | head`
         sys.stderr.close()
         return 141
     except OSError as error:
@@ -74,9 +74,9 @@ def run_command(work: Callable[[], int | None]) -> int:
 
 
 def _out_of_memory() -> tuple[type[Exception], ...]:
-    """The errors of a failed allocation that have a type of their own.
+    """Types of the errors raised by a failed allocation.
 
-    A failed CPU allocation by torch has none. Sizes are therefore checked before (`memory`).
+    On the CPU, torch raises a plain RuntimeError. Sizes are therefore checked before (`memory`).
     """
     torch = sys.modules.get("torch")  # not imported for a command that never needed it
     return (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
@@ -90,7 +90,7 @@ def _note(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Show a warning; one of this package is for the user, without its line of source."""
+    """Print a warning, without the source line if it comes from this package."""
     text = warnings.formatwarning(message, category, filename, lineno, line)
     if Path(filename).is_relative_to(Path(__file__).parent):
         text = f"note: {message}\n"
@@ -103,7 +103,7 @@ def fail(message: str, status: int = 2) -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device called `name`. auto is cuda if available; each local process has its own.
+    """Return the device called `name`. auto is cuda if available. Each local process has its GPU.
 
     Raises:
         InputError: this machine has no such device.
@@ -167,11 +167,11 @@ class RunArguments:
     """A run and the conditions for using it.
 
     Attributes:
-        run: Run folder, or a checkpoint file.
-        data: Other data in place of the run's own, a name or a path; all its rows are test rows.
+        run: Run folder or checkpoint file.
+        data: Name or path of other data to use. All its rows are test rows.
         data_root: Folder of torchvision's data sets.
-        seed: Seed of all draws, and of the binarization where the likelihood is bernoulli.
-        device: Where to compute: cpu, cuda, cuda:1, or auto (cuda where there is one).
+        seed: Seed of all random draws, including the binarization for a bernoulli likelihood.
+        device: Device: cpu, cuda, cuda:1, or auto (cuda if available).
     """
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -186,7 +186,7 @@ class RunArguments:
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run's checkpoint, its model and its data on one device, and the seed to draw by."""
+    """A run's checkpoint, its model and its data on one device, and the seed of the draws."""
 
     checkpoint: Checkpoint
     vae: VAE | Autoencoder

@@ -24,7 +24,7 @@ VERSION = "0.1.0"
 Likelihood = Literal[
     "auto", "bernoulli", "continuous-bernoulli", "binomial", "gaussian", "discretized-logistic"
 ]
-# Data sets of torchvision by the name that --data takes. A folder of that name is given as ./name.
+# torchvision's data sets by their names for --data. Write ./name for a folder of such a name.
 TORCHVISION_CLASSES = {
     "mnist": "MNIST",
     "fashion-mnist": "FashionMNIST",
@@ -71,12 +71,12 @@ class DataConfig:
         source: Data set: digits (included, needs no network); mnist, fashion-mnist, kmnist or
             emnist (torchvision, downloaded to --data-root); or the path of a folder of images or of
             a .npy, .npz or .csv file.
-        root: Folder of torchvision's data sets, where they are also downloaded to.
+        root: Folder of torchvision's data sets. Missing ones are downloaded to it.
         image_size: Image height and width in pixels. Images in a folder are resized to it; flat
             rows of an array or a table are reshaped to it.
         max_value: Largest value that the data can take, for example 255 for 8-bit images.
         validation_size: Number of validation rows, drawn from the training data by the seed.
-        test_size: Number of test rows, for data without a test split of their own.
+        test_size: Number of test rows, for data without a test split.
     """
 
     source: Annotated[str, tyro.conf.arg(name="data", metavar="NAME|PATH")] = "digits"
@@ -113,9 +113,9 @@ class ModelConfig:
             and the reconstruction loss only, as a baseline.
         architecture: Encoder and decoder networks: mlp for any data, conv (strided) for images.
         latent_dim: Number of latent dimensions Z.
-        hidden: Sizes of the encoder's hidden layers; the decoder has the reverse. Units for mlp;
+        hidden: Sizes of the encoder's hidden layers; the decoder reverses them. Units for mlp;
             channels for conv, where each layer halves height and width.
-        activation: Activation by its name in torch.nn: SiLU, ReLU, Tanh, Softplus, GELU, …
+        activation: Name of an activation in torch.nn: SiLU, ReLU, Tanh, Softplus, GELU, …
         likelihood: p(x|z). bernoulli: binary data; grey images are binarized at random at each
             access. continuous-bernoulli: values in [0, 1]. binomial: counts. gaussian: real values,
             with a learned scale. discretized-logistic: 8-bit images.
@@ -172,8 +172,8 @@ class FitConfig:
         kl_warmup: Fraction of all steps, 0 to 1, over which the weight of the KL term rises
             linearly from zero to --beta.
         patience: Stop after this number of epochs without a better validation ELBO.
-        compile: Whether to capture the ELBO as a graph and compile it, which takes some ten seconds
-            before the first step. auto: if the run is long enough to gain by it.
+        compile: Whether to capture the ELBO as a graph and compile it, which takes about ten
+            seconds before the first step. auto: if the run is long enough to save time.
         precision: Precision of matrix products. highest: float32. high, medium: TF32 or bfloat16
             factors where torch and the processor support them (GPUs, CPUs with AMX). bf16: compute
             in bfloat16 where possible; parameters and sums stay in float32.
@@ -291,9 +291,9 @@ class Config:
 
 # Named settings of published experiments, for --preset.
 PRESETS = {
-    # "Importance weighted autoencoders", arXiv 1509.00519, one stochastic layer: the network, the
-    # data binarized afresh and the output bias at the pixels' means are the paper's; so is the
-    # first learning rate. Batch, schedule and length are not: 3,280 epochs in batches of 20.
+    # "Importance weighted autoencoders", arXiv 1509.00519, one stochastic layer. As in the paper:
+    # network, binarization at each access, output bias at the means of the pixels, initial learning
+    # rate. The paper trains for 3,280 epochs in batches of 20, with another schedule.
     "iwae-mnist": Config(
         DataConfig(source="mnist"),
         ModelConfig(latent_dim=50, hidden=(200, 200), activation="Tanh", likelihood="bernoulli"),
@@ -376,7 +376,7 @@ def _structure(cls: type, values: Any, where: str) -> Any:
         elif isinstance(value, list):
             value = tuple(value)
         try:
-            # All elements: a list may be right in its first one alone.
+            # By default, typeguard checks the first element of a list only.
             settings[name] = check_type(
                 value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS
             )

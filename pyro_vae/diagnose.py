@@ -1,9 +1,9 @@
 """Check the posterior of a run: a table of errors, each with a verdict.
 
 The guide q(z|x) is tested on held-out rows and on rows simulated from the model, whose true latents
-are known. Each error comes with a 95% confidence interval. It is sound if it is shown to be small,
-wrong if it is shown to be large, and doubtful otherwise. RUN/diagnostics.json holds all numbers,
-RUN/figures/diagnose_*.png show them, and RUN/report.html is written again with the verdicts.
+are known. Each error has a 95% confidence interval. The verdict is sound if the error is shown to
+be small, wrong if it is shown to be large, and doubtful otherwise. RUN/diagnostics.json holds all
+numbers, RUN/figures/diagnose_*.png show them, and RUN/report.html is rewritten with the verdicts.
 
   python -m pyro_vae.diagnose runs/digits
   python -m pyro_vae.diagnose runs/digits --quick
@@ -36,7 +36,7 @@ class DiagnoseArguments(RunArguments):
     """Arguments of `diagnose`.
 
     Attributes:
-        quick: Use fewer rows, draws and steps: under a minute on small data, wider intervals.
+        quick: Use fewer rows, draws and steps: faster, with wider intervals.
         strict: Exit with status 1 if a finding is wrong.
         json: Print the contents of diagnostics.json instead of the table.
     """
@@ -124,7 +124,7 @@ def _report(run: OpenRun, num_rows: int, quick: bool, effort: Effort) -> dict[st
 
 
 def _record(study: Study, report: dict[str, Any], folder: Path) -> None:
-    """Add a study to the report and write its files, which an interruption then leaves whole."""
+    """Add a study to the report and write both, so that an interruption loses no finished study."""
     from .plots.run import save
 
     report["findings"] += [finding.as_dict() for finding in study.findings]

@@ -24,7 +24,7 @@ class EncodeArguments(RunArguments):
 
     Attributes:
         out: File to write, ending in .npz.
-        overwrite: Replace the file.
+        overwrite: Replace an existing file.
     """
 
     out: Path

@@ -63,7 +63,7 @@ def _main(arguments: EvaluateArguments) -> None:
     from .evidence.evaluation import evaluate
     from .models.vae import VAE
 
-    hidden = None if isinstance(run.vae, VAE) else True  # None: where there is no terminal
+    hidden = None if isinstance(run.vae, VAE) else True  # None: hidden without a terminal
     total = count * arguments.num_samples
     with tqdm(total=total, unit="sample", unit_scale=True, disable=hidden) as bar:
         result = evaluate(
@@ -87,7 +87,7 @@ def _main(arguments: EvaluateArguments) -> None:
 
 
 def _table(values: dict[str, Any], name: str) -> str:
-    """The numbers, after the protocol of their measurement."""
+    """The protocol, followed by the numbers."""
     protocol = f"{values['num_images']:,} {values['split']} rows of {name}"
     if values["binarization"] != "none":
         protocol += f", binarized once ({values['binarization']})"

@@ -1,7 +1,4 @@
-"""Writing files: a file is written beside its place and renamed into it.
-
-An interrupted or failed write leaves an earlier file unchanged.
-"""
+"""Atomic writes. An interrupted or failed write leaves an earlier file unchanged."""
 
 from __future__ import annotations
 
@@ -10,10 +7,10 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file as a whole or not at all.
+    """Write to a temporary file in the same folder, and rename it.
 
     Raises:
-        OSError: the disk is full or the folder not writable; an earlier file is left whole.
+        OSError: the disk is full or the folder not writable.
     """
     temporary = path.with_name(f".{path.name}.part")
     try:

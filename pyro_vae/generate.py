@@ -1,7 +1,9 @@
-"""Generate data from a trained VAE: draws of z from the prior, decoded.
+"""Generate data from a trained VAE: draw z from the prior and decode it.
 
-python -m pyro_vae.generate runs/digits --num 64 --out samples.png
-python -m pyro_vae.generate runs/digits --num 10000 --draw --out samples.npz
+x is the mean of p(x|z) or, with --draw, a draw from p(x|z).
+
+  python -m pyro_vae.generate runs/digits --num 64 --out samples.png
+  python -m pyro_vae.generate runs/digits --num 10000 --draw --out samples.npz
 """
 
 from __future__ import annotations
@@ -25,14 +27,14 @@ class GenerateArguments:
     """Arguments of `generate`.
 
     Attributes:
-        run: Run folder, or a checkpoint file.
-        out: File to write: a .png for a grid; a .npy for x, on the scale of the training data (0 to
-            255 for 8-bit images); a .npz for x and its latents z.
+        run: Run folder or checkpoint file.
+        out: File to write: .png for a grid; .npy for x, on the scale of the training data (0 to 255
+            for 8-bit images); .npz for x and its latents z.
         num: Number of rows.
         draw: Draw x from p(x|z) instead of taking its mean.
         seed: Seed of the draws.
-        overwrite: Replace the file.
-        device: Where to compute: cpu, cuda, cuda:1, or auto (cuda where there is one).
+        overwrite: Replace an existing file.
+        device: Device: cpu, cuda, cuda:1, or auto (cuda if available).
     """
 
     run: Annotated[Path, tyro.conf.Positional]

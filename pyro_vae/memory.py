@@ -1,8 +1,8 @@
-"""Memory: how many rows, draws or particles to process together, and what is too large.
+"""Chunk sizes for rows, draws and particles, and a check of the available memory.
 
 On a CPU a chunk stays in the cache from one operation to the next. With 400 hidden units and 784
 pixels, chunks of 2^17 to 2^20 values of x decode equally fast; 2^22 takes 15% longer and 2^23 takes
-50% longer. An accelerator has to be kept busy, so only its memory limits a chunk.
+50% longer. On an accelerator, large chunks are faster, and only its memory limits them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from .config import InputError
 
 CACHE_VALUES = 2**19
-# A network keeps some ten times as many values for the gradient: one or two gigabytes in all.
+# A network keeps about ten times as many values for the gradient: one or two gigabytes in all.
 MEMORY_VALUES = 2**25
 
 Result = TypeVar("Result")
@@ -36,8 +36,8 @@ def rows_at_once(
 
     Args:
         values_per_row: values of x of one row; with S draws of z, S times the dimension of x.
-        device: where they are; None for the memory limit, as in training.
-        num_chunks: cache-sized chunks to take together on a CPU.
+        device: device of the values; None for the memory limit, as in training.
+        num_chunks: number of cache-sized chunks to process together on a CPU.
     """
     cached = device is not None and device.type == "cpu"
     limit = num_chunks * CACHE_VALUES if cached else MEMORY_VALUES
@@ -50,7 +50,7 @@ def check_memory(num_values: int, what: str, remedy: str) -> None:
     Torch's error for a failed allocation on the CPU has no type of its own.
 
     Raises:
-        InputError: they need more than the machine's physical memory.
+        InputError: the values need more than the machine's physical memory.
     """
     if not hasattr(os, "sysconf"):  # Windows
         return

@@ -1,4 +1,4 @@
-"""The objectives' names, their options, and the ranges of these. Imports no torch."""
+"""Names of the objectives, and their options with ranges. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Objective = Literal[
     "mmd",
 ]
 
-# The options of each objective that has any, with their defaults.
+# Options and their defaults, for the objectives that have any.
 OBJECTIVE_OPTIONS: dict[str, dict[str, float]] = {
     "renyi": {"alpha": 0.5},
     "miwae": {"groups": 8},
@@ -36,7 +36,7 @@ OBJECTIVE_OPTIONS: dict[str, dict[str, float]] = {
     "mmd": {"mmd_weight": 100.0},
 }
 
-# Objectives whose KL term has a weight that a training may change from step to step.
+# Objectives whose KL term has a weight, which may change from step to step.
 KL_WEIGHTED = ("trace", "mean-field", "score-function", "beta", "free-bits")
 
 
@@ -44,8 +44,7 @@ def check_objective(name: str, num_particles: int, options: dict[str, Any]) -> N
     """Validate an objective and its options.
 
     Raises:
-        ValueError: the name is unknown, an option is not one of this objective, or a value is out
-            of range.
+        ValueError: the name or an option is unknown, or a value is out of range.
     """
     names = get_args(Objective)
     if name not in names:

@@ -1,4 +1,4 @@
-"""Torch's global random states, which Pyro draws from, borrowed and given back."""
+"""Save, seed and restore torch's global random states, from which Pyro draws."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class RandomStates:
 def derive(seed: int, purpose: str) -> int:
     """A seed for one purpose.
 
-    Two generators of the same seed draw the same stream, whatever is made of it: with one seed for
-    all, the noise of z would follow the binarization of x.
+    Generators with the same seed draw the same numbers: with one seed for all purposes, the noise
+    of z would depend on the binarization of x.
     """
     entropy = np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1, np.uint64)
     return int(entropy[0])
@@ -50,11 +50,11 @@ def derive(seed: int, purpose: str) -> int:
 
 @contextmanager
 def random_states(device: torch.device, seed: int | None = None) -> Iterator[RandomStates]:
-    """Within, draws are the block's own; after it the caller's states are as they were.
+    """Restore the global random states after the block.
 
     Args:
-        device: the draws' device; the CPU's state is kept in any case.
-        seed: seeds the block's draws, where given.
+        device: device of the draws. The state of the CPU is always restored.
+        seed: seed of the block's draws, if given.
     """
     states = RandomStates(device)
     outer = states.get()
@@ -67,10 +67,10 @@ def random_states(device: torch.device, seed: int | None = None) -> Iterator[Ran
 
 
 class OwnState:
-    """A random state and a Pyro parameter store that are in place while `active()` runs.
+    """A separate random state and Pyro parameter store, in use within `active()`.
 
-    Torch's global random states and Pyro's store are the caller's again afterwards. Where the block
-    raises, the own random state stays what it was before it.
+    Torch's global random states and Pyro's store are restored afterwards. If the block raises,
+    `random` is unchanged.
 
     Attributes:
         random: the random states between two blocks.
@@ -93,5 +93,5 @@ class OwnState:
             self.random = states.get()
 
     def seed(self, purpose: str, seed: int) -> None:
-        """Within `active()`: go on from the seed of one purpose."""
+        """Within `active()`, set the random state by the seed for one purpose."""
         RandomStates(self.device).seed(derive(seed, purpose))

@@ -2,7 +2,7 @@
 
 The page shows a summary, the findings of `diagnose` if there are any, a latent explorer with the
 decoder's output at the pointer, the latent codes, pictures, curves and settings. It needs no
-network and no server. Training writes this page too.
+network and no server. Training also writes this page.
 
   python -m pyro_vae.report runs/digits
   python -m pyro_vae.report runs/digits runs/digits-2 --out comparison.html
@@ -27,7 +27,7 @@ class ReportArguments:
     """Arguments of `report`.
 
     Attributes:
-        runs: Run folder, or several to compare.
+        runs: One run folder, or several to compare.
         out: File to write, ending in .html.
         overwrite: Replace an existing file; a run's own report.html is always replaced.
         data_root: Folder of torchvision's data sets.
@@ -39,7 +39,7 @@ class ReportArguments:
         tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint=""),
     ]
     out: Annotated[
-        Path | None, auto("FILE", "RUN/report.html; comparison.html of several runs")
+        Path | None, auto("FILE", "RUN/report.html; comparison.html for several runs")
     ] = None
     overwrite: bool = False
     data_root: Annotated[Path | None, auto("DIR", "the run's own")] = None
@@ -55,7 +55,7 @@ def _main(arguments: ReportArguments) -> None:
         raise InputError("expected at least one run folder, as in: report runs/digits")
     for run in runs:
         if not run.is_dir():
-            raise InputError(f"expected a run folder, as python -m pyro_vae.train makes; got {run}")
+            raise InputError(f"expected a run folder, made by python -m pyro_vae.train; got {run}")
     own = runs[0] / "report.html" if len(runs) == 1 else None
     out = arguments.out or own or Path("comparison.html")
     if own is None or out.resolve() != own.resolve():

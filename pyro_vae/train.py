@@ -60,7 +60,7 @@ class TrainArguments(Config):
 
     out: Annotated[
         Path | None,
-        auto("DIR", "runs/DATA, numbered where that exists"),
+        auto("DIR", "runs/DATA, numbered if it exists"),
     ] = None
     overwrite: bool = False
     resume: Annotated[Path | None, auto("DIR", "a new run")] = None
@@ -179,7 +179,7 @@ def _follow(records: Iterator[Record]) -> int:
 
 
 def _record(folder: RunFolder, records: Callable[..., Iterator[Record]], tensorboard: bool) -> int:
-    """Train, and keep checkpoints and metrics; returns the exit status."""
+    """Train, and write checkpoints and metrics; returns the exit status."""
     from tqdm import tqdm
 
     from .plots.from_model import draw_reconstructions
@@ -225,7 +225,7 @@ def _record(folder: RunFolder, records: Callable[..., Iterator[Record]], tensorb
 
 
 def _show(bar: tqdm[Any], progress: Progress) -> None:
-    """Bring the progress bar up to date."""
+    """Update the progress bar."""
     if bar.total is None:
         bar.reset(total=progress.epochs * progress.steps_per_epoch)
         bar.update(progress.step - 1)
@@ -237,7 +237,7 @@ def _show(bar: tqdm[Any], progress: Progress) -> None:
 
 
 def _say(line: dict[str, Any], epochs: int) -> None:
-    """Print an epoch where there is no progress bar; in long runs one in so many."""
+    """Print an epoch if there is no progress bar; in long runs, about 20 epochs in all."""
     if line["epoch"] % max(1, epochs // 20) == 0 or line["epoch"] == 1:
         names = ("train_elbo", "validation_elbo", "reconstruction", "kl")
         terms = "  ".join(f"{n} {line[n]:.2f}" for n in names if line[n] is not None)
@@ -269,7 +269,7 @@ def _check_resumable(arguments: TrainArguments, checkpoint: Checkpoint) -> None:
     done = len(checkpoint.history)
     if done > (arguments.fit.epochs or 0):
         raise InputError(
-            f"--epochs expects at least {done}, the epochs that the run has; got fewer"
+            f"--epochs expects at least {done}, the number of completed epochs; got fewer"
         )
     if done == arguments.fit.epochs and os.environ.get("RANK", "0") == "0":
         print(f"the run has all its {done} epochs (--epochs adds more); drawing its figures again")
@@ -287,7 +287,7 @@ def _summary_writer() -> Any:
 
 
 def _describe(run: RunFolder) -> None:
-    """Print what is about to be trained, on which data, and the run folder."""
+    """Print data, model and run folder before the training."""
     from .training.loop import run_mode
 
     splits, model, spec = run.splits, run.config.model, run.splits.spec
@@ -307,12 +307,12 @@ def _describe(run: RunFolder) -> None:
         f"{count:,} parameters on {next(run.vae.parameters()).device}"
     )
     if run_mode(run.config.fit, splits.train) == "compiled":
-        print("graph  the ELBO is compiled first, which takes some ten seconds")
+        print("graph  the ELBO is compiled first, which takes about ten seconds")
     print(f"run    {run.path}", flush=True)
 
 
 def _summarize(run: RunFolder) -> None:
-    """Draw the pictures, write the report, and print where everything is."""
+    """Draw the figures, write the report, and print their paths."""
     from .page.write import write_report
     from .plots.codes import latent_codes
     from .plots.from_model import draw_reconstructions, draw_run

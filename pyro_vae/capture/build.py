@@ -2,7 +2,7 @@
 
 The function first runs once eagerly, to find the modules and parameters that take part. The graph
 is then verified against the ELBO's own step, and an update in it against the optimizer's, at the
-same random numbers. Afterwards all state is as before, but for new parameters in Pyro's store.
+same random numbers. Afterwards, all state is restored, except new parameters in Pyro's store.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def build(call: Call, mode: Mode) -> Graph:
     """Capture the graph of a call.
 
     Raises:
-        CannotCapture: the call has no graph. Pyro's store is as before, too.
+        CannotCapture: the call has no graph. Pyro's store is also restored.
     """
     _check(call)
     devices = [x.device for x in call.inputs] or [torch.get_default_device()]
@@ -88,7 +88,7 @@ def _check(call: Call) -> None:
         raise CannotCapture("an argument requires a gradient")
     for leaf in call.leaves:
         if not (isinstance(leaf, Tensor) or is_plain(leaf)):
-            raise CannotCapture(f"changes inside an argument go unseen: {type(leaf).__name__}")
+            raise CannotCapture(f"changes inside an argument cannot be seen: {type(leaf).__name__}")
     for name in ("differentiable_loss", "loss_and_grads"):
         if not (call.owner is call.function or hasattr(call.owner, name)):
             raise CannotCapture(f"it has no {name}")
@@ -118,8 +118,8 @@ def _build(call: Call, mode: Mode, snapshot: Snapshot) -> Graph:
             graph = _compile(graph, inputs, has_update=update is not None)
     with snapshot, torch.no_grad():
         shared = () if update else _find_shared(graph(*inputs), [*inputs, *leaves])
-    # A new parameter may have been drawn, so that a later run gives another value. The next step
-    # then goes on from the state after the first run, as it would without a capture.
+    # If a new parameter was drawn, a later run gives another value. The next step then continues
+    # from the random state after the first run, as without a capture.
     drawn = {p.name for p in parameters if not p.in_module} & snapshot.new_names()
     if drawn and not _is_close(value, expected[0]):
         snapshot.random_states.set(after)
@@ -146,7 +146,7 @@ def _run_eagerly(
 
 
 def _own_result(call: Call, leaves: list[Tensor]) -> tuple[Any, ...]:
-    """What the graph must return: by the ELBO's own `loss_and_grads`, or by the function."""
+    """The expected result of the graph, by the ELBO's own `loss_and_grads` or the function."""
     function = call.owner.loss_and_grads if leaves else call.function
     value, observed = observe(call.observer, function, *call.programs, *call.args, **call.kwargs)
     if leaves:
@@ -158,8 +158,8 @@ def _verify(expected: Any, result: Any) -> None:
     """Raise CannotCapture if a graph's results differ from those expected."""
     if not _is_close(expected, result):
         raise CannotCapture(
-            "its graph gives another loss or gradient at the same random numbers, as where "
-            "particles are taken in chunks, or where a program is not the same at each run"
+            "its graph gives another loss or gradient at the same random numbers, for example "
+            "because particles are drawn in chunks, or a program differs between runs"
         )
 
 
@@ -174,7 +174,7 @@ def _add_update(
     """Trace and verify a graph that ends with the optimizer's update.
 
     Args:
-        gradients: of the leaves; None for a leaf that is not to be updated.
+        gradients: of the leaves; None for a leaf without an update.
 
     Returns:
         (*inputs, scalars) → loss, norm of the gradient, observed; and the update.
@@ -205,10 +205,10 @@ def _add_update(
 def _compile(
     graph: Callable[..., Any], inputs: list[Tensor], has_update: bool
 ) -> Callable[..., Any]:
-    """The compiled graph; as a CUDA graph where all inputs are on a GPU.
+    """Compile a graph, and capture it as a CUDA graph if all inputs are on a GPU.
 
-    Without a compiler, the graph runs as it is. One with an update is not used, since the
-    optimizer's own step is faster.
+    Without a compiler, the graph runs uncompiled. With an update, it is an error instead, since
+    the optimizer's own step is faster.
     """
     try:
         graph = compile_graph(graph, inputs)
@@ -251,7 +251,7 @@ def _leaves(loss: Tensor) -> list[Tensor]:
 
 
 def _is_close(expected: Any, result: Any) -> bool:
-    """Whether two structures hold the same tensors, but for rounding."""
+    """Whether two structures hold the same tensors up to rounding."""
     pairs = zip(tree_leaves(expected), tree_leaves(result), strict=True)
     return all(_is_close_tensor(one, other) for one, other in pairs)
 

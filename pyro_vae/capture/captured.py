@@ -7,9 +7,9 @@ arithmetic. A `Captured` ELBO runs them when it first sees arguments of some sha
 gradient as one graph, random draws included, verifies the graph against the ELBO at the same random
 numbers, and compiles it. In a `CapturedSVI` the graph includes the optimizer's update.
 
-The ELBO is captured again where the shape of an argument, a parameter, a buffer or a plain
-attribute of a module (training mode, the p of a dropout) has changed. A value that Python code
-reads from elsewhere, a global variable or a closure, stays as it was at the capture.
+The ELBO is captured again if the shape of an argument, a parameter, a buffer or a plain attribute
+of a module (training mode, the p of a dropout) has changed. Other values that Python code reads,
+from a global variable or a closure, keep their value at capture time.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from .graph import Call, Graph, GraphKey, Mode, Observer, observe
 from .optimizer import NonFiniteGradient, OneOptimizer
 from .tracing import CannotCapture
 
-# Captures of one ELBO. A program that needs more (a new function at every step, batches of any
-# size) is faster without.
+# Maximum number of captures of one ELBO. A program that needs more (a new function at every step,
+# batches of any size) is faster without.
 MAX_GRAPHS = 32
 
 
@@ -44,7 +44,7 @@ def capture(elbo: ELBO, mode: Mode = "compiled", observer: Observer | None = Non
         elbo: one with a `differentiable_loss`: the objectives of this package and most of Pyro's.
             If an attribute of it changes, it is captured again. Give a value that changes from step
             to step as a tensor argument, such as `kl_weight` of `elbos.Sampled`.
-        mode: compiled, by torch.compile, which takes some ten seconds for each shape of the
+        mode: compiled, by torch.compile, which takes about ten seconds for each shape of the
             arguments; graph: captured but not compiled, a fraction of a second; eager: neither.
         observer: a messenger around guide and model. With one, the loss comes in a tuple, followed
             by the tensors of `Observer.observed`, as Pyro's `SVI.step` allows.
@@ -75,13 +75,13 @@ class Captured(ELBO):
         return self.graphs.captures
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss, from draws of its own; with an observer, a tuple."""
+        """The loss, from new draws; with an observer, a tuple."""
         with torch.no_grad():
             _, loss, _, observed = self._run("loss", model, guide, args, kwargs)
         return self.with_observed(_number(loss), observed)
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss. Its gradient is added to the parameters'. With an observer, a tuple."""
+        """The loss. Adds its gradient to that of the parameters. With an observer, a tuple."""
         with torch.enable_grad():
             leaves, loss, gradients, observed = self._run(
                 "loss_and_grads", model, guide, args, kwargs
@@ -148,9 +148,9 @@ class CapturedFunction:
 class CapturedSVI(SVI):
     """`pyro.infer.SVI` whose whole step is one graph: loss, gradient and the optimizer's update.
 
-    At its capture, the graph is verified against the ELBO's gradient and the optimizer's own step.
-    The update is Adam's. With another optimizer, or where a parameter has a gradient already or the
-    step cannot be captured, the step is SVI's, with the ELBO captured alone if that is possible.
+    At capture time, the graph is verified against the ELBO's gradient and the optimizer's own step.
+    The update is Adam's. With another optimizer, or if a parameter already has a gradient or the
+    step cannot be captured, the step is SVI's, with only the ELBO captured if possible.
 
     Args:
         model, guide: see `pyro.infer.SVI`.
@@ -198,7 +198,7 @@ class _Loss(torch.autograd.Function):
 
 
 def _number(loss: Tensor | float) -> float:
-    """The loss of a graph as a number. An ELBO that runs eagerly returns one, and warns itself."""
+    """The loss of a graph as a number. An eager ELBO returns a number and warns itself."""
     if not isinstance(loss, Tensor):
         return loss
     number = loss.item()
@@ -220,7 +220,7 @@ class _Graphs:
         if self.mode == "eager":
             return None
         handlers = [type(h).__name__ for h in _PYRO_STACK if not _only_records(h)]
-        if handlers:  # a graph would run without them, or with them after they are gone
+        if handlers:  # a graph would ignore them, or keep them after their end
             return self._warn(call, f"it runs within other handlers: {', '.join(handlers)}")
         try:
             hash(call.programs)
@@ -246,7 +246,7 @@ class _Graphs:
         return graph
 
     def _warn(self, call: Call, reason: str) -> Graph | None:
-        """Warn at the first time. Returns None."""
+        """Warn at the first call. Returns None."""
         if self._warns:
             name = getattr(call.owner, "__name__", type(call.owner).__name__)
             warnings.warn(f"{name} runs uncaptured: {reason}", stacklevel=4)

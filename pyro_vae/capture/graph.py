@@ -43,11 +43,11 @@ def observe(
 
 @dataclass(frozen=True)
 class GraphKey:
-    """All that decides which graph a call needs; `Guards` check the rest."""
+    """Properties of a call that select its graph; `Guards` check the rest."""
 
     programs: tuple[Any, ...]  # model and guide
     structure: str  # containers and names of the arguments
-    arguments: tuple[Any, ...]  # the layout of each tensor, the value or identity of all else
+    arguments: tuple[Any, ...]  # layouts of tensors; values or identities of others
     attributes: tuple[Any, ...]  # of the ELBO
     optimizer: tuple[float, float, float] | None  # constants of an update in the graph
     grad_enabled: bool
@@ -65,7 +65,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     observer: Observer | None = None
-    optimizer: OneOptimizer | None = None  # its update is to be part of the graph
+    optimizer: OneOptimizer | None = None  # whose update becomes part of the graph
 
     def __post_init__(self) -> None:
         self.leaves, self.structure = tree_flatten((self.args, self.kwargs))
@@ -105,17 +105,17 @@ class Call:
 
 @dataclass(frozen=True)
 class Graph:
-    """A captured graph: value, gradients of the leaves, and what is observed.
+    """A captured graph, which returns value, gradients of the leaves, and observed tensors.
 
-    With an update in it, the norm of the gradient comes in place of the gradients.
+    With an update, it returns the norm of the gradient in place of the gradients.
     """
 
     run: Callable[..., Any]
-    leaves: list[Tensor]  # what the loss has gradients of
-    guards: Guards  # to be checked before each run
+    leaves: list[Tensor]  # tensors with a gradient
+    guards: Guards  # checked before each run
     update: AdamUpdate | None
-    # Gradients that share memory with another tensor. They are copied, because a caller may change
-    # a gradient in place.
+    # Gradients that share memory with another tensor. They are copied, because callers may change
+    # them in place.
     shared: tuple[int, ...]
 
     @torch.no_grad()

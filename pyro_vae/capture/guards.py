@@ -37,7 +37,7 @@ class Guards:
     """State recorded at capture time.
 
     Args:
-        leaves: tensors that the loss has gradients of.
+        leaves: tensors in which the loss has gradients.
         parameters: those that the call registers in Pyro's store.
         modules: those that the graph uses.
         entries: further objects that must stay in their place.
@@ -85,7 +85,7 @@ class Guards:
         )
 
     def register(self) -> bool:
-        """Register the parameters as model and guide do, for `SVI` and other handlers to see.
+        """Register the parameters as model and guide do, visibly to `SVI` and other handlers.
 
         Returns:
             False if the store holds another parameter of that name, or has lost one that no module
@@ -164,7 +164,7 @@ class _Identity:
 
 
 def value_key(value: Any) -> Any:
-    """A hashable stand-in for a value: if it is plain, type and text; otherwise its identity.
+    """A hashable key of a value: its type and text if it is plain, otherwise its identity.
 
     The text distinguishes 0.0 from −0.0, the type True from 1.
     """
@@ -172,5 +172,5 @@ def value_key(value: Any) -> Any:
 
 
 def layout(tensor: Tensor) -> tuple[Any, ...]:
-    """All that a graph depends on except the values."""
+    """The properties of a tensor on which a graph depends, without its values."""
     return _properties(tensor), tensor.stride()

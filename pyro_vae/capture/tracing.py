@@ -1,4 +1,4 @@
-"""From a function of tensors to the graph of its operations, and to compiled code.
+"""Trace a function of tensors to a graph of its operations, and compile it.
 
 make_fx records the operations while the function runs. Tensors that are not arguments, such as
 parameters, enter the graph by reference: every run reads their current values. A number that Python
@@ -108,7 +108,7 @@ class CudaGraph:
 
 @contextmanager
 def _reported_values_stay_tensors() -> Iterator[None]:
-    """Pyro's ELBOs read their loss as a number, and check it for NaN, only to report it."""
+    """Keep the loss a tensor where Pyro's ELBOs read it as a number for reports and NaN checks."""
     substitutes: list[tuple[Any, Any]] = [
         (torch_item, lambda x: x.detach() if isinstance(x, Tensor) else x),
         (warn_if_nan, lambda value, *args, **kwargs: value),

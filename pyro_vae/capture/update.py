@@ -18,7 +18,7 @@ from .guards import Entry
 from .optimizer import OneOptimizer
 from .tracing import CannotCapture
 
-# Settings of torch.optim.Adam that `AdamUpdate` does not have.
+# Settings of torch.optim.Adam that `AdamUpdate` does not support.
 _OFF = ("weight_decay", "decoupled_weight_decay", "amsgrad", "maximize", "differentiable")
 
 
@@ -35,7 +35,7 @@ class AdamUpdate:
 
     Attributes:
         moments: t, m and v of each parameter, as torch names them: `step`, `exp_avg` and
-            `exp_avg_sq`. They are initialized as torch would, if missing.
+            `exp_avg_sq`; initialized as Adam would, if missing.
         changes: all tensors that the update changes.
 
     Raises:

@@ -49,7 +49,7 @@ def read_object(data: Any, config: DataConfig) -> Source:
         raise InputError(
             f"expected the name of a data set, a path, a DataConfig, an array, a tensor, a "
             f"DataFrame, a torch Dataset or a pair (x, y) as data; got {type(x).__name__}. Convert "
-            f"it, as by numpy.asarray"
+            f"it, for example by numpy.asarray"
         )
     if y is not None:
         if labels is not None:
@@ -69,7 +69,7 @@ def _from_frame(frame: Any) -> tuple[np.ndarray, np.ndarray | None]:
         if column.dtype.kind not in "biuf":
             raise InputError(
                 f"expected numbers in every column of the DataFrame; got {column.dtype} in column "
-                f"{name!r}: drop it, encode it as numbers or impute what is missing"
+                f"{name!r}: drop it, encode it as numbers or impute missing values"
             )
     values = np.column_stack(list(columns.values())) if columns else np.empty((len(frame), 0))
     return values, None if label is None else _labels(_array(frame[label]), "DataFrame")
@@ -94,7 +94,7 @@ def _from_dataset(
             raise InputError(
                 f"expected items of one shape and type in the {name}; got {values.shape[1:]} of "
                 f"{values.dtype} in item 0, {row.shape} of {row.dtype} in item {index}: transform "
-                f"them to one"
+                f"them first"
             )
         labels += label
         if len(label) > 1 or len(labels) not in (0, index + 1):

@@ -1,8 +1,8 @@
 """Data of any kind → `Splits`.
 
 read        name, path or object in memory → `Source`, one array of rows
-scan        one pass over all values: range, type, fingerprint; refuse NaN and infinities
-split       test rows first, used for no choice; then validation rows from the rest, by a seed
+scan        one pass over all values: range, type, fingerprint; NaN and infinities are errors
+split       test rows first, which no choice uses; then validation rows from the rest, by a seed
 """
 
 from __future__ import annotations
@@ -42,16 +42,15 @@ def load_data(
 
     Arrays and tensors hold rows (N, D) or images (N, H, W), (N, H, W, C) or (N, C, H, W) of 1 or 3
     channels. A column of a DataFrame called label, class or target holds its labels. A Dataset
-    yields arrays, tensors or PIL images, or pairs of such an item and its label; each item is read
-    once, and so a random transform is drawn once, not anew for each epoch.
+    yields arrays, tensors or PIL images, or pairs of such an item and its label. Each item is read
+    once: random transforms are not drawn again for each epoch.
 
     A contiguous array or tensor of uint8, bool or float32 is used in place, without a copy: do not
-    change its values as long as the splits are in use. Other types are copied.
+    change its values while the splits are in use. Other types are copied.
 
     Args:
         source: the data, as above, or a `DataConfig` with all settings.
-        seed: selects the rows of the validation split, and of the test split if the data have none
-            of their own.
+        seed: selects the validation rows, and the test rows if the data have no test split.
         image_size: height and width of images, in pixels. Images of a folder, and PIL images of a
             Dataset, are resized to it; flat rows (N, H·W) are read as grey images.
         max_value: largest value that the data can take, for example 255 for 8-bit images. Default:
@@ -90,7 +89,7 @@ def _draw_splits(source: Source, config: DataConfig, seed: int) -> tuple[Tensor,
     if total < 3:
         raise InputError(
             f"{source.name} has {total} row{'s' * (total > 1)}; training, validation and test need "
-            f"one each at least"
+            f"at least one each"
         )
     if source.num_test and config.test_size is not None:
         raise InputError(
@@ -208,7 +207,7 @@ def _spec(source: Source, max_value: int | None, scan: _Scan) -> DataSpec:
             f"{low:g} to {high:g}"
         )
     if limit is None and integral and low >= 0 and 1 < high <= 255:
-        # uint8 is the type of 8-bit images, also if their largest value is below 255.
+        # uint8 is the type of 8-bit images, even if their largest value is below 255.
         limit = 255 if source.values.dtype == np.uint8 else int(high)
     if limit is None and low >= 0 and high <= 1:
         limit = 1

@@ -5,8 +5,8 @@
     .npy, .npz, .csv       (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), perhaps with labels
 
 `from_array` checks and orders the values of a file, a folder or an object in memory
-(`in_memory.py`). Nothing is scaled, binarized or split here (`data.py` does that), and nothing is
-unpickled: arrays are read with `allow_pickle=False`.
+(`in_memory.py`). Nothing is scaled, binarized or split here, and nothing is unpickled: arrays are
+read with `allow_pickle=False`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LABEL_COLUMNS = ("label", "labels", "class", "target", "targets")
 LABEL_NAMES = (*LABEL_COLUMNS, "y")  # a table may have a coordinate called y
 VALUE_NAMES = ("x", "data", "images")
 
-# The exceptions of pillow for damaged files and files that are no images.
+# pillow's exceptions for damaged files and files that are not images.
 UNREADABLE = (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError)
 
 
@@ -46,7 +46,7 @@ class Source:
         class_names: the name of each label, or empty.
         num_test: the last `num_test` rows are the data's own test split; 0 if they have none.
         max_value: the largest possible value, if the source defines one.
-        likelihood: the customary likelihood of the data, if there is one.
+        likelihood: the usual likelihood of the data, if there is one.
     """
 
     name: str
@@ -130,7 +130,7 @@ def from_array(
     if labels is not None:
         if labels.shape != (len(values),):
             raise InputError(
-                f"expected one label a row, ({len(values)},), in {origin}; got labels of shape "
+                f"expected one label per row, ({len(values)},), in {origin}; got labels of shape "
                 f"{labels.shape}"
             )
         distinct, labels = np.unique(labels, return_inverse=True)
@@ -153,7 +153,7 @@ def _digits(config: DataConfig) -> Source:
 
 
 def _torchvision(config: DataConfig) -> Source:
-    """MNIST and its relatives: 60,000 or more grey 28x28 images and their own test split."""
+    """MNIST and similar data: 60,000 or more grey 28x28 images and a test split."""
     name, root = config.source, config.root
     try:
         from torchvision import datasets
@@ -168,7 +168,7 @@ def _torchvision(config: DataConfig) -> Source:
     prefixes = [f"emnist-balanced-{part}" for part in ("train", "test")]
     prefixes = prefixes if name == "emnist" else ["train", "t10k"]
     files = [f"{p}-{kind}" for p in prefixes for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
-    # Early releases of torchvision kept the data in a folder called processed.
+    # Early releases of torchvision stored the data in a folder called processed.
     present = (folder / "processed").is_dir() or all((folder / "raw" / f).is_file() for f in files)
     try:  # downloads only what is missing
         parts = [dataset_class(root, train=t, download=True, **options) for t in (True, False)]
@@ -205,7 +205,7 @@ def _folder(path: Path, config: DataConfig) -> Source:
         mode = next(m for m in ("F", "RGB", "L", "1") if m in modes)
         if mode == "F" and len(set(modes)) > 1:
             other = files[next(i for i, m in enumerate(modes) if m != "F")]
-            raise InputError(f"{path} mixes float or 16-bit images with 8-bit ones, as {other}")
+            raise InputError(f"{path} mixes float or 16-bit images with 8-bit ones, like {other}")
         convert = partial(pixels, mode=mode, image_size=config.image_size)
         first = _read_image(path, files[0], convert)
         values = np.empty((len(files), *first.shape), first.dtype)
@@ -227,7 +227,7 @@ def _image_files(path: Path) -> list[Path]:
     """The files of a folder and all folders below it, without hidden ones, in order."""
     files, seen = [], set()
     for folder, folders, names in os.walk(path, followlinks=True):
-        if (place := os.path.realpath(folder)) in seen:  # a link to a folder further up
+        if (place := os.path.realpath(folder)) in seen:  # a link to a parent folder
             folders.clear()
             continue
         seen.add(place)
@@ -353,7 +353,7 @@ def _csv(path: Path, config: DataConfig) -> Source:
     labels: np.ndarray | None = None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an empty table is refused below
+            warnings.simplefilter("ignore")  # an empty table is an error below
             values = np.loadtxt(path, usecols=columns, **options)
             if column is not None:
                 labels = np.loadtxt(path, usecols=[column], dtype=str, **options)[:, 0]

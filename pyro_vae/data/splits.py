@@ -23,8 +23,7 @@ from torch import Tensor
 
 Units = Literal["binary", "unit", "count", "real"]
 
-# Rows read at once from a whole split. Fixed, because the draws of a seeded binarization depend on
-# it.
+# Rows that `Split.fixed` reads at once. The draws of a seeded binarization depend on this number.
 CHUNK = 512
 
 
@@ -78,7 +77,7 @@ class DataSpec:
         if units != "count" and self.max_value not in (None, 1):
             x = x / self.bound
         if self.binarizes(units):
-            # Half the time of torch.bernoulli, which draws doubles.
+            # Twice as fast as torch.bernoulli, which draws doubles.
             uniform = torch.rand(x.shape, generator=generator, device=x.device)
             x = torch.gt(x, uniform, out=uniform)  # 1.0 or 0.0, without a boolean tensor
         return x
@@ -190,12 +189,12 @@ def moments(split: Split, units: Units, num_images: int = 50_000) -> tuple[Tenso
     Args:
         split: the training split.
         units: the units of x.
-        num_images: the number of rows to read, at least; from a split of twice as many or more,
-            evenly spaced rows are read.
+        num_images: number of rows to read, at least. From a split of twice as many or more, evenly
+            spaced rows are read.
 
     Returns:
-        mean (*shape); standard deviation, () for images, (D,) for tables, whose columns may have
-        units of their own. It is 1 for a constant column.
+        mean (*shape); standard deviation, () for images, (D,) for tables, whose columns may differ
+        in units. It is 1 for a constant column.
     """
     step = max(1, len(split) // num_images)
     sample = dataclasses.replace(split, rows=split.rows[::step], device=torch.device("cpu"))
@@ -208,7 +207,7 @@ def moments(split: Split, units: Units, num_images: int = 50_000) -> tuple[Tenso
         return total / len(sample)
 
     mean = average(lambda x: x)
-    # In a second pass: the difference of two large sums would lose a small variance.
+    # A second pass, because the difference of two large sums would lose a small variance.
     centre = mean.mean() if split.spec.is_image else mean
     variance = average(lambda x: (x - centre).square())
     if split.spec.is_image:

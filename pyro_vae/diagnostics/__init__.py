@@ -1,4 +1,4 @@
-"""Diagnostics: is q(z|x) right, and where is it wrong?
+"""Diagnostics: checks of q(z|x).
 
 Each module computes one kind of check: simulation-based calibration (`sbc`), guides refined per row
 (`refinement`), NUTS (`nuts`), the aggregate posterior, predictive checks, use of the latents, and

@@ -1,6 +1,6 @@
 """The aggregate posterior, q(z) = E_x[q(z|x)], and its distance from the prior.
 
-The functions here compute. `verdicts.py` judges the numbers.
+`findings.py` turns the numbers into verdicts.
 """
 
 from __future__ import annotations

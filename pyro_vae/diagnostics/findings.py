@@ -248,7 +248,7 @@ def about_weights(unreliable: np.ndarray) -> Finding:
 
 
 def about_bounds(annealed: Annealed, importance: np.ndarray) -> Finding:
-    """How much too low importance-sampled log p(x) may be, on simulated rows.
+    """Upper estimate of the error of importance-sampled log p(x), on simulated rows.
 
     Doubtful if the annealed bounds are as far from each other as from the estimate.
 
@@ -301,7 +301,7 @@ def about_coverage(coverage: Coverage, level: float = 0.9) -> list[Finding]:
 
 
 def about_likelihood_ranks(simulations: Simulations) -> Finding:
-    """Ranks of log p(x|z): does the guide use x as much as the posterior does?"""
+    """Ranks of log p(x|z): whether the guide uses x as much as the posterior does."""
     ranks = simulations.ranks[:, simulations.names.index(LIKELIHOOD)]
     # The L draws divide [0, 1] into L + 1 cells. Uniform ranks have cell midpoints of mean ½.
     return Finding(LIKELIHOOD_RANKS, interval((ranks + 0.5) / (simulations.num_draws + 1)))

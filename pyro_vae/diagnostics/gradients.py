@@ -45,7 +45,7 @@ ROUNDING = 1e-13
 
 @dataclass(frozen=True)
 class Gradient:
-    """n draws of the gradient (P,) of an objective, which is maximized: it points uphill.
+    """n draws of the gradient (P,) of an objective, which is maximized.
 
     Attributes:
         num_draws: n.
@@ -272,7 +272,7 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 
 @contextmanager
 def _gradients_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """In the block, the tensors have no gradient; afterwards they have their own again."""
+    """Set the gradients of tensors to None in the block, and restore them afterwards."""
     kept = [x.grad for x in tensors]
     try:
         for x in tensors:

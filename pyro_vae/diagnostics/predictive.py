@@ -1,4 +1,4 @@
-"""Posterior-predictive checks: do draws from the model look like the data?
+"""Posterior-predictive checks: whether draws from the model look like the data.
 
     z ~ q(z|x),  x' ~ p(x|z);  compare T(x, z) with T(x', z) for each statistic T
 

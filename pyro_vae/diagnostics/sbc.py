@@ -1,4 +1,4 @@
-"""Simulation-based calibration: is q(z|x) right on average over data from the model?
+"""Simulation-based calibration: whether q(z|x) is right on average over data from the model.
 
     z* ~ p(z),  x ~ p(x|z*),  z₁ … z_L ~ q(z|x)
 

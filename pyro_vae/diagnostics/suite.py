@@ -1,4 +1,4 @@
-"""The studies of `diagnose`: each computes, judges and draws one aspect of the inference."""
+"""The studies of `diagnose`: numbers, findings and figures of one aspect of the inference each."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Effort:
 
     Attributes:
         held_out: largest number of rows for weights, latents and predictive checks.
-        importance_samples: of z, for each of these rows and of the annealed ones.
-        refined: rows with guides of their own, by `refine_steps` of SVI for each of two families.
+        importance_samples: draws of z for each of these rows and of the annealed ones.
+        refined: rows to which guides of two families are fitted, by `refine_steps` of SVI each.
         simulations: for calibration, with `draws` each.
         annealed: simulated rows, by `anneal_steps` on `anneal_chains` chains each.
         chain_rows: rows for NUTS, on `chains` chains of `chain_warmup` and `chain_draws`.
@@ -85,7 +85,7 @@ class Study:
 
     Attributes:
         findings: lines of the table.
-        details: numbers behind them, fit for JSON.
+        details: their numbers, as JSON values.
         figures: name → figure.
     """
 
@@ -105,7 +105,7 @@ def random_rows(split: Split, units: Units, count: int, seed: int) -> Tensor:
 def studies(
     vae: VAE, held_out: Tensor, training: Tensor, effort: Effort, advance: Callable[[float], object]
 ) -> Iterator[Study]:
-    """All studies, one after the other. Draws come from torch's global random state.
+    """Make all studies in turn. Draws come from torch's global random state.
 
     Args:
         vae: the model with its guide.
@@ -346,7 +346,7 @@ def _aggregate(vae: VAE, training: Tensor, effort: Effort) -> Study:
 
 
 def _array(values: Tensor | None) -> np.ndarray:
-    """The values of a tensor that was asked for."""
+    """The values of a tensor that is not None."""
     assert values is not None
     return values.cpu().numpy()
 
@@ -356,7 +356,7 @@ def _by_name(names: Sequence[str], values: np.ndarray) -> dict[str, Any]:
 
 
 def _summary(values: np.ndarray) -> dict[str, float | None]:
-    """Mean, median and extremes, or None for each if there are no values."""
+    """Mean, median and extremes; None if there are no values."""
     names = ("mean", "median", "least", "largest")
     if values.size == 0:
         return dict.fromkeys(names)

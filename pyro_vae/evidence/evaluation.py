@@ -1,4 +1,4 @@
-"""A model measured on the rows of a split: ELBO, log p(x), bits per dimension, active units."""
+"""Evaluate a model on a split: ELBO, log p(x), bits per dimension, active units."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ACTIVE_VARIANCE = 0.01
 def elbo_terms(
     vae: VAE | Autoencoder, split: Split, seed: int = 0, num_images: int | None = None
 ) -> tuple[float, float | None]:
-    """Mean reconstruction and KL over a split, nats per row, one draw of z a row.
+    """Mean reconstruction and KL over a split, nats per row, with one draw of z per row.
 
     `seed` fixes draws and binarization; torch's global random state does not change. The KL of an
     `Autoencoder` is None.
@@ -42,7 +42,7 @@ def elbo_terms(
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Means over rows, in nats per row; None where the model or the likelihood has no such number.
+    """Means over rows, in nats per row; None if the model or likelihood has no such number.
 
     Attributes:
         elbo: reconstruction − kl.
@@ -58,7 +58,7 @@ class Evaluation:
         active_units: number of latents whose posterior mean varies over rows by `ACTIVE_VARIANCE`.
         num_images: number of rows.
         num_samples: importance samples per row.
-        binarization: "fixed" with its seed where grey values are made binary, or "none".
+        binarization: "fixed" with its seed if grey values are binarized, else "none".
     """
 
     elbo: float | None = None
@@ -136,7 +136,7 @@ def evaluate(
 
 
 def _terms(vae: VAE, x: Tensor, evidence: Evidence) -> tuple[Tensor, ...]:
-    """log p(x), log p(x|z), KL, error and k̂ (B,), posterior mean (B, Z); without k̂ the KL again."""
+    """log p(x), log p(x|z), KL, error, k̂ (if missing, KL), (B,) each; posterior mean (B, Z)."""
     posterior = vae.posterior(x)
     kl = kl_divergence(posterior, vae.prior()).double()
     tail = kl if evidence.pareto_k is None else evidence.pareto_k
@@ -145,5 +145,5 @@ def _terms(vae: VAE, x: Tensor, evidence: Evidence) -> tuple[Tensor, ...]:
 
 
 def _joined(parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
-    """The measurements of all batches, each of all rows."""
+    """The terms of all batches, concatenated over rows."""
     return [torch.cat(column) for column in zip(*parts, strict=True)]

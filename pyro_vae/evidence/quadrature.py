@@ -5,7 +5,7 @@
 by the trapezoidal rule on an even grid of spacing h over the bulk of the prior. For a smooth
 integrand that vanishes at the ends the error falls faster than any power of h ("The exponentially
 convergent trapezoidal rule", doi 10.1137/130932132). The difference to the grid of every second
-node is an upper estimate of it, given one node or more in each standard deviation of the posterior.
+node is an upper estimate of the error, if each standard deviation of the posterior holds a node.
 """
 
 from __future__ import annotations

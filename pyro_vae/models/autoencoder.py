@@ -3,8 +3,8 @@
     z = encoder(x),  maximize log p(x|z)
 
 It has the networks and likelihoods of the VAE. The code z is computed, not drawn: the Pyro model
-has no latent site, the guide is empty, and Trace_ELBO is the reconstruction term alone. Without a
-prior there are neither samples nor evidence.
+has no latent site, the guide is empty, and Trace_ELBO is the reconstruction term. Without a prior,
+samples and evidence are not defined.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`ModelConfig` and data → model: likelihood by the data, networks by the config, fresh weights."""
+"""Build a model from a `ModelConfig` and data, with new weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .vae import VAE
 
 
 def build(config: ModelConfig, splits: Splits, seed: int = 0) -> VAE | Autoencoder:
-    """Make a model for the data, with fresh weights.
+    """Make a model for the data, with new weights.
 
     Args:
         config: architecture, latents, likelihood.
@@ -69,7 +69,7 @@ def _assemble(config: ModelConfig, likelihood: Likelihood) -> VAE | Autoencoder:
 
 
 def _check(likelihood: str, splits: Splits) -> None:
-    """Refuse data outside the support of the likelihood."""
+    """Check that the data lie in the support of the likelihood."""
     units, spec = LIKELIHOODS[likelihood].units, splits.spec
     if units == "count" and not spec.discrete:
         expected = "integers from 0 to --max-value"

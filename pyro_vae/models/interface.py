@@ -4,8 +4,8 @@
     posterior(x)     q(z|x): x (B, *data_shape) → batch (B,), event (Z,)
     likelihood(z)    p(x|z): z (..., Z) → batch (...), event data_shape
 
-Evidence, calibration and diagnostics need a `LatentModel`; SVI and NUTS need a `PyroModel`. The
-two context helpers keep Pyro's global parameter store apart from the models that use it.
+Evidence, calibration and diagnostics need a `LatentModel`; SVI and NUTS need a `PyroModel`.
+`register` and `held_fixed` keep the parameters of different models apart in Pyro's global store.
 """
 
 from __future__ import annotations

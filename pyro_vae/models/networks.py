@@ -1,8 +1,8 @@
 """Networks: x (..., *data_shape) → features, and z (..., Z) → (..., P, *data_shape).
 
 Both accept any number of leading batch dimensions, so particles of z need no reshaping elsewhere. P
-is the number of parameters of the likelihood for each value of x. The output has the type of the
-input, also under torch.autocast.
+is the number of parameters of the likelihood for each value of x. The output has the dtype of the
+input, even under torch.autocast.
 """
 
 from __future__ import annotations

@@ -111,8 +111,8 @@ class _Shaped(TorchDistribution):
         value = value.expand(shape)
         num_dims = len(shape) - len(self.event_shape)
         lead = num_dims - len(self.batch_shape)
-        # The base's one batch dimension stands for the batch dimensions of several elements. All
-        # others come first, as samples: one element broadcasts over the values along them.
+        # The batch dimension of the base holds the batch dimensions of more than one element. The
+        # others come first, as sample dimensions, along which the base broadcasts.
         own = [lead + i for i, size in enumerate(self.batch_shape) if size != 1]
         order = [*(i for i in range(num_dims) if i not in own), *own]
         moved = value.permute(*order, *range(num_dims, len(shape)))

@@ -5,8 +5,8 @@
 
     log p(x) ≥ ELBO = E_q[log p(x|z)] − KL(q(z|x) ‖ p(z)) = reconstruction − KL
 
-`prior`, `likelihood` and `posterior` return the three distributions, of which `model` and `guide`
-consist.
+`model` and `guide` consist of the three distributions that `prior`, `likelihood` and `posterior`
+return.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Objectives made of Pyro's own ELBOs: the KL weighted, the score as gradient, and those that put
-another term in the KL's place.
+"""Objectives derived from Pyro's ELBOs: weighted KL, score-function gradient, and other penalties.
 
     trace, beta       E_q[log p(x|z)] − β E_q[log q(z|x) − log p(z)]
     mean-field        E_q[log p(x|z)] − β KL(q(z|x) ‖ p(z)), the KL in closed form
@@ -7,8 +6,8 @@ another term in the KL's place.
     beta-tc           ELBO − (β − 1) TC,  TC = KL(q(z) ‖ Πⱼ q(zⱼ))
     mmd               E_q[log p(x|z)] − λ MMD²(q(z), p(z))
 
-where q(z), the aggregate posterior, is the batch's mean of q(z|x), and j runs over the latent
-dimensions. Each latent site is treated by itself, and sums over images are scaled as their plate.
+where q(z), the aggregate posterior, is the mean of q(z|x) over the batch, and j runs over the
+latent dimensions. Each latent site has its own term. Sums over rows have the scale of their plate.
 """
 
 from __future__ import annotations
@@ -42,14 +41,14 @@ from .particles import (
 
 
 class Sampled(Trace_ELBO):
-    """trace, beta: the ELBO, all of it sampled. With a KL weight, and particles in chunks.
+    """trace, beta: the ELBO by sampling, with a KL weight, and particles in chunks.
 
-    A step may have a KL weight of its own, `svi.step(x, kl_weight=...)`, which model and guide do
-    not see. As a tensor, (), it is an input of a captured step (see `capture`).
+    `svi.step(x, kl_weight=...)` sets the KL weight of one step; model and guide do not receive it.
+    As a tensor, (), it is an input of a captured step (see `capture`).
 
     Attributes:
-        kl_weight: β where a step gives none. It scales the latent sites of model and guide alike;
-            scaled in one of them alone, the value would be wrong.
+        kl_weight: β of steps that give none. It scales the latent sites of both model and guide;
+            scaling those of one only would give a wrong value.
     """
 
     def __init__(
@@ -70,14 +69,14 @@ class Sampled(Trace_ELBO):
     def _get_traces(
         self, model: Any, guide: Any, args: Any, kwargs: Any
     ) -> Iterator[tuple[Trace, Trace]]:
-        """Particles in as few passes as memory allows; Pyro's own draw all in one."""
+        """Draw the particles in chunks that fit in memory; Pyro draws all at once."""
         if self.num_particles == 1:
             yield self._get_trace(model, guide, args, kwargs)
             return
         own = {name: value for name, value in kwargs.items() if name != "kl_weight"}
         know_plate_nesting(self, model, guide, args, own)
         for size in chunk_sizes(self.num_particles, args, own):
-            nesting = int(self.max_plate_nesting) - 1  # which counts the particles' plate
+            nesting = int(self.max_plate_nesting) - 1  # without the particles' plate
             model_size, guide_size = (in_particles(f, size, nesting) for f in (model, guide))
             yield self._get_trace(model_size, guide_size, args, kwargs)
 
@@ -91,25 +90,25 @@ class MeanField(Sampled, TraceMeanField_ELBO):
         latents = latent_sites(guide_trace)
         check_reparameterized(latents)
         if any(isinstance(_base(site["fn"]), Delta) for site in latents.values()):
-            # An automatic guide's, whose density, a Jacobian, Pyro's KL of a Delta leaves out.
+            # Pyro's KL of a Delta omits its density, in an automatic guide the Jacobian.
             return Trace_ELBO._differentiable_loss_particle(self, model_trace, guide_trace)
         return super()._differentiable_loss_particle(model_trace, guide_trace)
 
 
 class ScoreFunction(Sampled):
-    """score-function: the ELBO, with the gradient that needs no reparameterization."""
+    """score-function: the ELBO with the score-function gradient, for any guide."""
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
-        with Detached():  # outside of Pyro's tracing, which is to record the detached draws
+        with Detached():  # outside the trace, which then records the detached draws
             traces = super()._get_trace(model, guide, args, kwargs)
         for site in latent_sites(traces[1]).values():
-            # as Pyro has it where a distribution cannot be reparameterized
+            # as in Pyro for a distribution without reparameterization
             site["score_parts"] = ScoreParts(site["log_prob"], site["unscaled_log_prob"], 0)
         return traces
 
 
 class _Replaced(MeanField):
-    """Base of the objectives with a penalty in the KL's place, for each latent site."""
+    """Base of the objectives that replace the KL of each latent site by a penalty."""
 
     def _differentiable_loss_particle(
         self, model_trace: Trace, guide_trace: Trace
@@ -139,23 +138,23 @@ class _Replaced(MeanField):
     def penalty(
         self, p: Distribution, q: Distribution, z: Tensor, weights: Tensor, data: int | None
     ) -> Tensor:
-        """Of a latent site, () nats, summed over the batch.
+        """Penalty of a latent site, summed over the batch: (), nats.
 
         Args:
             p, q: its distributions in model and guide, batch (…), event (…).
             z: (…, …) drawn from q.
             weights: (…) of the elements of the batch: the plate's scale, 0 where masked.
-            data: the batch's dimension, counted from its end, along which the data lie; None where
-                they are in no one plate.
+            data: the batch dimension of the rows, counted from the end; None if no single plate
+                contains all sites.
         """
         raise NotImplementedError
 
 
 class FreeBits(_Replaced):
-    """free-bits.
+    """free-bits: at least λ nats for each latent dimension.
 
     Args:
-        free_bits: λ, nats for each latent dimension.
+        free_bits: λ, in nats.
     """
 
     def __init__(self, free_bits: float, *args: Any, **kwargs: Any) -> None:
@@ -179,10 +178,10 @@ class FreeBits(_Replaced):
 
 
 class BetaTC(_Replaced):
-    """beta-tc.
+    """beta-tc: the ELBO with a weighted total correlation.
 
-    q(z) is the mean of q(z|x) over the batch. Its total correlation is the one of the data's q(z)
-    under minibatch-weighted sampling but for a constant, so the gradient is the paper's.
+    q(z) is the mean of q(z|x) over the batch. Its total correlation differs from the paper's
+    minibatch-weighted estimate by a constant only; the gradients are the same.
 
     Args:
         beta: β, the weight of the total correlation.
@@ -202,8 +201,8 @@ class BetaTC(_Replaced):
                 f"{tuple(q.event_shape)}"
             )
         data = _in_one_plate("beta-tc", data)
-        share = (weights / weights.sum(data, keepdim=True)).log()  # of each image in q(z)
-        # [n, …, m, …, j] = log q(zⱼ of image n | image m)
+        share = (weights / weights.sum(data, keepdim=True)).log()  # of each row in q(z)
+        # [n, …, m, …, j] = log q(zⱼ of row n | row m)
         densities = q.base_dist.log_prob(z.movedim(data - 1, 0).unsqueeze(data - 1))
         log_each = (densities + share.unsqueeze(-1)).logsumexp(data - 1)  # (n, …, Z)
         log_joint = (densities.sum(-1) + share).logsumexp(data)  # (n, …)
@@ -213,11 +212,11 @@ class BetaTC(_Replaced):
 
 
 class MaximumMeanDiscrepancy(_Replaced):
-    """mmd.
+    """mmd: the maximum mean discrepancy in place of the KL.
 
     The unbiased estimate of MMD² between the batch's draws and as many from the prior, under a sum
-    of inverse multiquadratic kernels c/(c + d²), c = s · (E d² of two draws from the prior). 0 for
-    one image alone, which cannot tell.
+    of inverse multiquadratic kernels c/(c + d²), c = s · (E d² of two draws from the prior). It is
+    0 for a single row.
 
     Args:
         mmd_weight: λ, nats.
@@ -238,7 +237,7 @@ class MaximumMeanDiscrepancy(_Replaced):
             v.reshape(*q.batch_shape, -1).movedim(data - 1, -2) for v in (z, draws.expand(z.shape))
         )  # (…, B, D)
         weights = weights.movedim(data, -1)
-        share = weights / weights.sum(-1, keepdim=True)  # of each image in q(z)
+        share = weights / weights.sum(-1, keepdim=True)  # of each row in q(z)
         pairs = share.unsqueeze(-1) * share.unsqueeze(-2)
         others = pairs * (1 - torch.eye(pairs.shape[-1]).to(pairs))
         count = others.sum((-2, -1))
@@ -269,7 +268,7 @@ class _ScaledLatents(Messenger):
 
 
 def _counts(site: dict[str, Any], weights: Tensor) -> bool:
-    """Whether any element of a site does. Asks for tensors' values only where a mask needs it."""
+    """Whether a site has any weight. Reads the values of tensors only if it has a mask."""
     if isinstance(site["mask"], Tensor):
         return bool(weights.any())
     scale = site["scale"]

@@ -1,4 +1,4 @@
-"""Objectives made of importance weights: a bound for each row, and weights of its gradients.
+"""Importance-weighted objectives: a bound for each row, and the weights of its gradients.
 
     log wₖ = log p(x, zₖ; θ) − log q(zₖ|x; φ),  zₖ = z(εₖ; φ),  k = 1 … K
 
@@ -152,7 +152,7 @@ class WeightedELBO(ELBO):
             path = weights[0].path
             return None if path is None else path[first : first + size]
 
-        # Takes the arguments: `checkpoint` keeps the random state of their device.
+        # `checkpoint` keeps the random state of the device of its arguments.
         def chunk(first: int, size: int, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
             run, propose = (in_particles(program, size, nesting) for program in (model, guide))
             if first:  # all chunks share the subsample that the plates draw for the first

@@ -42,10 +42,10 @@ class Draws:
     Attributes:
         log_p: (K, N) log p(x, zₖ).
         log_q: (K, N) log q(zₖ|x).
-        log_q_fixed: (K, N) log q(zₖ|x) with zₖ held fixed, whose gradient is the score; equal to
-            `log_q` in `draw_total`.
+        log_q_fixed: (K, N) log q(zₖ|x) with zₖ held fixed, whose gradient is the score; the same
+            as `log_q` in `draw_total`.
         scale: () or (N,) factor of each row, N/B if a plate of N is subsampled to B.
-        subsample: the rows that the plates have taken.
+        subsample: the rows that the plates have selected.
     """
 
     log_p: Tensor
@@ -112,7 +112,7 @@ def in_particles(program: Callable, num_particles: int, nesting: int) -> Callabl
 
 
 def chunk_sizes(num_particles: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
-    """`num_particles` as a sum of numbers that fit in memory."""
+    """Numbers of particles that fit in memory, with the sum `num_particles`."""
     most = rows_at_once(sum(tensor.numel() for tensor in _tensors(args, kwargs)))
     return [min(most, num_particles - done) for done in range(0, num_particles, most)]
 

@@ -50,7 +50,7 @@ def objective(
 
     The ELBO, E_q[log w]:
 
-    trace: sampled, by reparameterization, or by the score for sites without. arXiv 1312.6114.
+    trace: sampled, by reparameterization, or by the score if a site has none. arXiv 1312.6114.
     mean-field: with KL(q(z|x) ‖ p(z)) in closed form if torch has it. arXiv 1312.6114.
     stl: without the score term; zero gradient variance if q is the posterior. arXiv 1703.09194.
     score-function: without reparameterization, at high variance. arXiv 1401.0118.
@@ -86,7 +86,7 @@ def objective(
         options: `alpha`, `beta`, `groups`, `elbo_weight`, `free_bits`, `mmd_weight`, as above.
 
     Raises:
-        ValueError: the name is unknown, an option is not one of this objective or out of range.
+        ValueError: the name or an option is unknown, or an option is out of range.
     """
     check_objective(name, num_particles, options)
     chosen: dict[str, Any] = {**OBJECTIVE_OPTIONS.get(name, {}), **options}

@@ -63,13 +63,13 @@ class Explorer:
 def explore(vae: VAE | Autoencoder, codes: Codes, budget: int) -> Explorer:
     """Decode the planes of the latents whose means vary most, around codes of several classes.
 
-    A VAE's latents run from −3 to 3, which hold all but 0.3% of its prior, or further if 98% of a
-    latent's means do; an autoencoder's latents run over the middle 98% of its codes.
+    The latents of a VAE range from −3 to 3, which covers 99.7% of the prior, or more widely if the
+    middle 98% of some means do; those of an autoencoder range over the middle 98% of its codes.
 
     Args:
         vae: the model.
         codes: of the rows that may be anchors.
-        budget: largest number of bytes of all sheets; fewer latents, anchors and points fit it.
+        budget: largest number of bytes of all sheets; it limits latents, anchors and points.
     """
     order = np.argsort(-codes.means.std(0), kind="stable").tolist()
     plans = PLANS if len(order) > 2 else WHOLE
@@ -111,7 +111,7 @@ def tiles(
 
 
 def sheet(parts: np.ndarray, columns: int) -> bytes:
-    """PNG of tiles (N, H, W) or (N, H, W, 3), row by row; black where a row is not filled."""
+    """PNG of tiles (N, H, W) or (N, H, W, 3), line by line; black if a line is not filled."""
     missing = np.zeros((-len(parts) % columns, *parts.shape[1:]), parts.dtype)
     lines = np.concatenate([parts, missing]).reshape(-1, columns, *parts.shape[1:]).swapaxes(1, 2)
     buffer = io.BytesIO()
@@ -121,7 +121,7 @@ def sheet(parts: np.ndarray, columns: int) -> bytes:
 
 
 def _of_several_classes(codes: Codes, count: int) -> list[int]:
-    """The first rows, each of another class where there are labels."""
+    """The first rows, each of another class if there are labels."""
     if codes.labels is None:
         return list(range(min(count, len(codes.means))))
     firsts = np.unique(codes.labels, return_index=True)[1]
@@ -178,7 +178,7 @@ def _sheets(
 def interactive(
     found: Explorer, vae: VAE | Autoencoder, splits: Splits, codes: Codes, num_runs: int
 ) -> dict[str, Any]:
-    """The data of the page's script, fit for JSON: points, thumbnails and the explorer."""
+    """The data of the page's script as JSON values: points, thumbnails and the explorer."""
     labels = None if codes.labels is None else codes.labels.tolist()
     anchors = tiles(vae, codes.x[found.anchors], found.span)
     return {
@@ -208,7 +208,7 @@ def interactive(
 
 
 def _thumbnails(vae: VAE | Autoencoder, codes: Codes, num_runs: int) -> dict[str, Any] | None:
-    """The images of the dots on one sheet; None for tables, and if the sheet is too large."""
+    """The images of the dots on one sheet; None for tables, or if the sheet is too large."""
     if codes.x.ndim != 4:
         return None
     parts = tiles(vae, codes.x, largest=32)

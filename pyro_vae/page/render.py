@@ -1,4 +1,4 @@
-"""Plain values → one HTML page that needs nothing else: no network, no server, no other file."""
+"""Plain values → one HTML page that needs no network, no server and no other file."""
 
 from __future__ import annotations
 
@@ -45,6 +45,6 @@ def data_url(content: bytes, kind: str = "image/png") -> str:
 
 
 def _words(text: str) -> Markup:
-    """A remark of the diagnosis, which may begin small and quote names in backticks."""
+    """A sentence of a finding: capitalized, with names in backticks set as code."""
     text = str(escape(text[:1].upper() + text[1:]))
     return Markup(re.sub("`(.*?)`", r"<code>\1</code>", text))

@@ -1,4 +1,4 @@
-"""The contents of a run's page, as plain values for `page.py`."""
+"""The contents of a run's page, as plain values for `render.py`."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def _sentence(checkpoint: Checkpoint, splits: Splits) -> str:
     return (
         f"{kind} of {model.latent_dim} latents ({model.architecture} {sizes}, {model.likelihood} "
         f"likelihood), trained on {len(splits.train):,} rows of {splits.name}, {shape},"
-        f"{objective}; {len(splits.validation):,} rows chose the epoch."
+        f"{objective}; epoch chosen on {len(splits.validation):,} rows."
     )
 
 
@@ -239,14 +239,14 @@ def _numbers(
         "KL, validation": best["validation_kl"],
         "log p(x), held out": trust.log_evidence,
     }
-    found = {k: (_number(v), "nats each") for k, v in densities.items() if v is not None}
+    found = {k: (_number(v), "nats per row") for k, v in densities.items() if v is not None}
     if best["kl"] is not None:
         active = int((codes.means.var(0, ddof=1) > ACTIVE_VARIANCE).sum())
         found["Active latents"] = (f"{active} of {codes.means.shape[1]}", "whose means vary")
     found["Best epoch"] = (f"{best['epoch']} of {len(history)}", "by validation")
     seconds = last["seconds"]
     time = f"{seconds:.0f} s" if seconds < 300 else f"{seconds / 60:.0f} min"
-    found["Training"] = (time, f"at {last['images_per_second']:,.0f} rows a second")
+    found["Training"] = (time, f"at {last['images_per_second']:,.0f} rows per second")
     count = sum(p.numel() for p in checkpoint.vae.parameters())
     found["Parameters"] = (f"{count:,}", "encoder and decoder")
     return found
@@ -311,7 +311,7 @@ def _trust(run: Path, checkpoint: Checkpoint) -> Trust:
     if state == (checkpoint.history[-1]["step"], checkpoint.fingerprint):
         return Trust(words, "", "", findings, pictures, evidence)
     stale = (
-        "These verdicts describe an earlier state of the run, or other data than its own. To test "
+        "These verdicts describe an earlier state of the run, or other data. To test "
         "its best epoch:"
     )
     return Trust(words, command, stale, findings, pictures)
@@ -330,7 +330,7 @@ def _finding(finding: dict[str, Any]) -> FindingLine:
 def _in_words(report: dict[str, Any], findings: Sequence[FindingLine]) -> str:
     """The number of checks and of each verdict."""
     checks = {v: [f.check for f in findings if f.verdict == v] for v in reversed(VERDICTS)}
-    quick = "quickly, on" if report["effort"]["quick"] else "on"
+    quick = "with --quick, on" if report["effort"]["quick"] else "on"
     words = [
         f"{len(findings)} checks were made, {quick} {report['held_out']:,} held-out rows of "
         f"{report['data']} and on rows simulated from the model, whose latents are known: "
@@ -338,7 +338,7 @@ def _in_words(report: dict[str, Any], findings: Sequence[FindingLine]) -> str:
         + "."
     ]
     if checks["wrong"]:
-        words.append(f"Shown to be large are the errors in: {'; '.join(checks['wrong'])}.")
+        words.append(f"Errors shown to be large: {'; '.join(checks['wrong'])}.")
     elif not checks["doubtful"]:
         words.append("All errors are shown to be small.")
     if not report["complete"]:

@@ -44,11 +44,11 @@ def write_page(out: Path, runs: Sequence[Overview]) -> None:
             "views": {str(k): run.interactive for k, run in enumerate(runs)},
         }
     )
-    write_atomically(out, page.encode(errors="replace"))  # a folder's name may be no UTF-8
+    write_atomically(out, page.encode(errors="replace"))  # a folder's name may not be UTF-8
 
 
 def _distinct(paths: Sequence[Path]) -> list[str]:
-    """Names of runs: the folder's, or the whole path where two folders have the same name."""
+    """Names of runs: the folder's, or the whole path if two folders have the same name."""
     names = [path.resolve().name for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
@@ -65,7 +65,7 @@ def _curves(runs: Sequence[Overview], row: str) -> Picture:
 
 
 def _settings(runs: Sequence[Overview]) -> list[dict[str, Any]]:
-    """A row for each setting. Marked are those that differ, or of one run are not the default."""
+    """A row for each setting, marked if runs differ in it, or a single run changes the default."""
     default = flat(Config().to_dict())
     flags = {"source": "data", "root": "data-root", "kind": "model"}
     rows = []
@@ -83,7 +83,7 @@ def _settings(runs: Sequence[Overview]) -> list[dict[str, Any]]:
 
 
 def _warnings(runs: Sequence[Overview]) -> list[str]:
-    """Reasons why the numbers of these runs do not compare."""
+    """Reasons why the numbers of these runs are not comparable."""
     found = []
     if len({run.fingerprint for run in runs}) > 1:
         found.append("These runs use different data: their numbers are not comparable.")

@@ -1,7 +1,7 @@
 """Figures of calibration: arrays in, matplotlib Figure out.
 
-Z latents, N simulations, L = `num_draws`; `names` are those of the arrays' columns. Of many
-quantities the first `MOST_PANELS` get a panel, and the title states how many.
+Z latents, N simulations, L = `num_draws`; `names` are those of the arrays' columns. At most
+`MOST_PANELS` quantities get a panel; the title states how many.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ BOLD: Any = {"markersize": 4, "linewidth": 1.8, "capsize": 2.5}
 def rank_histograms(
     ranks: np.ndarray, num_draws: int, names: Sequence[str], title: str = ""
 ) -> Figure:
-    """Ranks of the truth among draws from q(z|x): uniform where q is right.
+    """Ranks of the truth among draws from q(z|x): uniform if q is right.
 
-    ∪ means that q is too narrow, ∩ too wide, a slope that it is shifted. If q is right, the grey
-    band holds each bar, by itself, with probability 99%.
+    ∪ means that q is too narrow, ∩ too wide, a slope that it is shifted. If q is right, each bar
+    ends in the grey band with probability 99%.
 
     Args:
         ranks: (N, Q) integers 0 … L.
     """
     num_ranks = num_draws + 1
-    # About 20 bins of equally many ranks; where L + 1 has no such divisor, their sizes differ by 1.
+    # About 20 bins of equally many ranks; if L + 1 has no such divisor, their sizes differ by 1.
     divisors = [b for b in range(10, 31) if num_ranks % b == 0]
     bins = min(divisors, key=lambda b: abs(b - 20), default=min(20, num_ranks))
     edges = np.ceil(np.arange(bins + 1) * num_ranks / bins) - 0.5
@@ -128,8 +128,8 @@ def coverage_curve(
 def recovery(z: np.ndarray, mean: np.ndarray, names: Sequence[str], title: str = "") -> Figure:
     """The truth against the posterior mean, with their correlation r, 0 if either is constant.
 
-    With the truth upwards, the points of an exact posterior scatter about the diagonal, even if x
-    carries little information on z.
+    The points of an exact posterior scatter about the diagonal, even if x carries little
+    information on z.
 
     Args:
         z: (N, Z) truths.

@@ -14,8 +14,8 @@ from ..models.autoencoder import Autoencoder
 from ..models.vae import VAE
 from .run import Plane
 
-# Points in a figure: enough to see every cluster. With t-SNE fewer: 1,000 points take as long as an
-# epoch or two, 2,000 as long as ten.
+# Points in a figure, enough to see every cluster; fewer with t-SNE, where 1,000 points take as long
+# as one or two epochs, and 2,000 as long as ten.
 MAX_POINTS = 2000
 MAX_TSNE_POINTS = 1000
 
@@ -28,7 +28,7 @@ class Codes:
         x: (N, *data_shape), in the likelihood's units.
         means: (N, Z), on the CPU.
         labels: (N,) indices into the class names, or None.
-        planes: the means as they are drawn: the latents where Z ≤ 2, else projections.
+        planes: coordinates of the means: the latents if Z ≤ 2, else projections.
         title: a description of the points.
     """
 
@@ -65,7 +65,7 @@ def first_rows(split: Split, vae: VAE | Autoencoder, count: int, seed: int) -> T
 
 
 def _planes(means: np.ndarray) -> list[Plane]:
-    """(N, Z) → the latents themselves where Z ≤ 2, else principal components and t-SNE."""
+    """(N, Z) → the latents if Z ≤ 2, else principal components and t-SNE."""
     if means.shape[1] == 1:
         spread = np.random.default_rng(0).uniform(-0.5, 0.5, size=len(means))
         return [Plane(np.column_stack([means[:, 0], spread]), "$z_1$", "spread at random")]

@@ -1,4 +1,4 @@
-"""Figures of a trained model: each function computes what `figures` then draws."""
+"""Figures of a trained model, computed here and drawn by `plots.run`."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def draw_run(
     seed: int,
     codes: Codes,
 ) -> None:
-    """Write all figures of a run but the reconstructions, as FOLDER/*.png."""
+    """Write all figures of a run except the reconstructions, as FOLDER/*.png."""
     drawn = run_figures(vae, splits, history, seed)
     names = [figures.plain(name) for name in splits.class_names]
     title = _title(splits, codes.title)
@@ -89,7 +89,7 @@ def reconstructions(vae: VAE | Autoencoder, splits: Splits, epoch: int, seed: in
 def run_figures(
     vae: VAE | Autoencoder, splits: Splits, history: Sequence[dict[str, Any]], seed: int
 ) -> dict[str, Figure]:
-    """Curves, interpolations and, of a VAE, samples.
+    """Curves, interpolations and, for a VAE, samples.
 
     Draws are fixed by `seed`; torch's global random state is restored.
     """
@@ -108,7 +108,7 @@ def _interpolations(vae: VAE | Autoencoder, splits: Splits, seed: int) -> Figure
     """Straight lines between the posterior means of test rows, decoded at even steps."""
     rows, steps = max(1, min(6, len(splits.test) // 2)), 11 if splits.spec.is_image else 7
     x = first_rows(splits.test, vae, 2 * rows, seed)
-    x = x.expand(2 * rows, *splits.spec.shape)  # from one test row alone the line is a point
+    x = x.expand(2 * rows, *splits.spec.shape)  # for a single test row, the line is a point
     means = vae.posterior(x).mean
     weights = torch.linspace(0, 1, steps, device=x.device)[:, None]
     lines = torch.stack(

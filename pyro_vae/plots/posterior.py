@@ -47,7 +47,7 @@ def weight_tails(
         pareto_k: (B,); −∞ is drawn below all others.
         effective_sample_size: (B,), 1 to K.
         num_samples: K.
-        threshold: k̂ below which K samples can be relied on.
+        threshold: k̂ below which K samples are reliable.
     """
     endless = np.isneginf(pareto_k)
     finite = [0.0, threshold, 1.0, *pareto_k[~endless]]
@@ -127,13 +127,13 @@ def inference_gaps(
     """
     values = np.stack([amortization, correlation, remainder])
     means, quartiles = values.mean(1), np.percentile(values, [25, 50, 75], axis=1)
-    names = ("encoder's error", "latents held independent", "beyond any Gaussian")
+    names = ("encoder's error", "independent latents", "beyond any Gaussian")
     figure = new_figure(6.6, 3.6, title)
     above, below = figure.subplots(2, 1, height_ratios=(1, 3))
-    # Spread evenly across the row, without a pattern and without chance.
+    # Deterministic offsets, evenly spread and without a visible pattern
     spread = 0.5 * (np.arange(values.shape[1]) * 0.618034 % 1 - 0.5)
     for i, colour in enumerate((TRAIN, THIRD, VALIDATION)):
-        # What is negative is stacked to the left of 0.
+        # Negative means are stacked to the left of 0.
         start = sum(m for m in means[:i] if (m > 0) == (means[i] > 0))
         bar = above.barh(0, means[i], left=start, color=colour, height=0.6)
         if abs(means[i]) > 0.1 * np.abs(means).sum():
@@ -220,7 +220,7 @@ def predictive_checks(
     names: Sequence[str],
     title: str = "",
 ) -> Figure:
-    """Statistics of each row against those of its replicates ± 2 sd, red where these miss it.
+    """Statistics of each row against its replicates ± 2 sd, in red if it lies outside.
 
     Args:
         observed, replicated_mean, replicated_scale: (B, T).

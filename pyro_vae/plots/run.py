@@ -53,7 +53,7 @@ Curve = tuple[str, str, Sequence[dict[str, Any]], str]
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure as PNG, atomically."""
     temporary = path.with_name(f".{path.name}.part")
     try:
         with matplotlib.rc_context(STYLE):
@@ -66,7 +66,7 @@ def save(figure: Figure, path: Path) -> None:
 def svg(figure: Figure) -> str:
     """A figure as SVG text for a page, with the page's background, colour and font.
 
-    Equal parts of several figures have the same identifiers, which one page may contain.
+    Figures on one page share the identifiers of equal parts.
     """
     buffer = io.StringIO()
     style = {**STYLE, "svg.fonttype": "none", "svg.hashsalt": "pyro_vae"}
@@ -80,7 +80,7 @@ def svg(figure: Figure) -> str:
 
 
 def plain(text: str) -> str:
-    """Escape user-supplied text: matplotlib then reads no mathematics and hides no label."""
+    """Escape user-supplied text: matplotlib parses `$` as mathematics and hides labels in `_`."""
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
@@ -92,7 +92,7 @@ def short(text: str, most: int) -> str:
 def new_figure(
     width: float, height: float, title: str = "", shown: int = 0, count: int = 0
 ) -> Figure:
-    """An empty figure, in inches. Its title states how many of `count` things it shows."""
+    """An empty figure, size in inches. The title states how many of `count` things are shown."""
     figure = Figure(figsize=(width, height), layout="constrained")
     if shown < count:
         title = f"{title} ({shown} of {count} shown)".strip()
@@ -113,7 +113,7 @@ def panels(
     sharex: bool = False,
     sharey: bool = False,
 ) -> tuple[Figure, list[Axes]]:
-    """A panel of at most `width` inches for each of the first `most` names, over a note."""
+    """Panels of at most `width` inches for the first `most` names, each titled by name and note."""
     shown = min(len(names), most)
     rows = math.ceil(shown / columns)
     columns = math.ceil(shown / rows)
@@ -128,7 +128,7 @@ def panels(
         lines = [short(names[i], int(14 * whole / columns)), *notes[i : i + 1]]
         axes.set_title("\n".join(lines), fontsize=8)
         axes.locator_params(nbins=3 if columns > 3 else 5)
-        # A panel with none below it has the labels of the shared axis.
+        # Only panels with none below them show the labels of the shared axis.
         axes.tick_params(labelsize=7, labelbottom=not sharex or i + columns >= shown)
     figure.supxlabel(xlabel)
     figure.supylabel(ylabel)
@@ -187,8 +187,8 @@ def elbo_curves(history: Sequence[dict[str, Any]], title: str = "", row: str = "
     """ELBO, reconstruction and KL over epochs, for train and validation.
 
     Args:
-        history: lines of metrics.jsonl. An autoencoder's, whose ELBO is None, shows the
-            reconstruction alone.
+        history: lines of metrics.jsonl. Without an ELBO, for an autoencoder, only the
+            reconstruction is drawn.
         row: the word for a datum.
     """
     keys = {"elbo": "train_elbo", "reconstruction": "reconstruction", "kl": "kl"}
@@ -234,7 +234,7 @@ def _draw_curves(axes: Axes, term: str, row: str, curves: Sequence[Curve]) -> No
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     if term != "kl" and shown:
-        # The first epochs may leave the frame, if they would flatten the others.
+        # The first epochs are cut off if they would flatten the others.
         low, high = np.percentile(shown, [10, 100])
         if min(shown) < low - 3 * (high - low):
             axes.set_ylim(low - 0.6 * (high - low), high + 0.08 * (high - low))
@@ -287,7 +287,7 @@ def latent_scatter(
 
 
 def in_rows(values: np.ndarray, columns: int = 0) -> np.ndarray:
-    """(N, *shape) → (rows, columns, *shape), filled up with NaN, which is drawn as nothing.
+    """(N, *shape) → (rows, columns, *shape), padded with NaN, which is not drawn.
 
     By default there are about as many rows as columns.
     """

@@ -104,7 +104,7 @@ def load_checkpoint(run: str | Path, which: str = "best") -> Checkpoint:
     if version != FORMAT_VERSION:
         raise InputError(
             f"{path} was written by pyro_vae {content.get('pyro_vae')} in format {version}; this "
-            f"is {VERSION}, which reads format {FORMAT_VERSION}. Install that one, or train again"
+            f"is {VERSION}, which reads format {FORMAT_VERSION}. Install that, or train again"
         )
     try:
         config = Config.from_dict(content["config"])
@@ -119,7 +119,7 @@ def load_checkpoint(run: str | Path, which: str = "best") -> Checkpoint:
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"{path} is inconsistent: {first_line}. It is damaged, or of another version than "
+            f"{path} is inconsistent: {first_line}. It is damaged, or from another version than "
             f"{VERSION}"
         ) from None
     return Checkpoint(vae.eval(), config, fingerprint, training, history, path)
@@ -128,7 +128,7 @@ def load_checkpoint(run: str | Path, which: str = "best") -> Checkpoint:
 def _find(run: Path, which: str) -> Path:
     if not run.is_dir():
         raise InputError(
-            f"expected a run folder, as python -m pyro_vae.train makes; no {run} exists"
+            f"expected a run folder, made by python -m pyro_vae.train; no {run} exists"
         )
     names = ["best.pt", "last.pt"] if which == "best" else ["last.pt"]
     for name in names:

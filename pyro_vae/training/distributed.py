@@ -21,7 +21,7 @@ import torch.distributed as dist
 from pyro.infer import SVI
 from torch import Tensor
 
-# Numbers that a step of training sums over its rows: loss, reconstruction and KL.
+# Number of terms summed over the rows of a step: loss, reconstruction and KL.
 TERMS = 3
 
 
@@ -148,7 +148,7 @@ def share(tensors: list[Tensor]) -> None:
 
 @contextmanager
 def first_here() -> Iterator[None]:
-    """Run the block in one process per machine first, then in its others, which find its files."""
+    """Run the block in one process per machine first; the others then find its files."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if world() > 1 and not first:
         _wait()

@@ -41,14 +41,14 @@ from . import distributed, schedules
 from .records import Diverged, Position, Progress, Record, Sums, pack, unpack
 from .terms import ElboTerms
 
-# Objectives that are no sum over rows.
+# Objectives that are not sums over rows.
 WHOLE_BATCH = ("free-bits", "beta-tc", "mmd")
 
-# Steps from which capturing the ELBO pays for itself.
+# Number of steps from which capturing the ELBO saves time.
 CAPTURE_FROM = 500
 
-# Time that compilation takes, and that it saves per step and per decoded value of x, in seconds on
-# two cores. Constants rather than a measurement, so that the choice depends on settings only.
+# Time of a compilation, and time saved per step and per decoded value of x: seconds on two cores.
+# They are constants, not measurements, so that the choice depends on settings only.
 COMPILE_SECONDS = 20.0
 SAVED_BY_STEP = 2e-3
 SAVED_BY_VALUE = 8e-9
@@ -92,12 +92,12 @@ def iterate(
 
     Args:
         vae: the model, on the device on which `splits` deliver their batches.
-        splits: training and validation rows; the test split is not touched.
+        splits: training and validation rows; the test split is not used.
         config: objective, schedules and length.
         seed: of the order of the rows and all draws.
-        state: of an earlier `Record.state()` or `Progress.state()`, with the weights of that moment
-            in `vae`: the run continues from there.
-        on_step: called after every step; if it returns true, the training ends there.
+        state: result of an earlier `Record.state()` or `Progress.state()`, from which the run
+            continues; `vae` must have the weights of the same moment.
+        on_step: called after every step; if it returns true, the training stops.
 
     Raises:
         Diverged: the loss, its gradient or the validation ELBO is not finite.
@@ -159,12 +159,12 @@ def _setup(vae: VAE | Autoencoder, splits: Splits, config: FitConfig, seed: int)
     _check(vae, splits, loss)
     mode = run_mode(config, splits.train)
     elbo = capture(loss, mode, ElboTerms(vae, config.num_particles))
-    # The last batch of an epoch has another size, and is too rare to compile for.
+    # The last batch of an epoch is smaller, and too rare to compile for.
     rest = capture(
         loss, "graph" if mode == "compiled" else mode, ElboTerms(vae, config.num_particles)
     )
     svi = SVI(vae.model, vae.guide, optimizer, loss=elbo)
-    if mode == "compiled" and alone:  # the update in the graph leaves no place for an exchange
+    if mode == "compiled" and alone:  # with the update in the graph, ranks could not sum gradients
         svi = CapturedSVI(vae.model, vae.guide, optimizer, loss=elbo)
     if not alone:
         distributed.share([*vae.parameters(), *vae.buffers()])
@@ -186,7 +186,7 @@ def _check(vae: VAE | Autoencoder, splits: Splits, loss: ELBO) -> None:
     """Evaluate the objective once with Pyro's checks of shapes and supports.
 
     Raises:
-        InputError: they fail.
+        InputError: a check fails.
     """
     own = OwnState(_device(vae), seed=0)
     x = next(splits.train.fixed(vae.likelihood_module.units, 0, CHECKED_ROWS))
@@ -323,7 +323,7 @@ def _diverged(what: str, config: FitConfig, position: Position) -> Diverged:
 
 
 def run_mode(config: FitConfig, train: Split) -> Mode:
-    """How a run evaluates its ELBO. It depends on settings only, so a resumed run does the same."""
+    """Mode in which a run evaluates its ELBO. Settings determine it, also for a resumed run."""
     if config.compile != "auto":
         return "compiled" if config.compile == "on" else "eager"
     epochs = resolve_epochs(config, len(train))

@@ -1,4 +1,4 @@
-"""The state of a training as plain values, and what is reported after a step and an epoch."""
+"""State of a training as plain values, and the records of steps and epochs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..config import InputError
 
 @dataclass(frozen=True)
 class Position:
-    """Where a training is.
+    """Position of a training.
 
     Attributes:
-        epoch, step: numbers of complete epochs and steps.
+        epoch, step: numbers of completed epochs and steps.
         seconds: time spent in training and validation.
         best: best validation score so far (the ELBO; an autoencoder's reconstruction), nats.
-        stale_epochs: number of epochs since then.
+        stale_epochs: number of epochs since `best`.
     """
 
     epoch: int = 0
@@ -65,12 +65,12 @@ class Sums:
 
     @property
     def rate(self) -> float:
-        """Rows a second."""
+        """Rows per second."""
         return self.images / max(self.seconds, 1e-9)
 
 
 def pack(position: Position, sums: Sums, random: Any, optimizer: Any) -> dict[str, Any]:
-    """A training's state as a checkpoint holds it: all but the weights.
+    """State of a training for a checkpoint, without the weights.
 
     Args:
         random: the training's random state.
@@ -106,9 +106,9 @@ class Progress:
 
     Attributes:
         epoch, step: counted from 1, `step` over the whole run.
-        epochs, steps_per_epoch: their numbers.
+        epochs, steps_per_epoch: numbers of epochs and of steps in each.
         elbo, kl: None for an `Autoencoder`.
-        state: returns the state to resume from; to be called before the loop goes on.
+        state: returns the state to resume from; call it before the loop continues.
     """
 
     epoch: int
@@ -129,14 +129,14 @@ class Record:
     Attributes:
         epoch, step: counted from 1, `step` over the whole run.
         seconds: spent in training and validation since the beginning of the run.
-        train_elbo, reconstruction, kl: means over the epoch, while the parameters moved. For an
+        train_elbo, reconstruction, kl: means over the epoch, while the parameters change. For an
             `Autoencoder` ELBO and KL are None.
-        validation_elbo, validation_reconstruction, validation_kl: after the epoch, one draw of z a
-            row; the draws and any binarization are the same after every epoch.
+        validation_elbo, validation_reconstruction, validation_kl: after the epoch, with one draw of
+            z per row. Draws and binarization are the same after every epoch.
         learning_rate: of the epoch's last step.
-        images_per_second: training speed of the epoch, rows a second.
-        is_best: whether validation has never been better.
-        state: returns the state to resume from; to be called before the loop goes on.
+        images_per_second: training speed of the epoch, rows per second.
+        is_best: whether the validation score is the best so far.
+        state: returns the state to resume from; call it before the loop continues.
     """
 
     epoch: int

@@ -1,4 +1,4 @@
-"""The files that a training keeps in its run folder, and the signals that stop it."""
+"""The run folder of a training, and the signals that stop it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..models.vae import VAE
 from .checkpoint import serialize
 from .records import Record
 
-# Checkpoints are written at most so often, in seconds: a kill costs no more than this.
+# Seconds between checkpoints: a killed run loses no more than these.
 SAVE_EVERY = 15.0
 
 RUN_FILES = (
@@ -36,13 +36,13 @@ def choose_folder(out: Path | None, name: str, source: Path | None, overwrite: b
     """Create the folder of a new run.
 
     Args:
-        out: as asked; None for runs/NAME, numbered where that exists.
+        out: the folder; None for runs/NAME, numbered if it exists.
         name: of the data.
-        source: the folder of the data, which must not hold the run.
+        source: the folder of the data, which must not contain the run.
         overwrite: remove the files of an earlier run in it.
 
     Raises:
-        InputError: the folder holds something else, lies in the data, or cannot be written.
+        InputError: the folder has other content, lies in the data, or cannot be written.
     """
     folder = out or Path("runs", name)
     number = 2
@@ -71,7 +71,7 @@ def _remove_run(folder: Path) -> None:
     try:
         read_config(folder / "config.json")
     except InputError as error:
-        raise InputError(f"--overwrite replaces runs only; {folder} is none: {error}") from None
+        raise InputError(f"--overwrite replaces runs only, not {folder}: {error}") from None
     for entry in RUN_FILES:
         path = folder / entry
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -97,11 +97,11 @@ class RunFolder:
         self.history = list(history or [])
         self.saved_epoch = len(self.history)
         self._saved_at = time.monotonic()
-        self._state: Callable[[], dict[str, Any]] | None = None  # what last.pt does not hold yet
-        self._best: bytes | None = None  # what best.pt does not hold yet
+        self._state: Callable[[], dict[str, Any]] | None = None  # not yet in last.pt
+        self._best: bytes | None = None  # not yet in best.pt
         for name in ("checkpoints", "figures"):
             (path / name).mkdir(parents=True, exist_ok=True)
-        # After a kill there may be lines of epochs that are to be done again.
+        # After a kill, the file may have lines of epochs that will be repeated.
         self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
         if history is None:  # from here on the folder can be resumed
             self._write_last(None)
@@ -116,7 +116,7 @@ class RunFolder:
         write_atomically(self.path / name, text.encode())
 
     def reached(self, state: Callable[[], dict[str, Any]], save: bool = False) -> None:
-        """Note a state of the training; write it where asked or due."""
+        """Keep a state of the training; write it if requested or due."""
         self._state = state
         if save or time.monotonic() - self._saved_at > SAVE_EVERY:
             self.save()
@@ -133,12 +133,12 @@ class RunFolder:
         return line
 
     def save(self) -> None:
-        """Write the last state that was reached, unless last.pt holds it."""
+        """Write the latest state, unless it is in last.pt."""
         if self._state is not None:
             self._write_last(self._state())
 
     def _write_last(self, training: dict[str, Any] | None) -> None:
-        self._write_best()  # first, so that it is never behind the last
+        self._write_best()  # first, so that it is never older than last.pt
         content = serialize(self.vae, self.config, self.splits, self.history, training)
         write_atomically(self.path / "checkpoints" / "last.pt", content)
         self._saved_at, self._state = time.monotonic(), None
@@ -151,7 +151,7 @@ class RunFolder:
 
 
 class StopSignals:
-    """Within a `with` block, SIGINT and SIGTERM are noted; a second one raises KeyboardInterrupt.
+    """Record SIGINT and SIGTERM in a `with` block; a second one raises KeyboardInterrupt.
 
     Attributes:
         received: number of the first signal, or None.

@@ -1,4 +1,4 @@
-"""What changes from step to step: learning rate and KL weight, as functions of the step."""
+"""Schedules of learning rate and KL weight, as functions of the step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def learning_rate(config: FitConfig, step: int, num_steps: int) -> float:
 
     Args:
         step: steps made before this one, from 0.
-        num_steps: of the whole run.
+        num_steps: steps of the whole run.
     """
     warmup = config.learning_rate_warmup * num_steps
     if step < warmup:

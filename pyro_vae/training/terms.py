@@ -13,9 +13,9 @@ from ..models.vae import VAE
 
 
 class ElboTerms(Observer):
-    """Reconstruction and KL, summed over the rows of a step, whatever is maximized.
+    """Reconstruction and KL, summed over the rows of a step, for any objective.
 
-    Every ELBO of Pyro runs the guide first, so "z" is kept with q(z|x), and "x" with p(x|z).
+    ELBOs run the guide before the model: "z" is recorded with q(z|x), and "x" with p(x|z).
     """
 
     def __init__(self, vae: VAE | Autoencoder, num_particles: int) -> None:

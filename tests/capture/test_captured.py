@@ -898,7 +898,7 @@ class Boxed(Factor):
 
 
 def test_argument_whose_change_could_not_be_seen():
-    reason = "changes inside an argument go unseen: Box"
+    reason = "changes inside an argument cannot be seen: Box"
     check_falls_back(Trace_ELBO(), Boxed(), Box(rows()), reason=reason)
 
 
@@ -1034,7 +1034,7 @@ def test_unhashable_argument():
         def loss(self, x: Tensor, columns: set[int]) -> Tensor:
             return sum(((self.w * x)[:, i].square().sum() for i in columns), torch.zeros(()))
 
-    reason = "changes inside an argument go unseen: set"
+    reason = "changes inside an argument cannot be seen: set"
     check_falls_back(Trace_ELBO(), Chosen(), rows(), {0, 2}, reason=reason)
 
 

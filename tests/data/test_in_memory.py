@@ -152,12 +152,12 @@ def test_labels_stay_with_their_rows(labels):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (np.zeros(COUNT - 1, int), r"one label a row, \(30,\), in the array; got .* \(29,\)"),
-        (np.zeros((COUNT, 2), int), r"one label a row, \(30,\), in the array; got .* \(30, 2\)"),
+        (np.zeros(COUNT - 1, int), r"one label per row, \(30,\), in the array; got .* \(29,\)"),
+        (np.zeros((COUNT, 2), int), r"one label per row, \(30,\), in the array; got .* \(30, 2\)"),
         (np.zeros(COUNT), "integers or strings as labels of the array; got float64"),
         ([None] * COUNT, "integers or strings as labels of the array; got object"),
         (np.array(["a", np.nan] * 15, object), "integers or strings as labels"),
-        (7, "one label a row"),
+        (7, "one label per row"),
     ],
 )
 def test_bad_labels(labels, message):
@@ -332,7 +332,7 @@ class Stream(IterableDataset):
         (Items([(np.zeros(3), 1, 2)] * 4), "throughout the Items; got 3 parts in item 0"),
         (Items([(np.zeros(3), np.zeros(k)) for k in (1, 2, 3)]), "got list"),
         (Items([(np.zeros(3), 0.5)] * 4), "labels of the Items; got float64"),
-        (Items([(np.zeros(3), np.zeros(3, int))] * 4), "one label a row"),
+        (Items([(np.zeros(3), np.zeros(3, int))] * 4), "one label per row"),
         (Items([{"x": 1}] * 4), "numbers in the Items; got an array of dtype object"),
         (Items(["text"] * 4), "numbers in the Items; got an array of dtype <U4"),
         (Items([1.0] * 4), r"expected rows \(N, D\), .* in the Items; got an array \(4,\)"),
@@ -360,7 +360,7 @@ def test_bad_datasets(dataset, message):
         (np.zeros(5), r"rows \(N, D\), .* in the array; got an array \(5,\)"),
         (np.zeros((5, 9, 8, 4)), r"got an array \(5, 9, 8, 4\)"),
         (np.zeros((0, 4)), r"rows of numbers in the array; got an empty array \(0, 4\)"),
-        (np.zeros((2, 4)), "array has 2 rows; training, validation and test need one each"),
+        (np.zeros((2, 4)), "array has 2 rows; training, validation and test need at least one"),
         (np.ma.masked_less(np.arange(12.0).reshape(4, 3), 5), "without masked values"),
         (np.array([[0.0], [1.0], [np.nan], [2.0]]), r"1 value .* NaN.* row 2 at \(0,\)"),
         (torch.tensor([[0.0], [1.0], [2.0], [torch.inf]]), r"tensor holds 1 .* row 3 at \(0,\)"),

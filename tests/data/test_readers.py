@@ -292,7 +292,7 @@ def test_npz_with_labels_and_its_own_test_split(tmp_path):
     splits = load_data(str(tmp_path / "b.npz"))
     assert splits.test.rows.tolist() == list(range(25, 30))
     np.savez(tmp_path / "c.npz", x=x, y=y[:3])
-    with pytest.raises(InputError, match="one label a row"):
+    with pytest.raises(InputError, match="one label per row"):
         read(DataConfig(str(tmp_path / "c.npz")))
     np.savez(tmp_path / "d.npz", first=x, second=x)
     with pytest.raises(InputError, match="one array named x"):

@@ -273,7 +273,7 @@
     const { labels, classes, thumbnails } = view;
     const find = (selector) => host.querySelector(selector);
     const plane = new Plane(
-      find(".plane"), "Latent codes: the arrow keys walk from dot to dot", view);
+      find(".plane"), "Latent codes: the arrow keys move from dot to dot", view);
     const tip = element("div", { class: "tip", hidden: "" }, find(".plane"));
     const canvas = thumbnails ? element("canvas", {}, tip) : null;
     const words = element("span", {}, tip);
@@ -297,7 +297,7 @@
       drawTile(canvas, image, thumbnails.tile, i % across, Math.floor(i / across));
     }
 
-    /** The nearest of the dots in sight that `allowed` lets through, in pixels of the drawing. */
+    /** The nearest visible dot that `allowed` accepts, in pixels of the drawing. */
     function nearest([x, y], most, allowed = () => true) {
       let best = null, least = most;
       points.forEach((point, i) => {
