@@ -40,12 +40,12 @@ from pyro.infer.util import torch_item
 from torch import Tensor, nn
 
 import pyro_vae
+from pyro_vae import memory
 from pyro_vae.capture.captured import Captured, CapturedFunction, Observer, capture
 from pyro_vae.capture.optimizer import OneOptimizer
 from pyro_vae.config import KL_WEIGHTED, Objective
 from pyro_vae.models.linear_gaussian import LinearGaussian
 from pyro_vae.objectives import importance_weighted as weighted
-from pyro_vae.objectives import particles
 from pyro_vae.objectives.registry import objective
 
 build = importlib.import_module("pyro_vae.capture.build")
@@ -1132,7 +1132,7 @@ def test_more_shapes_than_graphs_are_kept(monkeypatch):
 
 def test_particles_in_chunks(monkeypatch):
     """Those that are drawn once more, with the random state set back, cannot be captured."""
-    monkeypatch.setattr(particles, "VALUES_AT_ONCE", 2 * rows().numel())
+    monkeypatch.setattr(memory, "MEMORY_VALUES", 2 * rows().numel())
     check(objective("trace", 3, 1), toy(), rows())
     check_falls_back(objective("iwae", 3, 1), toy(), rows(), reason="its graph gives another")
 
