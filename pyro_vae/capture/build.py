@@ -111,7 +111,7 @@ def _build(call: Call, mode: Mode, snapshot: Snapshot) -> Graph:
     _verify(expected, result)
     inputs, update = call.inputs, None
     if call.optimizer is not None:
-        graph, update = _add_update(graph, result[1], call, call.optimizer, leaves, snapshot)
+        graph, update = _add_update(graph, result[1], leaves, inputs, call.optimizer, snapshot)
         inputs = [*inputs, update.scalars()]
     if mode == "compiled":
         with snapshot:
@@ -166,23 +166,20 @@ def _verify(expected: Any, result: Any) -> None:
 def _add_update(
     graph: Callable[..., Any],
     gradients: tuple[Any, ...],
-    call: Call,
-    optimizer: OneOptimizer,
     leaves: list[Tensor],
+    inputs: list[Tensor],
+    optimizer: OneOptimizer,
     snapshot: Snapshot,
 ) -> tuple[Callable[..., Any], AdamUpdate]:
-    """Trace and verify a graph that ends with the optimizer's update.
-
-    Args:
-        gradients: of the leaves; None for a leaf without an update.
+    """Append the optimizer's update of the leaves that have a gradient, and verify it.
 
     Returns:
-        (*inputs, scalars) → loss, norm of the gradient, observed; and the update.
+        The graph (*inputs, scalars) → loss, norm of the gradient, observed; and the update.
     """
     trained = [i for i, gradient in enumerate(gradients) if gradient is not None]
     update = AdamUpdate(optimizer, [leaves[i] for i in trained])
     snapshot.keep([*optimizer.parameters, *update.changes])
-    inputs = [*call.inputs, update.scalars()]
+    inputs = [*inputs, update.scalars()]
 
     def step(*inputs: Tensor) -> tuple[Any, ...]:
         with torch.no_grad(), torch.autocast(inputs[-1].device.type, enabled=False):

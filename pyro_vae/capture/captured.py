@@ -60,7 +60,6 @@ class Captured(ELBO):
 
     Attributes:
         elbo: the ELBO that is captured.
-        graphs: its graphs.
     """
 
     def __init__(self, elbo: ELBO, mode: Mode, observer: Observer | None) -> None:
@@ -238,7 +237,7 @@ class _Graphs:
             )
         try:
             graph = build(call, self.mode)
-            graph.guards.register()
+            graph.guards.hold()  # which registers the parameters
         except CannotCapture as reason:
             graph = self._warn(call, str(reason))
         self.captures += 1

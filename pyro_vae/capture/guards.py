@@ -52,9 +52,9 @@ class Guards:
     ) -> None:
         self._parameters = parameters
         parts = [getattr(m, name) for m in modules for name in _PARTS]
-        attributes = [(vars(m), k, v) for m in modules for k, v in vars(m).items()]
+        attributes = entries_of(*map(vars, modules))
         self._sizes = [(part, len(part)) for part in parts]
-        self._entries = [*entries, *((part, k, v) for part in parts for k, v in part.items())]
+        self._entries = [*entries, *entries_of(*parts)]
         self._entries += [entry for entry in attributes if isinstance(entry[2], Tensor)]
         self._plain = [entry for entry in attributes if is_plain(entry[2])]
         objects = [*leaves, *(x for _, _, x in self._entries)]
@@ -64,7 +64,11 @@ class Guards:
         self._addresses = [*map(Tensor.data_ptr, self._on_gpu)]  # which a CUDA graph uses
 
     def hold(self) -> bool:
-        """Whether nothing has changed. If so, the parameters are registered in Pyro's store."""
+        """Whether nothing has changed.
+
+        If so, the parameters are registered in Pyro's store, as model and guide would, for `SVI`
+        and other handlers to see.
+        """
         # Plain loops and maps, because this runs at every step.
         for part, size in self._sizes:
             if len(part) != size:
@@ -76,25 +80,14 @@ class Guards:
             now = part.get(key)
             if now is not value and (type(now) is not type(value) or now != value):
                 return False
-        properties, strides = self._layouts
-        return (
-            [*map(_properties, self._tensors)] == properties
-            and [*map(Tensor.stride, self._tensors)] == strides
-            and [*map(Tensor.data_ptr, self._on_gpu)] == self._addresses
-            and self.register()
-        )
-
-    def register(self) -> bool:
-        """Register the parameters as model and guide do, visibly to `SVI` and other handlers.
-
-        Returns:
-            False if the store holds another parameter of that name, or has lost one that no module
-            holds.
-        """
+        layouts = [*map(_properties, self._tensors)], [*map(Tensor.stride, self._tensors)]
+        addresses = [*map(Tensor.data_ptr, self._on_gpu)]
+        if layouts != self._layouts or addresses != self._addresses:
+            return False
         store = pyro.get_param_store()
         for name, value, in_module in self._parameters:
             if name not in store and not in_module:
-                return False
+                return False  # only model and guide can initialize it
             found = pyro.param(name) if name in store else pyro.param(name, value)
             if found.unconstrained() is not value:
                 return False
@@ -141,6 +134,10 @@ def _closure(function: Any) -> list[Any]:
         return []
     values = [*variables.nonlocals.values(), *variables.globals.values()]
     return [value() if isinstance(value, ref) else value for value in values]
+
+
+def entries_of(*dictionaries: dict[Any, Any]) -> list[Entry]:
+    return [(part, key, value) for part in dictionaries for key, value in part.items()]
 
 
 def is_plain(value: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .guards import Entry
+from .guards import Entry, entries_of
 from .optimizer import OneOptimizer
 from .tracing import CannotCapture
 
@@ -63,11 +63,8 @@ class AdamUpdate:
 
     def entries(self) -> list[Entry]:
         """Where the optimizer holds these tensors, for `Guards`."""
-        state = self.optimizer.optimizer.state
-        entries: list[Entry] = [(vars(self.optimizer.optimizer), "state", state)]
-        for p, moments in zip(self.parameters, self.moments, strict=True):
-            entries += [(state, p, moments), *((moments, k, x) for k, x in moments.items())]
-        return entries
+        adam = self.optimizer.optimizer
+        return [(vars(adam), "state", adam.state), *entries_of(adam.state, *self.moments)]
 
     def scalars(self) -> Tensor:
         """lr / (1 − β₁ᵗ), 1 / √(1 − β₂ᵗ) and the largest norm, (3,).
