@@ -115,7 +115,7 @@ def choose_device(name: str) -> torch.device:
     if "LOCAL_RANK" in os.environ and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     elif name.startswith("cuda") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
-        raise InputError(f"several processes have a GPU each: give --device cuda, not {name}")
+        raise InputError(f"each process needs its own GPU: give --device cuda, not {name}")
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):

@@ -47,7 +47,7 @@ def rows_at_once(
 def check_memory(num_values: int, what: str, remedy: str) -> None:
     """Check that the machine has the memory for float32 values, before they are allocated.
 
-    Torch's error for a failed allocation on the CPU has no type of its own.
+    For a failed allocation on the CPU, torch raises a plain RuntimeError.
 
     Raises:
         InputError: the values need more than the machine's physical memory.

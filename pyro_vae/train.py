@@ -272,7 +272,7 @@ def _check_resumable(arguments: TrainArguments, checkpoint: Checkpoint) -> None:
             f"--epochs expects at least {done}, the number of completed epochs; got fewer"
         )
     if done == arguments.fit.epochs and os.environ.get("RANK", "0") == "0":
-        print(f"the run has all its {done} epochs (--epochs adds more); drawing its figures again")
+        print(f"the run is complete with {done} epochs (--epochs adds more); redrawing its figures")
 
 
 def _summary_writer() -> Any:

@@ -215,7 +215,7 @@ class _Graphs:
         self._warns = warns  # once, if a call has no graph
 
     def find(self, call: Call) -> Graph | None:
-        """The graph of a call, captured if necessary; None where the call must run eagerly."""
+        """The graph of a call, captured if necessary; None if the call must run eagerly."""
         if self.mode == "eager":
             return None
         handlers = [type(h).__name__ for h in _PYRO_STACK if not _only_records(h)]

@@ -51,7 +51,7 @@ class GraphKey:
     attributes: tuple[Any, ...]  # of the ELBO
     optimizer: tuple[float, float, float] | None  # constants of an update in the graph
     grad_enabled: bool
-    autocast: tuple[torch.dtype | None, ...]  # on the CPU and on CUDA; None where it is off
+    autocast: tuple[torch.dtype | None, ...]  # on the CPU and on CUDA; None if off
     default_dtype: torch.dtype
 
 

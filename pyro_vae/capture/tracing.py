@@ -130,7 +130,7 @@ def _reported_values_stay_tensors() -> Iterator[None]:
 
 
 class _NoReads(TorchDispatchMode):
-    """Raises CannotCapture where an operation reads the values of a tensor that existed before.
+    """Raises CannotCapture if an operation reads the values of a tensor that existed before.
 
     For tensors made inside, make_fx knows whether they are constants. It does not check parameters.
     """
@@ -154,7 +154,7 @@ class _NoReads(TorchDispatchMode):
 
 
 class _NoExport(TorchFunctionMode):
-    """Raises CannotCapture where the values of a tensor leave torch, which no operation records."""
+    """Raises CannotCapture if the values of a tensor leave torch, which no operation records."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.numpy, Tensor.tolist, Tensor.__array__):

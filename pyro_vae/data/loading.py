@@ -71,7 +71,7 @@ def load_data(
     )
     if isinstance(source, DataConfig):
         if config != DataConfig():
-            raise InputError("expected all settings in the DataConfig; got others beside it")
+            raise InputError("expected all settings in the DataConfig; got others as arguments")
         config, data = source, read(source)
     elif isinstance(source, (str, PathLike)):
         config = dataclasses.replace(config, source=str(source))

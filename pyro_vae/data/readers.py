@@ -74,7 +74,7 @@ def read(config: DataConfig) -> Source:
     if not path.exists():
         raise InputError(
             f"--data expects digits, {', '.join(TORCHVISION_CLASSES)}, or the path of a folder of "
-            f"images, a .npy, .npz or .csv file; {config.source!r} is none of these names and no "
+            f"images, a .npy, .npz or .csv file; {config.source!r} is not one of these, and no "
             f"such path exists"
         )
     readers = {".npy": _npy, ".npz": _npz, ".csv": _csv}

@@ -3,7 +3,7 @@
 A likelihood observes x in certain *units*. A batch is gathered from the one stored tensor, then
 scaled and, if the units ask for it, binarized as a whole:
 
-    binary   x ~ Bernoulli(value / max_value), drawn afresh at each access
+    binary   x ~ Bernoulli(value / max_value), drawn at each access
     unit     value / max_value, in [0, 1]
     count    the value itself, an integer from 0 to max_value
     real     value / max_value if the data are bounded, else the value itself

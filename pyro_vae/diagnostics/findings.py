@@ -40,9 +40,9 @@ class Check:
     """One row of the table of checks.
 
     Attributes:
-        name: of the check.
-        effect: the number that is reported, with its unit. `{ideal}` and `{subject}` are filled in.
-        limits: of sound and of wrong, as distances from `ideal`, or as ratios where `is_ratio`.
+        name: name of the check.
+        effect: the reported number, with its unit. `{ideal}` and `{subject}` are filled in.
+        limits: of sound and of wrong, as distances from `ideal`, or ratios if `is_ratio`.
         meaning: how to read the number; `{direction}` is one of `directions`.
         advice: what to do if the finding is not sound.
         ideal: the value for an exact guide.
@@ -315,7 +315,7 @@ def about_collapse(use: LatentUse) -> Finding:
 
 
 def about_chains(comparison: Comparison) -> list[Finding]:
-    """q(z|x) compared with NUTS. Doubtful where the chains do not agree with each other."""
+    """q(z|x) compared with NUTS. Doubtful if the chains disagree."""
     agree = bool(comparison.r_hat.max() < 1.05)
     # The chains' own means have the variance 1/ESS, which the mean square contains.
     squares = comparison.mean_difference**2 - 1 / comparison.effective_sample_size
@@ -327,7 +327,7 @@ def about_chains(comparison: Comparison) -> list[Finding]:
 
 
 def about_predictions(check: PredictiveCheck) -> Finding:
-    """The statistic in which held-out rows differ most from draws of the model in their place."""
+    """The statistic in which held-out rows differ most from their replicates."""
     worst, size = _worst(check.effects)
     return Finding(PREDICTIONS, size, check.names[worst])
 

@@ -26,7 +26,7 @@ CHUNKS_PER_BLOCK = 16
 
 @dataclass(frozen=True)
 class PredictiveCheck:
-    """Statistics of B rows, and of draws from the model in their place.
+    """Statistics of B rows and of their replicates, draws from the model.
 
     Attributes:
         names: of the T statistics.

@@ -2,7 +2,7 @@
 
 `LatentModel` and `PyroModel` are the interfaces that the other packages rely on. `VAE` and the
 baseline `Autoencoder` are trained; `LinearGaussian` has a known posterior and evidence, for tests;
-`Program` adapts a user's own Pyro model and guide.
+`Program` adapts any Pyro model and guide.
 """
 
 from __future__ import annotations

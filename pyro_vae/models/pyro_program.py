@@ -1,4 +1,4 @@
-"""The three distributions of a user's own Pyro model and guide.
+"""The three distributions of any Pyro model and guide with one latent and one observed site.
 
     prior, likelihood    the latent and the observed site of model(x)
     posterior            the latent site of guide(x)

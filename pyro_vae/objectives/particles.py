@@ -203,7 +203,7 @@ def _layout(model_trace: Trace, guide_trace: Trace, nesting: int) -> tuple[torch
     common = common_plates(sites)
     if not common:
         warnings.warn(
-            "no plate holds all sites of model and guide: the whole batch is weighed as one row. "
+            "no plate holds all sites of model and guide: the whole batch is weighted as one row. "
             "Put each row's latents and observations into one pyro.plate",
             stacklevel=2,
         )

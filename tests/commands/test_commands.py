@@ -762,7 +762,7 @@ def test_one_message_for_too_few_particles(tmp_path, capsys):
         sys.exit(train.main(["--objective", "miwae", "--out", str(tmp_path / "run")]))
     assert stop.value.code == 2
     err = capsys.readouterr().err
-    assert err.count("groups can share equally; got 1") == 1
+    assert err.count("a multiple of its 8 groups; got 1") == 1
     assert err.count("--objective miwae") == 1
 
 

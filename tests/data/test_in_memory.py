@@ -387,7 +387,7 @@ def test_settings_by_keyword(tmp_path):
         assert_equal(load_data(path, **settings), splits)
     config = DataConfig(str(tmp_path / "a.npy"), **settings)
     assert_equal(load_data(config), splits)
-    with pytest.raises(InputError, match="settings in the DataConfig; got others beside it"):
+    with pytest.raises(InputError, match="settings in the DataConfig; got others as arguments"):
         load_data(config, test_size=5)
     with pytest.raises(InputError, match="--image-size 8 8 expects rows of 64 values; the array"):
         load_data(flat, image_size=(8, 8))

@@ -808,7 +808,7 @@ def test_training_writes_the_page_and_the_same_again(tmp_path, capsys):
     diagnostics(run)
     (run / "report.html").write_text("old")
 
-    def stop(*_: Any) -> None:
+    def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:

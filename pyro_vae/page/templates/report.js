@@ -194,7 +194,7 @@
         .map((k, n) => `${latent(latents[k])} = ${signed(point[n])}`).join(", ");
       const number = ++drawing;
       const image = await sheet(sources[`${anchor} ${key}`]);
-      if (number !== drawing) return; // the pointer has gone on
+      if (number !== drawing) return; // the pointer has moved on
       draw(canvas, image, tile, column, row);
       output.textContent = text;
       canvas.setAttribute("aria-label", `Decoded ${view.row} at ${text}`);
