@@ -1,6 +1,6 @@
 """Names, files and arrays → `Source`: one array of rows, as they are stored.
 
-    digits, mnist, …       embedded in scikit-learn; torchvision's data sets
+    digits, mnist, …       included in scikit-learn; torchvision's data sets
     folder of images       (N, C, H, W); nested folders are labels
     .npy, .npz, .csv       (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), perhaps with labels
 
@@ -241,7 +241,7 @@ def _read_image(folder: Path, file: Path, function: Callable[[Image.Image], Any]
     """`function` of the opened image.
 
     Raises:
-        InputError: the file, which the message names, is not an image.
+        InputError: the file is not an image; the message names it.
     """
     try:
         with Image.open(file) as image:

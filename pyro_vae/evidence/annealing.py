@@ -8,8 +8,8 @@
                                                                  E[1/w] = 1/p(x)
 
 In expectation, log-means of w lie below log p(x), and minus log-means of 1/w lie above it. Both
-gaps shrink as 1/T. The guide only sets the relative widths of the latents for the kernel; the
-bounds hold for any guide.
+gaps shrink as 1/T. The guide only scales the steps of the kernel for each latent; the bounds hold
+for any guide.
 
 A pilot run of the forward chain tunes the step size for each row and each β. The chains that enter
 the bounds hold them fixed: a kernel that still adapts does not leave π_t invariant.

@@ -54,7 +54,7 @@ class Evidence:
         reconstruction: (B,) means of log p(x|z).
         effective_sample_size: (B,) (Σ w)² / Σ w², 1 to `num_samples`.
         num_samples: K.
-        pareto_k: (B,) shape of the weights' upper tail, see `pareto_k`; None unless asked for.
+        pareto_k: (B,) shape of the weights' upper tail, see `pareto_k`; None unless requested.
     """
 
     log_evidence: Tensor

@@ -5,7 +5,7 @@
     likelihood(z)    p(x|z): z (..., Z) → batch (...), event data_shape
 
 Evidence, calibration and diagnostics need a `LatentModel`; SVI and NUTS need a `PyroModel`.
-`register` and `held_fixed` keep the parameters of different models apart in Pyro's global store.
+`register` names modules uniquely in Pyro's parameter store; `held_fixed` restores the store.
 """
 
 from __future__ import annotations

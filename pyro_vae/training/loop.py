@@ -101,7 +101,7 @@ def iterate(
 
     Raises:
         Diverged: the loss, its gradient or the validation ELBO is not finite.
-        LostRank: another rank has failed. The state before this step is kept.
+        LostRank: another rank has failed. The state is that before this step.
         InputError: the batch is larger than the training set, the model does not fit the data, or
             the objective needs the whole batch in one process.
     """
