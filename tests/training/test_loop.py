@@ -325,6 +325,28 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(tmp_path):
         assert torch.equal(value, before[key])
 
 
+def test_data_outside_the_support_are_refused_before_the_first_step(tmp_path):
+    vae, _ = small("binomial", tmp_path)  # counts up to 16
+    bytes_ = example_splits("discretized-logistic", tmp_path, count=100)
+    before = {k: v.clone() for k, v in vae.state_dict().items()}
+    with pytest.raises(pyro_vae.InputError, match="model and data do not fit together"):
+        fit(vae, bytes_, FitConfig(epochs=1, batch_size=81))
+    assert all(torch.equal(v, before[k]) for k, v in vae.state_dict().items())
+
+
+def test_an_error_in_a_step_is_not_taken_for_a_mistake_of_the_user(tmp_path, monkeypatch):
+    """Shapes and supports have been checked before the first step."""
+    vae, splits = small("binomial", tmp_path)
+
+    def faulty(*_: object) -> None:
+        raise ValueError("a fault of ours")
+
+    monkeypatch.setattr(pyro_vae.Split, "take", faulty)
+    with pytest.raises(ValueError, match=r"^a fault of ours$") as caught:
+        fit(vae, splits, FitConfig(epochs=1, batch_size=81))
+    assert not isinstance(caught.value, pyro_vae.InputError)
+
+
 def test_batch_larger_than_the_training_set(tmp_path):
     vae, splits = small("binomial", tmp_path)
     with pytest.raises(ValueError, match="--batch-size 82 is larger than the training set of 81"):
