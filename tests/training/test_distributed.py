@@ -47,7 +47,8 @@ TIMINGS = ("seconds", "images_per_second")
 BATCH = 7  # of two parts of different sizes
 # 81 training rows in batches of 5: parts of 3 and 2, and in the last batch of 1 a rank without any
 ODD = {"batch_size": 5, "learning_rate": 1e-2, "compile": "off"}
-TESTS = str(Path(__file__).parents[1])  # where conftest.py is
+# For conftest.py, and the package that this process has imported.
+PATHS = os.pathsep.join(str(Path(f).parents[1]) for f in (__file__, pyro_vae.__file__))
 WAIT = 120  # seconds, after which a process that should have ended is a hang
 
 
@@ -288,7 +289,7 @@ def launched(*arguments: str, **variables: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": TESTS, "OMP_NUM_THREADS": "1", **variables},
+        env={**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", **variables},
         start_new_session=True,  # signals to its group are none to pytest
     )
 

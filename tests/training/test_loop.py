@@ -325,6 +325,29 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(tmp_path):
         assert torch.equal(value, before[key])
 
 
+def test_the_means_of_a_record_are_of_its_own_epoch(tmp_path):
+    """An autoencoder draws nothing: one step per epoch has the terms of the weights before it."""
+    vae, splits = small("binomial", tmp_path, kind="ae")
+    records = iterate(vae, splits, FitConfig(epochs=3, batch_size=81, learning_rate=0.05))
+    for _ in range(3):
+        expected, _ = elbo_terms(vae, splits.train)
+        assert next(records).reconstruction == pytest.approx(expected, rel=1e-6)
+
+
+def test_every_step_draws_new_numbers(tmp_path):
+    vae, splits = small("bernoulli", tmp_path)
+    states = []
+    vae.eval()  # as it is in the check before the first step, and in validation
+
+    def keep(*_: object) -> None:
+        if vae.training:
+            states.append(torch.get_rng_state().numpy().tobytes())
+
+    vae.decoder.register_forward_pre_hook(keep)
+    fit(vae, splits, FitConfig(epochs=3, batch_size=30))
+    assert len(set(states)) == len(states) == 9
+
+
 def test_data_outside_the_support_are_refused_before_the_first_step(tmp_path):
     vae, _ = small("binomial", tmp_path)  # counts up to 16
     bytes_ = example_splits("discretized-logistic", tmp_path, count=100)
