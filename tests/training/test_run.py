@@ -24,7 +24,8 @@ def test_the_best_model_is_written_before_the_last_and_never_behind_it(tmp_path)
         folder.add(record)
         best = record.epoch if record.is_best else best
         folder.reached(record.state, save=True)
-        assert load_checkpoint(folder.path, "best").history[-1]["epoch"] == best
+        file = folder.path / "checkpoints" / "best.pt"  # not the folder, where last.pt may serve
+        assert load_checkpoint(file).history[-1]["epoch"] == best
         assert load_checkpoint(folder.path, "last").training["epoch"] == record.epoch
     lines = (folder.path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6]
