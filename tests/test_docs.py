@@ -17,7 +17,7 @@ def examples(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
-PAGES = [p for p in [*DOCS.glob("*.md"), *DOCS.glob("guide/*.md")] if examples(p)]
+PAGES = [p for p in sorted([*DOCS.glob("*.md"), *DOCS.glob("guide/*.md")]) if examples(p)]
 
 
 def test_there_are_examples():

@@ -25,6 +25,7 @@ def pictures(notebook):
     return sum("image/png" in output.get("data", {}) for output in outputs(notebook))
 
 
+@pytest.mark.slow
 @notebooks
 # Warnings of the kernel's own dependencies: sockets and event loops that are closed late.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::pytest.PytestWarning")

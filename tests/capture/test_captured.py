@@ -3,7 +3,8 @@
 Shown for every objective, likelihood and architecture and for Pyro's own ELBOs, before and after
 anything that a graph takes for granted changes. What cannot be captured says so once and runs as it
 is; since every warning is an error here, a test that expects none shows that the graph was used.
-The broad sweeps run graphs uncompiled, a few tests compiled ones.
+The broad sweeps run graphs uncompiled. Tests of compiled ones are slow, but for one of a training in
+test_loop.py.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import all_likelihoods, batch, example_vae, without_a_compiler
+from conftest import all_likelihoods, batch, diagonal, example_vae, without_a_compiler
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import (
@@ -312,6 +313,7 @@ def test_programs_with_draws_of_other_kinds(kind):
     check(Trace_ELBO(), toy(kind=kind), rows())
 
 
+@pytest.mark.slow
 def test_compiled_particles_and_convolutions(tmp_path):
     settings = {"architecture": "conv", "shape": (1, 8, 8), "hidden": (4,)}
     check(objective("dreg", 8, 1), *small_vae(tmp_path, **settings), mode="compiled")
@@ -339,6 +341,7 @@ def test_compiled_dropout_and_batch_normalization():
         torch.testing.assert_close(value, ends[1][key], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_compiled_step_within_training(digits):
     """One graph: fresh draws, an observer, weights that move, and a KL weight that does."""
     vae, x = digits_vae(digits)
@@ -902,6 +905,7 @@ def test_argument_whose_change_could_not_be_seen():
     check_falls_back(Trace_ELBO(), Boxed(), Box(rows()), reason=reason)
 
 
+@pytest.mark.slow
 def test_compiled_graphs_are_not_taken_for_one_another():
     """Torch's own guards are off: that each call finds its graph is up to us."""
     elbo = Trace_ELBO()
@@ -1096,7 +1100,7 @@ def test_program_that_is_not_the_same_at_each_run():
     state = random.getstate()
     try:
         random.seed(0)
-        with pytest.warns(UserWarning, match="not the same at each run") as all_:
+        with pytest.warns(UserWarning, match="a program differs between runs") as all_:
             step(captured, program, x)
         assert len(all_) == 1
         found = []
@@ -1161,20 +1165,17 @@ def test_errors_in_the_capturing_need_no_words(monkeypatch):
     check_falls_back(Trace_ELBO(), toy(), rows(), reason="NotImplementedError")
 
 
-@pytest.mark.parametrize("fault", [TypeError, KeyError, AttributeError, AssertionError])
 @pytest.mark.parametrize(
-    ("step_of_capture", "mode"),
-    [
-        ("trace_graph", "graph"),
-        ("_own_result", "graph"),
-        ("_find_shared", "graph"),
-        ("Guards", "graph"),
-        ("compile_graph", "compiled"),
-    ],
+    ("fault", "step_of_capture"),
+    diagonal(
+        [TypeError, KeyError, AttributeError, AssertionError],
+        ["trace_graph", "_own_result", "_find_shared", "Guards", "compile_graph"],
+    ),
 )
-def test_fault_of_ours_is_raised(fault, step_of_capture, mode, monkeypatch):
+def test_fault_of_ours_is_raised(fault, step_of_capture, monkeypatch):
     """In any step of a capture, rather than turned into a warning; random state is restored."""
     program, x = toy(nn.BatchNorm1d(5)), rows()
+    mode = "compiled" if step_of_capture == "compile_graph" else "graph"
     captured = capture(Trace_ELBO(), mode)
     before = copy.deepcopy(program.state_dict())
 

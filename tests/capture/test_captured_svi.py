@@ -205,6 +205,7 @@ def test_optimizer_that_is_not_adam(digits):
     assert svi.captured.captures == 1  # the gradient is captured alone
 
 
+@pytest.mark.slow
 def test_compiled(digits):
     check_same(*program(digits), mode="compiled")
 
@@ -444,6 +445,7 @@ print("torch's own step")
 """
 
 
+@pytest.mark.slow
 def test_machine_without_a_compiler(tmp_path):
     """Torch's own step is faster than an update that is not compiled."""
     assert "torch's own step" in without_a_compiler(NO_COMPILER, tmp_path)

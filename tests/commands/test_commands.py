@@ -81,6 +81,17 @@ def wait_for_epoch(run: Path, epoch: int) -> None:
     raise TimeoutError
 
 
+def _draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(train, "_summarize", lambda run: None)
+    patch.setattr("pyro_vae.plots.from_model.draw_reconstructions", lambda *arguments: None)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Drawing takes most of so short a run. For tests of other things."""
+    _draw_nothing(monkeypatch)
+
+
 def test_a_run_is_complete(run, capsys):
     assert {p.name for p in run.iterdir()} == {
         "config.json",
@@ -117,6 +128,7 @@ def test_train_says_where_everything_is(tmp_path, capsys):
         assert part in out
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_default_folder_is_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
@@ -124,6 +136,7 @@ def test_default_folder_is_numbered(tmp_path, monkeypatch):
     assert sorted(p.name for p in Path("runs").iterdir()) == ["digits", "digits-2"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_same_seed_same_metrics(tmp_path):
     for name, seed in [("a", "3"), ("b", "3"), ("c", "4")]:
         assert train.main(["--out", str(tmp_path / name), "--seed", seed, *QUICK]) == 0
@@ -131,6 +144,7 @@ def test_same_seed_same_metrics(tmp_path):
     assert lines(tmp_path / "a") != lines(tmp_path / "c")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_config_is_read_back_and_flags_beside_it_win(run, tmp_path):
     config = str(run / "config.json")
     assert train.main(["--config", config, "--out", str(tmp_path / "same")]) == 0
@@ -206,6 +220,7 @@ def test_evaluate(run, capsys):
     assert "50 importance samples" in out
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_evaluate_finds_relative_data_from_another_folder(tmp_path, monkeypatch, capsys):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -221,6 +236,7 @@ def test_evaluate_finds_relative_data_from_another_folder(tmp_path, monkeypatch,
     assert evaluate.main(["here/run", "--num-samples", "5", "--data", "here/a.npy"]) == 0
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_other_data_are_read_on_the_terms_of_the_training(tmp_path):
     """A model of real values meets bytes: they are not images of 8 bits to it."""
     random = np.random.default_rng(0)
@@ -236,6 +252,7 @@ def test_other_data_are_read_on_the_terms_of_the_training(tmp_path):
         np.testing.assert_allclose(codes["mean"], posterior.mean.detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_generated_data_are_on_the_scale_of_the_training_data(tmp_path):
     """Draws of a Bernoulli on the digits are 0 or 16, and encoding them recovers their latents."""
     run = tmp_path / "run"
@@ -340,12 +357,27 @@ def test_autoencoder(tmp_path, capsys):
     assert "has no prior to draw from" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_or_killed_run_resumes_to_the_same_numbers(number, tmp_path):
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    options = ["--epochs", "60", "--latent-dim", "2", "--hidden", "16", "--batch-size", "64"]
-    assert train.main(["--out", str(whole), *options]) == 0
-    process = start("pyro_vae.train", "--out", str(part), *options)
+LONGER = ["--epochs", "60", "--latent-dim", "2", "--hidden", "16", "--batch-size", "64"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """An uninterrupted run."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        _draw_nothing(patch)
+        assert train.main(["--out", str(run), *LONGER]) == 0
+    return run
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL],
+)
+def test_a_stopped_or_killed_run_resumes_to_the_same_numbers(number, whole, tmp_path):
+    part = tmp_path / "part"
+    process = start("pyro_vae.train", "--out", str(part), *LONGER)
     wait_for_epoch(part, 3)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
@@ -386,6 +418,7 @@ def test_resume_of_a_complete_run_and_beyond(tmp_path, capsys):
     assert json.loads((run / "config.json").read_text())["fit"]["epochs"] == 8
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path):
     run = tmp_path / "run"
     assert train.main(["--out", str(run), *QUICK]) == 0
@@ -405,6 +438,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path):
     assert train.main(["--resume", str(run), "--epochs", "9"]) == 0
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_early_stopping_leaves_the_last_epoch(tmp_path):
     run = tmp_path / "run"
     arguments = ["--out", str(run), "--patience", "3", "--learning-rate", "0.05", "--epochs", "300"]
@@ -415,6 +449,7 @@ def test_early_stopping_leaves_the_last_epoch(tmp_path):
     assert load_checkpoint(run).history[-1]["epoch"] == len(history) - 3
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, capsys):
     run = tmp_path / "run"
     arguments = ["--out", str(run), "--epochs", "1", "--hidden", "8", "--latent-dim", "2"]
@@ -681,6 +716,7 @@ def test_commands_on_cuda(tmp_path, capsys):
 BRIEF = ["--epochs", "1", "--batch-size", "500"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_an_objective_with_particles(tmp_path, capsys):
     run = tmp_path / "run"
     arguments = ["--objective", "dreg", "--num-particles", "8", "--latent-dim", "2"]
@@ -693,13 +729,6 @@ def test_an_objective_with_particles(tmp_path, capsys):
     capsys.readouterr()
     assert evaluate.main([str(run), "--num-samples", "5", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["num_samples"] == 5
-
-
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Drawing takes most of so short a run, and is no part of what is tested."""
-    monkeypatch.setattr(train, "_summarize", lambda run: None)
-    monkeypatch.setattr("pyro_vae.plots.from_model.draw_reconstructions", lambda *arguments: None)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -740,7 +769,7 @@ def test_flags_beside_a_preset_win(tmp_path):
         (["--preset", "vae-1312"], "vae-1312"),
         (["--objective", "miwae"], "--objective miwae: the objective miwae expects a number of"),
         (["--objective", "score-baseline"], "--objective score-baseline: "),
-        (["--objective", "iwae", "--alpha", "0.5"], "has no option alpha; that is renyi's"),
+        (["--objective", "iwae", "--alpha", "0.5"], "has no option alpha; it belongs to renyi"),
         (["--objective", "renyi", "--alpha", "1"], "--objective renyi: alpha expects"),
         (["--objective", "dreg", "--kl-warmup", "0.2"], "--kl-warmup expects an objective"),
         (["--objective", "sleep"], "sleep"),

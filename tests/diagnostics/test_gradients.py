@@ -348,6 +348,7 @@ def slopes(elbo, num_draws):
     return [v.estimate for v in result]
 
 
+@pytest.mark.slow
 def test_signal_to_noise_of_iwae():
     """The encoder's gradient gets lost in its noise, the decoder's gets clear.
 

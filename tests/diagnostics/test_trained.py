@@ -23,6 +23,8 @@ from pyro_vae.diagnostics.sbc import coverage, simulate
 from pyro_vae.evidence.annealing import anneal
 from pyro_vae.evidence.importance import importance_sample, reliable_k
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(digits):

@@ -436,7 +436,9 @@ def test_upper_bound_refuses_no_samples():
             upper_bound(vae, x, z, num_samples)
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph", "compiled"])
+@pytest.mark.parametrize(
+    "mode", ["eager", "graph", pytest.param("compiled", marks=pytest.mark.slow)]
+)
 def test_captured_sampling_is_exact_too(mode, monkeypatch):
     """With the exact posterior every weight is the evidence, whatever draws and decodes."""
     monkeypatch.setattr(chunks, "CACHE_VALUES", 2**12)  # a graph is for a whole chunk

@@ -576,6 +576,7 @@ def test_one_process_goes_on_with_the_run_of_two(whole):
     assert [line["epoch"] for line in metrics(run)[EPOCHS:]] == [EPOCHS + 1, EPOCHS + 2]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumed_is_the_uninterrupted_one(network, whole, tmp_path):
     """Ctrl-C that reaches the ranks twice, from the terminal and from torchrun, is one."""
     run = tmp_path / "run"
