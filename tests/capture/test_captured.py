@@ -3,8 +3,8 @@
 Shown for every objective, likelihood and architecture and for Pyro's own ELBOs, before and after
 anything that a graph takes for granted changes. What cannot be captured says so once and runs as it
 is; since every warning is an error here, a test that expects none shows that the graph was used.
-The broad sweeps run graphs uncompiled. Tests of compiled ones are slow, but for one of a training in
-test_loop.py.
+The broad sweeps run graphs uncompiled. Tests of compiled ones are slow, but for one of
+a training in test_loop.py.
 """
 
 from __future__ import annotations
