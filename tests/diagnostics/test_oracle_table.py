@@ -1,6 +1,6 @@
 """The oracle table: every estimator of the package beside the truth, with its z-score.
 
-    pytest -s tests/test_oracle_table.py
+    pytest -n0 -s tests/diagnostics/test_oracle_table.py
 
 Truth is in closed form (`linear_gaussian.py`). Estimates are means over images, their standard
 errors come from the spread over independent repetitions or over images. Unbiased estimates have to
