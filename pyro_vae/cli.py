@@ -57,11 +57,14 @@ def run_command(work: Callable[[], int | None]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _note
-            return work() or 0
+            try:
+                return work() or 0
+            finally:
+                sys.stdout.flush()  # a closed pipe is noticed here, not when the interpreter exits
     except InputError as error:
         return fail(str(error))
     except BrokenPipeError:  # the reader has closed the pipe, as in `--help | head`
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 141
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""

@@ -795,16 +795,18 @@ def test_one_message_for_too_few_particles(tmp_path, capsys):
     assert err.count("--objective miwae") == 1
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
     "command", ["train", "evaluate", "generate", "encode", "diagnose", "report"]
 )
-def test_help_to_a_reader_that_has_gone(command):
-    """As in `--help | head`: no traceback."""
+def test_help_to_a_reader_that_has_gone(command, unbuffered):
+    """As in `--help | head`: no traceback. Buffered output is written when the command ends."""
     reader, writer = os.pipe()
     os.close(reader)
     line = [sys.executable, "-m", f"pyro_vae.{command}", "--help"]
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     try:
-        done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True, env=env)
     finally:
         os.close(writer)
     assert done.stderr == ""
