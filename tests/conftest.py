@@ -12,6 +12,7 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +148,13 @@ def oracle(data_dim: int, latent_dim: int, seed: int, **settings):
     loc = torch.randn(data_dim, dtype=torch.float64)
     vae = LinearGaussian(weight, loc, 0.6, **settings)
     return vae, vae.likelihood(vae.prior().sample((40,))).sample().detach()
+
+
+def wait_for_epoch(run: Path, epoch: int) -> None:
+    """Wait until a training has completed this number of epochs."""
+    for _ in range(2400):  # two minutes
+        path = run / "metrics.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= epoch:
+            return
+        time.sleep(0.05)
+    raise TimeoutError

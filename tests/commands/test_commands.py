@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from conftest import wait_for_epoch
 
 import pyro_vae
 from pyro_vae import encode, evaluate, generate, train
@@ -70,15 +70,6 @@ def start(*arguments: str, **options) -> subprocess.Popen:
         text=True,
         **options,
     )
-
-
-def wait_for_epoch(run: Path, epoch: int) -> None:
-    for _ in range(1200):
-        path = run / "metrics.jsonl"
-        if path.exists() and len(path.read_text().splitlines()) >= epoch:
-            return
-        time.sleep(0.05)
-    raise TimeoutError
 
 
 def _draw_nothing(patch: pytest.MonkeyPatch) -> None:

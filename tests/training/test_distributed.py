@@ -24,7 +24,7 @@ import pyro
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import batch, example_splits, example_vae
+from conftest import batch, example_splits, example_vae, wait_for_epoch
 from pyro.distributions import Normal
 from pyro.infer import SVI
 from torch import Tensor
@@ -513,15 +513,6 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without the timings."""
     parsed = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMINGS} for line in parsed]
-
-
-def wait_for_epoch(run: Path, epoch: int) -> None:
-    for _ in range(20 * WAIT):
-        path = run / "metrics.jsonl"
-        if path.exists() and len(path.read_text().splitlines()) >= epoch:
-            return
-        time.sleep(0.05)
-    raise TimeoutError
 
 
 def _draw_nothing(patch: pytest.MonkeyPatch) -> None:
