@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from ..config import DataConfig, InputError
-from .readers import LABEL_COLUMNS, Source, from_array, pixel_mode, pixels
+from .images import pixel_mode, pixels
+from .source import LABEL_COLUMNS, Source, from_array
 
 
 def read_object(data: Any, config: DataConfig) -> Source:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..config import DataConfig, InputError
 from .in_memory import read_object
-from .readers import Source, read
+from .readers import read
+from .source import Source
 from .splits import CHUNK, DataSpec, Split, Splits, Units
 
 
