@@ -134,13 +134,16 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def load_run_data(checkpoint: Checkpoint, source: str | None, root: Path | None) -> Splits:
+def load_run_data(
+    checkpoint: Checkpoint, source: str | None, root: Path | None, max_value: int | None = None
+) -> Splits:
     """Load the data of a run, or other data for its model.
 
     Args:
         checkpoint: the run's checkpoint.
         source: `--data`; None for the data of the run. All rows of other data are test rows.
         root: `--data-root`; None for that of the run.
+        max_value: `--max-value` of other data.
 
     Raises:
         InputError: the data are missing, have changed since the training, or do not fit the model.
@@ -153,10 +156,11 @@ def load_run_data(checkpoint: Checkpoint, source: str | None, root: Path | None)
         config = dataclasses.replace(config, root=root)
     if source is not None:
         config = dataclasses.replace(config, source=source)
-        foreign = load_foreign(config, likelihood.spec, likelihood.units)
+        moments = (likelihood.mean, likelihood.std)
+        foreign = load_foreign(config, likelihood.spec, likelihood.units, max_value, moments)
         if foreign.fingerprint != checkpoint.fingerprint:
             return foreign
-    splits = load_data(config, checkpoint.config.seed)
+    splits = load_data(config, checkpoint.config.seed, spec=likelihood.spec)
     if splits.fingerprint != checkpoint.fingerprint:
         raise InputError(
             f"the data {config.source} are not the data that {checkpoint.path} was trained on: "
@@ -172,6 +176,8 @@ class RunArguments:
     Attributes:
         run: Run folder or checkpoint file.
         data: Name or path of other data to use. All its rows are test rows.
+        max_value: Largest value that the data in --data can take, for example 255 for 8-bit images.
+            They are converted to the range of the run's data.
         data_root: Folder of torchvision's data sets.
         seed: Seed of all random draws, including the binarization for a bernoulli likelihood.
         device: Device: cpu, cuda, cuda:1, or auto (cuda if available).
@@ -179,12 +185,17 @@ class RunArguments:
 
     run: Annotated[Path, tyro.conf.Positional]
     data: Annotated[str | None, auto("NAME|PATH", "the run's own")] = None
+    max_value: Annotated[int | None, auto("INT", "as the kind of data defines it")] = None
     data_root: Annotated[Path | None, auto("DIR", "the run's own")] = None
     seed: Annotated[int | None, auto("INT", "the run's own")] = None
     device: str = "auto"
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        if self.max_value is not None and (self.data is None or self.max_value < 1):
+            raise InputError(
+                f"--max-value expects an integer of at least 1, and --data; got {self.max_value}"
+            )
 
 
 @dataclass(frozen=True)
@@ -208,7 +219,9 @@ def open_run(arguments: RunArguments) -> OpenRun:
 
     device = choose_device(arguments.device)
     checkpoint = load_checkpoint(arguments.run)
-    splits = load_run_data(checkpoint, arguments.data, arguments.data_root).to(device)
+    splits = load_run_data(checkpoint, arguments.data, arguments.data_root, arguments.max_value).to(
+        device
+    )
     seed = checkpoint.config.seed if arguments.seed is None else arguments.seed
     return OpenRun(checkpoint, checkpoint.vae.to(device), splits, device, seed)
 

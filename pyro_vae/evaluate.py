@@ -79,11 +79,16 @@ def _main(arguments: EvaluateArguments) -> None:
         )
     likelihood = run.checkpoint.config.model.likelihood
     values = {**asdict(result), "split": arguments.split, "likelihood": likelihood}
+    spec = run.splits.spec
+    if spec.log_scale:
+        values["nats_to_units_of_data"] = -spec.log_scale
     if arguments.json:
         print_json(values)
     else:
         print(run.checkpoint.path)
         print(_table(values, run.splits.name))
+        if units := spec.describe_units():
+            print(f"  {units}")
 
 
 def _table(values: dict[str, Any], name: str) -> str:

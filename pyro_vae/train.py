@@ -132,7 +132,8 @@ def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: tor
     if arguments.tensorboard:
         _summary_writer()
     with distributed.first_here():  # which may download them
-        splits = load_data(asked.data, asked.seed).to(device)
+        spec = None if checkpoint is None else checkpoint.vae.likelihood_module.spec
+        splits = load_data(asked.data, asked.seed, spec=spec).to(device)
     config = resolve(asked, splits.likelihood, len(splits.train))
     if distributed.anyone(distributed.agree(splits.fingerprint) != splits.fingerprint):
         raise InputError(f"the data {asked.data.source} are not the same for all processes")
@@ -301,6 +302,8 @@ def _describe(run: RunFolder) -> None:
         f"{splits.describe()}"
         f"{f', {len(splits.class_names)} classes' if splits.class_names else ''}"
     )
+    for line in filter(None, (splits.found, spec.describe_units())):
+        print(f"       {line}")
     print(
         f"model  {model.kind}: {model.architecture} {sizes}, {model.latent_dim} latents, "
         f"likelihood {model.likelihood}{binarization}, "

@@ -24,6 +24,9 @@ from ..models.vae import VAE
 FORMAT = "pyro_vae checkpoint"
 FORMAT_VERSION = 1
 
+# Fields of `DataSpec` that checkpoints of version 0.1 do not have.
+SPEC_OPTIONS = ("columns", "offset", "scale")
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -67,6 +70,7 @@ def serialize(
                 "max_value": spec.max_value,
                 "discrete": spec.discrete,
                 "fingerprint": splits.fingerprint,
+                **{name: getattr(spec, name) for name in SPEC_OPTIONS},
             },
             "weights": vae.state_dict(),
             "training": training,
@@ -109,7 +113,8 @@ def load_checkpoint(run: str | Path, which: str = "best") -> Checkpoint:
     try:
         config = Config.from_dict(content["config"])
         data = content["data"]
-        spec = DataSpec(tuple(data["shape"]), data["max_value"], data["discrete"])
+        options = {name: data[name] for name in SPEC_OPTIONS if name in data}
+        spec = DataSpec(tuple(data["shape"]), data["max_value"], data["discrete"], **options)
         vae = build_blank(config.model, spec)
         vae.load_state_dict(content["weights"])
         fingerprint, history = data["fingerprint"], content["history"]

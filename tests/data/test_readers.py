@@ -348,7 +348,7 @@ def test_transparent_pixels_are_white(tmp_path):
         ("", "first line is empty"),
         ("1,,3\n4,5,6\n", "could not convert string ''"),
         ("a,b\n", "empty array"),
-        ("1,2\n3,four\n", "could not convert string 'four'.*row 1, column 2"),
+        ("1,2\n3,four\n", "could not convert string 'four' to a number in line 2, column 2"),
         ("1,2\n3\n", "columns"),
         ("1,2\n,3\n", "could not convert string ''"),
     ],
