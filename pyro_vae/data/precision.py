@@ -75,7 +75,7 @@ def offset_and_scale(
         )
     size = np.abs(centre)
     offset = np.where(
-        np.where(constant, (size > FAR) | (size < 1 / WIDE), size > FAR * spread) & ~rounding,
+        np.where(constant, (size > FAR) | (size < 1 / WIDE), size / FAR > spread) & ~rounding,
         centre,
         0.0,
     )

@@ -64,6 +64,8 @@ def scan_values(source: Source) -> Scan:
         low, high = min(low, float(chunk.min())), max(high, float(chunk.max()))
     if bad:
         raise _not_usable(source, bad, first, "1e307")
+    if source.values.dtype.kind == "f" and max(-low, high) > 2**53:
+        integral = False  # all numbers of this size are integers in float64
     return Scan(low, high, integral, digest.hexdigest())
 
 

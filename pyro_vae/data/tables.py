@@ -214,7 +214,7 @@ def _structure(path: Path) -> _Structure:
 
 
 def _delimiter(lines: list[str]) -> str:
-    """The delimiter that divides the lines below the first into equally many cells, most numbers."""
+    """The delimiter that gives the lines equally many cells, most of them numbers."""
     best, score = max(",;\t", key=lines[0].count), 0.0
     for delimiter in "\t;, ":
         rows = [cells for _, cells in _rows(iter(lines[1:] or lines), delimiter)]
