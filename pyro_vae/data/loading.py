@@ -124,10 +124,10 @@ def _draw_splits(source: Source, config: DataConfig, seed: int) -> tuple[Tensor,
     else:
         size = config.test_size or max(1, total // 10)
         test, rest = order[:size].sort().values, order[size:]
-    if source.num_validation:
-        first = total - own
-        return rest.sort().values, torch.arange(first, first + source.num_validation), test
-    size = config.validation_size or min(5000, max(1, len(rest) // 10))
+    first, size = total - own, source.num_validation
+    if size and len(rest):
+        return rest.sort().values, torch.arange(first, first + size), test
+    size = size or config.validation_size or min(5000, max(1, len(rest) // 10))
     if size >= len(rest):
         raise InputError(
             f"{source.name} has {total} rows, {len(test)} of them for testing: {size} rows for "

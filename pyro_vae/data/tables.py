@@ -193,16 +193,16 @@ def _structure(path: Path) -> _Structure:
     if len(first) == width + 1 and not first[-1]:
         first.pop()
     below = [cells[:width] for cells in rest]
-    if rest and len(first) == width - 1 and not any(map(is_number, first)):
+    if rest and len(first) == width - 1 and not any(map(_like_number, first)):
         names: list[str] | None = ["", *first]  # as R writes row names
     elif len(first) != width:
-        width, names = len(first), first if not any(map(is_number, first)) else None
+        width, names = len(first), first if not any(map(_like_number, first)) else None
     else:
         names = first if _are_names(first, below, path) else None
     header = names is not None
     if comment and not header:  # as numpy.savetxt writes names
         cells = next(csv.reader([comment], delimiter=delimiter, skipinitialspace=True), [])
-        if len(cells) == width > 1 and not any(map(is_number, cells)):
+        if len(cells) == width > 1 and not any(map(_like_number, cells)):
             names = [cell.strip() for cell in cells]
     indexed = width > 1 and names is not None and names[0] in ("", "Unnamed: 0") and all(names[1:])
     if indexed and any(is_number(cells[0]) and not cells[0].isdecimal() for cells in below):
@@ -235,7 +235,7 @@ def _are_names(first: list[str], below: list[list[str]], path: Path) -> bool:
     Raises:
         InputError: it may be names or numbers.
     """
-    numeric = [is_number(cell) for cell in first]
+    numeric = list(map(_like_number, first))
     if not any(numeric):
         return any(first)
     if not first[0] and all(numeric[1:]):  # an index without a name, and numbers as names
@@ -246,7 +246,7 @@ def _are_names(first: list[str], below: list[list[str]], path: Path) -> bool:
             cell and not is_number(cell) and is_number(row)
             for cell, row in zip(first, below[0] if below else [], strict=False)
         )
-    if not _may_be_names(first) or not below or _may_be_names(below[0]):
+    if not _may_be_names(first) or not below or _steps(below[0]) == _steps(first):
         return False
     real = not any(cell.isdecimal() for cells in below for cell in cells)
     if len(first) >= 10 or (len(first) >= 3 and real):
@@ -261,10 +261,21 @@ def _are_names(first: list[str], below: list[list[str]], path: Path) -> bool:
 
 def _may_be_names(cells: list[str]) -> bool:
     """Whether the cells are 0, 1, 2, ..., 1, 2, 3, ..., or years at equal distances."""
-    if not all(cell.isdecimal() and len(cell) < 9 and str(int(cell)) == cell for cell in cells):
+    steps = _steps(cells)
+    if steps is None or len(steps) > 1:
         return False
-    numbers = [int(cell) for cell in cells]
-    steps = {after - before for before, after in pairwise(numbers)}
-    counted = numbers[0] == 0 or (numbers[0] == 1 and len(numbers) > 2)
-    years = len(numbers) > 1 and numbers[0] >= 1800 and numbers[-1] <= 2200 and min(steps) > 0
-    return len(steps) <= 1 and ((counted and steps <= {1}) or years)
+    first, last = int(cells[0]), int(cells[-1])
+    counted = steps <= {1} and (first == 0 or (first == 1 and last > 2))
+    return counted or (first >= 1800 and first < last <= 2200)
+
+
+def _steps(cells: list[str]) -> set[int] | None:
+    """The differences between neighbours; None if the cells are not integers."""
+    if not all(cell.isdecimal() and len(cell) < 9 and str(int(cell)) == cell for cell in cells):
+        return None
+    return {int(after) - int(before) for before, after in pairwise(cells)}
+
+
+def _like_number(cell: str) -> bool:
+    """Whether a cell is a number, perhaps with a decimal comma."""
+    return is_number(cell.replace(",", ".", 1))

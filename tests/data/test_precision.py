@@ -54,7 +54,7 @@ def test_any_scale_trains_like_scale_one(exponent, plain):
 
 @pytest.mark.parametrize("offset", [1e6, 1e9, -1e9, 1e12])
 def test_any_offset_trains_like_none(offset, plain):
-    """The tolerance is the rounding of float64 at 1e12 (1e-4), a thousandth of a column's spread."""
+    """Float64 rounds values at 1e12 by 1e-4 at most, a ten-thousandth of the spread."""
     elbo, spec = trained_elbo(table() + offset)
     assert elbo == pytest.approx(plain, abs=2e-3)
     assert spec.log_scale == 0
@@ -108,7 +108,7 @@ def test_ordinary_data_keep_their_numbers():
     values = table().astype(np.float32)
     assert load_data(values).spec.offset is None
     assert load_data(values).train.values.data_ptr() == values.ctypes.data
-    near, far = table() + [0, 0, 0.5 * FAR], table() + [0, 0, 5 * FAR]
+    near, far = table() + np.array([0, 0, 0.5 * FAR]), table() + np.array([0, 0, 5 * FAR])
     assert load_data(near).spec.offset is None
     assert load_data(near).train.values.dtype == torch.float32
     offset = load_data(far).spec.offset
@@ -213,7 +213,7 @@ def test_values_that_do_not_fit_are_refused_by_row():
     row = int(load_data(table()).test.rows[0])
     with pytest.raises(InputError, match=rf"1 value .* beyond 3e38, the first in row {row} at \(1"):
         load_data(values)
-    values = table() + [1e9, 0, 0]
+    values = table() + np.array([1e9, 0, 0])
     values[row, 2] = -1e300
     with pytest.raises(InputError, match=rf"times the scale .* row {row} at \(2,\)"):
         load_data(values)
