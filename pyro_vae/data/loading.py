@@ -246,9 +246,10 @@ def _note_units(splits: Splits, units: Units, mean: Tensor, std: Tensor) -> None
     """Warn if most rows are far from the training data, or nearly equal: another unit, perhaps."""
     spec, count = splits.spec, min(len(splits.test), max(1, SAMPLED_VALUES // mean.numel()))
     x = torch.cat(list(splits.test.fixed("unit" if units == "binary" else units, 0, count)))
-    z = ((x - mean.to(x)) / std.to(x)).reshape(-1, 1 if spec.is_image else mean.numel())
-    far = z.abs().median(dim=0).values
-    extent = z.amax(0) - z.amin(0)
+    z = ((x - mean.to(x)) / std.to(x)).flatten(1)
+    far, extent = z.abs().median(dim=0).values, z.amax(0) - z.amin(0)
+    if spec.is_image:
+        far, extent = z.abs().median()[None], extent.max()[None]
     narrow = (extent > 0) & (extent < 1 / FAR_AWAY) & (count >= 10)
     for column in ((far > FAR_AWAY) | narrow).nonzero()[:3, 0].tolist():
         where = "" if spec.is_image else f"{column_name(spec.columns, column)} of "

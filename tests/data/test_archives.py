@@ -40,7 +40,7 @@ def test_splits_of_an_archive(name, validation, tmp_path):
     assert splits.whole().labels is not None
     assert splits.whole().labels.tolist() == labels.tolist()
     assert "not used" not in splits.found
-    with pytest.raises(InputError, match="--validation-size has no effect on a, .* of 6 rows"):
+    with pytest.raises(InputError, match=r"--validation-size has no effect on a, .* of 6 rows"):
         load_data(DataConfig(str(tmp_path / "a.npz"), validation_size=3))
 
 
@@ -55,7 +55,7 @@ def test_some_of_the_splits(tmp_path):
     splits = load_data(save(tmp_path, x=x[:20], x_test=x[20:], extra=np.zeros(3)))
     assert splits.test.rows.tolist() == list(range(20, 30))
     assert splits.found == "rows from x, x_test; not used: extra"
-    with pytest.raises(InputError, match=r"rows of one shape .* x_train \(20, 4\), x_val \(10, 3\)"):
+    with pytest.raises(InputError, match=r"one shape .* x_train \(20, 4\), x_val \(10, 3\)"):
         read(save(tmp_path, x_train=x[:20], x_val=x[20:, :3]))
     with pytest.warns(UserWarning, match="labels for some of its arrays only"):
         assert read(save(tmp_path, x_train=x, y_train=x[:, 0] > 0.5, x_test=x)).labels is None
@@ -79,9 +79,9 @@ def test_unused_arrays_are_not_read(tmp_path, monkeypatch):
     assert np.array_equal(source.values, x)
     assert loaded == ["x"]
     assert source.found == "rows from x; not used: meta, bomb"
-    with pytest.raises(InputError, match="numbers in x of .*; got an array of objects"):
+    with pytest.raises(InputError, match=r"numbers in x of .*; got an array of objects"):
         read(save(tmp_path, x=np.array([[{}]] * 4, object)))
-    with pytest.warns(UserWarning, match="labels y of .* are left out: save them as integers"):
+    with pytest.warns(UserWarning, match=r"labels y of .* are left out: save them as integers"):
         assert read(save(tmp_path, x=x, y=np.array(["a", None] * 15, object))).labels is None
 
 
@@ -180,10 +180,11 @@ def outcomes(tmp_path, count: int, seed: int) -> dict[str, int]:
         path.write_bytes(damaged(content, random))
         try:
             read(DataConfig(str(path)))
-            found["read"] += 1
+            message = None
         except InputError as error:
-            assert "damaged" in str(error), error
-            found["refused"] += 1
+            message = str(error)
+        assert message is None or path.name in message or "damaged" in message
+        found["read" if message is None else "refused"] += 1
     return found
 
 
