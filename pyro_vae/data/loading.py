@@ -79,23 +79,25 @@ def load_data(
         validation_size=validation_size,
         test_size=test_size,
     )
+    config, data = _read(source, config)
+    if spec is not None:
+        data = _match_columns(data, spec)
+    rows, scan = _draw_splits(data, config, seed), scan_values(data)
+    if spec is None:
+        spec = choose_spec(data, config.max_value, scan, rows[0])
+    return _splits(data, scan, spec, *rows)
+
+
+def _read(source: Any, config: DataConfig) -> tuple[DataConfig, Source]:
+    """The settings of the data, and their rows as they are stored."""
     if isinstance(source, DataConfig):
         if config != DataConfig():
             raise InputError("expected all settings in the DataConfig; got others as arguments")
-        config, data = source, read(source)
-    elif isinstance(source, (str, PathLike)):
+        return source, read(source)
+    if isinstance(source, (str, PathLike)):
         config = dataclasses.replace(config, source=str(source))
-        data = read(config)
-    else:
-        data = read_object(source, config)
-    rows = _draw_splits(data, config, seed)
-    if spec is None:
-        scan = scan_values(data)
-        spec = choose_spec(data, config.max_value, scan, rows[0])
-    else:
-        data = _match_columns(data, spec)
-        scan = scan_values(data)
-    return _splits(data, scan, spec, *rows)
+        return config, read(config)
+    return config, read_object(source, config)
 
 
 def _draw_splits(source: Source, config: DataConfig, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,11 +161,12 @@ def load_foreign(
     """
     source = _match_columns(read(config), spec)
     scan = scan_values(source)
-    if source.values.shape[1:] == spec.shape:
+    fits = source.values.shape[1:] == spec.shape
+    if fits:
         source, scan = _convert(source, scan, config.max_value, max_value, spec)
     bounded = spec.max_value is not None and units != "real"
     if (
-        source.values.shape[1:] != spec.shape
+        not fits
         or (bounded and not 0 <= scan.low <= scan.high <= spec.bound)
         or (spec.max_value is not None and scan.high > 10 * spec.max_value)
         or (spec.discrete and units == "count" and not scan.integral)
@@ -171,11 +174,11 @@ def load_foreign(
     ):
         kind = "integers" if spec.discrete else "values"
         limits = f" from 0 to {spec.max_value}" if bounded else ""
-        remedy = "; give --max-value, the largest value that these data can take"
+        remedy = ": give --max-value, the largest value that these data can take"
         raise InputError(
             f"the model expects {kind}{limits} of shape {spec.shape}; {source.name} holds "
             f"{scan.describe()} of shape {source.values.shape[1:]}"
-            f"{remedy * (bounded and source.values.shape[1:] == spec.shape)}"
+            f"{remedy if fits else ''}"
         )
     none = torch.arange(0)
     splits = _splits(source, scan, spec, none, none, torch.arange(len(source.values)))
@@ -295,6 +298,11 @@ def _list(names: Sequence[str]) -> str:
 
 def _splits(source: Source, scan: Scan, spec: DataSpec, *rows: Tensor) -> Splits:
     """The splits with these rows: training, validation, test."""
+    if source.values.shape[1:] != spec.shape:
+        raise InputError(
+            f"the model expects rows of shape {spec.shape}; {source.name} holds rows of shape "
+            f"{source.values.shape[1:]}"
+        )
     if spec.offset is not None or max(abs(scan.low), abs(scan.high)) > FLOAT32_MAX:
         check_float32(source, spec)
     values = _tensor(source.values, wide=spec.offset is not None)

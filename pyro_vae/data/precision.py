@@ -53,8 +53,8 @@ def offset_and_scale(
     small = sample.dtype.kind == "f" and sample.dtype.itemsize <= 8
     dtype = sample.dtype if small else np.dtype(np.float64)
     step = np.spacing(np.abs(centre).astype(dtype)).astype(np.float64)
-    constant = whole == 0
-    exact = np.abs(centre) < 2.0 ** (np.finfo(dtype).nmant + 1)
+    size, constant = np.abs(centre), whole == 0
+    exact = size < 2.0 ** (np.finfo(dtype).nmant + 1)
     lost = ~constant & ~exact & (spread < STEPS * step)
     if lost.any():
         column = int(lost.argmax())
@@ -65,15 +65,11 @@ def offset_and_scale(
         )
     # A computed constant, such as a sum of shares, differs in its last bits.
     rounding = ~constant & exact & (whole <= 8 * step) & (sample.dtype.kind == "f")
-    if rounding.any():
-        rounding &= (sample != np.rint(sample)).any(0)
+    rounding = rounding & (sample != np.rint(sample)).any(0) if rounding.any() else rounding
     if rounding.any():
         where = column_name(columns, int(rounding.argmax()))
-        warnings.warn(
-            f"{where} of {name} is read as constant: it varies by rounding errors only",
-            stacklevel=2,
-        )
-    size = np.abs(centre)
+        message = f"{where} of {name} is read as constant: it varies by rounding errors only"
+        warnings.warn(message, stacklevel=2)
     offset = np.where(
         np.where(constant, (size > FAR) | (size < 1 / WIDE), size / FAR > spread) & ~rounding,
         centre,

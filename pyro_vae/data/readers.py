@@ -39,6 +39,8 @@ SPLIT_NAMES = {
     "test": ("test",),
 }
 
+Names = dict[str, str]  # split → name of an array
+
 # What zipfile, its decompressors and numpy raise for damaged files.
 DAMAGED = (
     ValueError,
@@ -180,9 +182,42 @@ def _header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def _npz(path: Path, config: DataConfig) -> Source:
-    """Rows x and labels y, perhaps divided into training, validation and test rows.
+    """Rows x and labels y, perhaps divided into training, validation and test rows."""
+    parts, labels, unused, arrays = _load(path)
+    values = [arrays[key] for key in parts.values()]
+    if len({value.shape[1:] for value in values}) > 1 or any(v.ndim == 0 for v in values):
+        shapes = ", ".join(f"{key} {arrays[key].shape}" for key in parts.values())
+        raise InputError(f"{path} expects rows of one shape in its arrays; got {shapes}")
+    found, target = f"rows from {', '.join(parts.values())}", None
+    targets = [arrays[key] for key in labels.values()]
+    whole = len(targets) == len(parts) and all(t.ndim for t in targets)
+    if whole and len({t.shape[1:] for t in targets}) == 1:
+        target = np.concatenate(targets)
+    if target is not None and target.ndim == 2 and target.shape[1] > 1 and not one_hot(target):
+        target = None
+    if target is not None:
+        found += f"; labels from {', '.join(labels.values())}"
+    elif labels:
+        warnings.warn(
+            f"the labels {', '.join(labels.values())} of {path} are left out: expected one for "
+            f"each row of {', '.join(parts.values())}",
+            stacklevel=2,
+        )
+    if unused:
+        found += f"; not used: {', '.join(unused[:5])}{', ...' if len(unused) > 5 else ''}"
+    joined = values[0] if len(values) == 1 else np.concatenate(values)
+    return replace(
+        from_array(joined, target, config, path.stem, path),
+        num_validation=len(arrays[parts["val"]]) if "val" in parts else 0,
+        num_test=len(arrays[parts["test"]]) if "test" in parts else 0,
+        found=found,
+    )
 
-    Only the headers of all arrays are read, then the arrays that are used.
+
+def _load(path: Path) -> tuple[Names, Names, list[str], dict[str, np.ndarray]]:
+    """The names of the arrays of rows, labels and others in an archive, and the arrays in use.
+
+    Of the others, only the headers are read.
     """
     with path.open("rb") as start:
         if start.read(6) == b"\x93NUMPY":
@@ -196,54 +231,32 @@ def _npz(path: Path, config: DataConfig) -> Source:
                     with archive.open(member) as content:
                         headers[member.filename[:-4]] = (*_header(content), member, content.tell())
         parts, labels, unused = _choose(path, {key.lower(): key for key in headers})
-        for name, key in list(labels.items()):
-            if headers[key][1].hasobject:  # only unpickling could read them
-                warnings.warn(
-                    f"the labels {key} of {path} are left out: save them as integers or strings, "
-                    f"not as objects",
-                    stacklevel=2,
-                )
-                del labels[name]
+        # Only unpickling could read labels that are objects.
+        unused += [key for key in labels.values() if headers[key][1].hasobject]
+        labels = {name: key for name, key in labels.items() if key not in unused}
+        total = 0
         for key in (*parts.values(), *labels.values()):
             shape, dtype, member, offset = headers[key]
             if dtype.hasobject:
                 raise InputError(f"expected numbers in {key} of {path}; got an array of objects")
             if offset + math.prod(shape) * dtype.itemsize != member.file_size:
                 raise ValueError(f"the size of {key} is not that of its shape {shape}")
-            num_values = math.prod(shape) * (dtype.itemsize + 4) // 4  # as stored, and in float32
-            check_memory(num_values, f"{shape} values of {key} in {path}", "use fewer rows")
+            total += math.prod(shape) * (dtype.itemsize + 4) // 4  # as stored, and in float32
+        check_memory(total, f"the arrays in {path}", "use fewer rows")
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in (*parts.values(), *labels.values())}
+            return (
+                parts,
+                labels,
+                unused,
+                {k: archive[k] for k in {*parts.values(), *labels.values()}},
+            )
     except InputError:
         raise
     except DAMAGED as error:
         raise InputError(f"{path} is not a whole .npz file of numbers: {_reason(error)}") from None
-    values = [arrays[parts[name]] for name in parts]
-    if len({value.shape[1:] for value in values}) > 1 or any(v.ndim == 0 for v in values):
-        shapes = ", ".join(f"{parts[n]} {arrays[parts[n]].shape}" for n in parts)
-        raise InputError(f"{path} expects rows of one shape in its arrays; got {shapes}")
-    found = f"rows from {', '.join(parts.values())}"
-    target = None
-    if labels and len(labels) == len(parts):
-        target = np.concatenate([arrays[labels[name]] for name in parts])
-        found += f"; labels from {', '.join(labels.values())}"
-    if target is not None and target.ndim == 2 and target.shape[1] > 1 and not one_hot(target):
-        warnings.warn(f"{path} has several labels per row: they are left out", stacklevel=2)
-        target = None
-    elif labels and target is None:
-        warnings.warn(f"{path} has labels for some of its arrays only: left out", stacklevel=2)
-    if unused:
-        found += f"; not used: {', '.join(unused[:5])}{', ...' if len(unused) > 5 else ''}"
-    joined = values[0] if len(values) == 1 else np.concatenate(values)
-    return replace(
-        from_array(joined, target, config, path.stem, path),
-        num_validation=len(arrays[parts["val"]]) if "val" in parts else 0,
-        num_test=len(arrays[parts["test"]]) if "test" in parts else 0,
-        found=found,
-    )
 
 
-def _choose(path: Path, keys: dict[str, str]) -> tuple[dict[str, str], dict[str, str], list[str]]:
+def _choose(path: Path, keys: dict[str, str]) -> tuple[Names, Names, list[str]]:
     """The names of the arrays of rows and of labels for train, val and test, and the others."""
 
     def find(names: tuple[str, ...], split: str) -> str | None:

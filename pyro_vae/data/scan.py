@@ -83,10 +83,12 @@ def _place(wrong: np.ndarray, start: int) -> tuple[int, ...]:
 
 def _not_usable(source: Source, count: int, first: tuple[int, ...], limit: str) -> InputError:
     column = f", {column_name(source.columns, first[1])}" if source.columns else ""
+    arrays = " (of all arrays in order)" if source.num_test or source.num_validation else ""
+    place = f"row {first[0]}{arrays} at {first[1:]}"
     axes = " (channel, row, column of pixels)" if len(first) == 4 else ""
     return InputError(
         f"{source.name} holds {count} value{'s' * (count > 1)} that are NaN, infinite or beyond "
-        f"{limit}, the first in row {first[0]} at {first[1:]}{axes}{column} (counted from 0); "
+        f"{limit}, the first in {place}{axes}{column} (counted from 0); "
         f"remove or impute them"
     )
 

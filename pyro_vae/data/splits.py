@@ -51,6 +51,12 @@ class DataSpec:
     offset: tuple[float, ...] | None = None
     scale: tuple[float, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if self.offset is not None or self.scale is not None:
+            size = 1 if self.is_image else math.prod(self.shape)
+            if not (len(self.offset or ()) == len(self.scale or ()) == size):
+                raise ValueError(f"expected {size} offsets and scales")
+
     @property
     def is_image(self) -> bool:
         return len(self.shape) == 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import math
 
@@ -13,7 +15,7 @@ import pyro_vae
 from pyro_vae import InputError, evaluate, generate, load_data, train
 from pyro_vae.data.precision import FAR, offset_and_scale
 from pyro_vae.data.splits import DataSpec, moments
-from pyro_vae.training.checkpoint import load_checkpoint
+from pyro_vae.training.checkpoint import load_checkpoint, serialize
 
 QUICK = ["--batch-size", "16", "--epochs", "1", "--hidden", "8", "--latent-dim", "2"]
 
@@ -273,6 +275,27 @@ def test_the_commands_tell_the_units(tmp_path, capsys, monkeypatch):
     assert drawn.dtype == np.float64
     np.testing.assert_allclose(drawn.std(0), values.std(0), rtol=0.6)
     np.testing.assert_allclose(drawn.mean(0), values.mean(0), atol=values.std(0).max(), rtol=1e-8)
+
+
+def test_a_spec_and_data_of_another_shape():
+    spec = load_data(table() + 1e9).spec
+    with pytest.raises(InputError, match=r"expects rows of shape \(3,\); array holds .* \(2,\)"):
+        load_data(table()[:, :2], spec=spec)
+    for wrong in ({"offset": (0.0,)}, {"scale": None}, {"offset": None}):
+        with pytest.raises(ValueError, match="3 offsets and scales"):
+            dataclasses.replace(spec, **wrong)
+
+
+def test_a_checkpoint_of_version_0_1(tmp_path):
+    """It has no columns, offsets and scales."""
+    splits = load_data(table())
+    config = pyro_vae.Config(model=pyro_vae.ModelConfig(hidden=(8,), likelihood="gaussian"))
+    vae = pyro_vae.build(config.model, splits)
+    content = torch.load(io.BytesIO(serialize(vae, config, splits, [])), weights_only=True)
+    for name in ("columns", "offset", "scale"):
+        del content["data"][name]
+    torch.save(content, tmp_path / "old.pt")
+    assert load_checkpoint(tmp_path / "old.pt").vae.likelihood_module.spec == splits.spec
 
 
 def test_data_of_an_old_run_are_stored_as_then(tmp_path):
