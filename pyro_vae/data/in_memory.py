@@ -72,7 +72,9 @@ def read_object(data: Any, config: DataConfig) -> Source:
 def _from_frame(frame: Any) -> tuple[np.ndarray, np.ndarray | None, list[str], str | None, bool]:
     """Values (N, D) and labels (N,) of a DataFrame; the names of the columns and of the labels."""
     names = list(frame.columns)
-    indexed = len(names) > 1 and names[0] == "Unnamed: 0"  # pandas read its own index as a column
+    # pandas reads its own index as such a column.
+    indexed = len(names) > 1 and names[0] == "Unnamed: 0"
+    indexed = indexed and _array(frame[names[0]]).dtype.kind != "f"
     names = names[indexed:]
     if len(set(names)) < len(names):
         raise InputError(f"expected DataFrame columns of different names; got {names}")

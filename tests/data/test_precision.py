@@ -101,8 +101,18 @@ def test_images_have_one_offset_and_scale():
     assert (splits.spec.shape, len(splits.spec.offset or ())) == ((1, 4, 5), 1)
     x = splits.whole().take(torch.arange(30), "real")[:, 0].numpy()
     np.testing.assert_allclose(x - x.mean(), pixels - pixels.mean(), atol=1e-5)
-    tiny = load_data(1e-50 * pixels).spec
-    assert tiny.log_scale == pytest.approx(20 * math.log((tiny.scale or (0,))[0]))
+    splits = load_data(1e-50 * pixels)
+    assert splits.describe().startswith("real values from -")
+    tiny = splits.spec
+    nats = 20 * math.log((tiny.scale or (0,))[0])
+    assert tiny.log_scale == pytest.approx(nats)
+    assert tiny.describe_units() == (
+        f"x = (value - offset) / scale (offset 0, scale {(tiny.scale or (0,))[0]:g}); "
+        f"add {-nats:.6g} nats per row to log p(x) for that of the values"
+    )
+    assert load_data(1e9 + pixels).spec.describe_units().endswith("is also that of the values")
+    assert load_data(pixels).spec.describe_units() == ""
+    assert load_data(1e50 * pixels).describe().startswith("real values")  # though all are integers
 
 
 def test_ordinary_data_keep_their_numbers():

@@ -259,6 +259,9 @@ def test_frames_are_matched_by_name():
         load_data(frame[["a"]], spec=splits.spec)
     frame.insert(0, "Unnamed: 0", range(40))
     assert load_data(frame).fingerprint == splits.fingerprint
+    assert "first column without a name dropped" in load_data(frame).found
+    frame["Unnamed: 0"] = np.linspace(0, 1, 40)
+    assert load_data(frame).spec.columns == ("Unnamed: 0", "a", "b")
     assert load_data(pandas.DataFrame(values)).spec.columns == ("0", "1")
 
 
