@@ -59,6 +59,9 @@ def test_some_of_the_splits(tmp_path):
         read(save(tmp_path, x_train=x[:20], x_val=x[20:, :3]))
     with pytest.warns(UserWarning, match=r"labels y_train of .* left out: .* each row of x_t"):
         assert read(save(tmp_path, x_train=x, y_train=x[:, 0] > 0.5, x_test=x)).labels is None
+    one_hot = read(save(tmp_path, x=x, y=np.eye(3)[np.arange(30) % 3]))
+    assert one_hot.labels is not None
+    assert one_hot.labels.tolist() == [0, 1, 2] * 10
     with pytest.warns(
         UserWarning, match=r"labels y of .* are left out: expected one for each row of x"
     ):
