@@ -13,6 +13,7 @@ Neither pandas nor polars is imported: any object with `to_numpy` and `columns` 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,9 @@ def read_object(data: Any, config: DataConfig) -> Source:
         if labels is not None:
             raise InputError(f"expected labels once; got y and labels in the {name}: drop one")
         labels = _labels(_array(y), name)
-    return from_array(values, labels, config, name, f"the {name}")
+    source = from_array(values, labels, config, name, f"the {name}")
+    sixteen_bits = isinstance(x, Dataset) and values.dtype == np.uint16
+    return replace(source, max_value=65535) if sixteen_bits else source
 
 
 def _from_frame(frame: Any) -> tuple[np.ndarray, np.ndarray | None]:

@@ -97,13 +97,22 @@ def _draw_splits(source: Source, config: DataConfig, seed: int) -> tuple[Tensor,
             f"--test-size has no effect on {source.name}, which has its own test split of "
             f"{source.num_test} rows; drop it"
         )
+    if source.num_validation and config.validation_size is not None:
+        raise InputError(
+            f"--validation-size has no effect on {source.name}, which has its own validation split "
+            f"of {source.num_validation} rows; drop it"
+        )
     shuffle = torch.Generator().manual_seed(seed)
-    order = torch.randperm(total - source.num_test, generator=shuffle)
+    drawn = total - source.num_test - source.num_validation
+    order = torch.randperm(drawn, generator=shuffle)
+    validation = torch.arange(drawn, drawn + source.num_validation)
     if source.num_test:
-        test, rest = torch.arange(len(order), total), order
+        test, rest = torch.arange(total - source.num_test, total), order
     else:
         size = config.test_size or max(1, total // 10)
         test, rest = order[:size].sort().values, order[size:]
+    if source.num_validation and len(rest):
+        return rest.sort().values, validation, test
     size = config.validation_size or min(5000, max(1, len(rest) // 10))
     if size >= len(rest):
         raise InputError(

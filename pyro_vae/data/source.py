@@ -23,6 +23,7 @@ class Source:
         labels: (N,) int64, or None.
         class_names: the name of each label, or empty.
         num_test: the last `num_test` rows are the data's own test split; 0 if they have none.
+        num_validation: the `num_validation` rows before these are their own validation split.
         max_value: the largest possible value, if the source defines one.
         likelihood: the usual likelihood of the data, if there is one.
     """
@@ -32,6 +33,7 @@ class Source:
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
     num_test: int = 0
+    num_validation: int = 0
     max_value: int | None = None
     likelihood: str | None = None
 
