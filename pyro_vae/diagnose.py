@@ -125,12 +125,12 @@ def _report(run: OpenRun, num_rows: int, quick: bool, effort: Effort) -> dict[st
 
 def _record(study: Study, report: dict[str, Any], folder: Path) -> None:
     """Add a study to the report and write both, so that an interruption loses no finished study."""
-    from .plots.run import save
+    from .plots.run import save_all
 
     report["findings"] += [finding.as_dict() for finding in study.findings]
     report["details"].update(study.details)
-    for name, figure in study.figures.items():
-        save(figure, folder / "figures" / f"diagnose_{name}.png")
+    pictures = {f"diagnose_{name}": figure for name, figure in study.figures.items()}
+    save_all(pictures, folder / "figures")
     _write(folder / "diagnostics.json", report)
 
 

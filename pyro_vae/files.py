@@ -1,4 +1,7 @@
-"""Atomic writes. An interrupted or failed write leaves an earlier file unchanged."""
+"""Atomic writes and printable names.
+
+An interrupted or failed write leaves an earlier file unchanged.
+"""
 
 from __future__ import annotations
 
@@ -22,3 +25,9 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def printable(text: str) -> str:
+    r"""Escape control characters, and bytes that are not UTF-8, of a file's name: \n, \xe9."""
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -65,7 +65,8 @@ def _main(arguments: GenerateArguments) -> None:
     from .memory import check_memory
     from .models.vae import VAE
     from .plots.from_model import generate_images, to_display
-    from .plots.run import image_grid, in_rows, save
+    from .plots.run import save
+    from .plots.tiles import image_grid, in_rows
     from .randomness import random_states
     from .training.checkpoint import load_checkpoint
 

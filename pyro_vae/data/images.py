@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from ..config import DataConfig, InputError
+from ..files import printable
 from ..memory import check_memory
 from .source import Source, from_array
 
@@ -80,12 +81,6 @@ def read_folder(path: Path, config: DataConfig) -> Source:
     source = from_array(values, labels, config, printable(path.resolve().name), path)
     _, num_validation, num_test = sizes or (0, 0, 0)
     return replace(source, max_value=max_value, num_validation=num_validation, num_test=num_test)
-
-
-def printable(text: str) -> str:
-    r"""Escape control characters, and bytes that are not UTF-8, of a file's name: \n, \xe9."""
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _image_files(path: Path) -> list[Path]:

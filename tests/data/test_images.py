@@ -18,9 +18,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from pyro_vae import DataConfig, InputError, load_data
-from pyro_vae.data.images import printable
 from pyro_vae.data.readers import read
 from pyro_vae.data.source import Source
+from pyro_vae.files import printable
 
 RANDOM = np.random.default_rng(0)
 
