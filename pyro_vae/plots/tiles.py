@@ -51,20 +51,19 @@ def manifold(values: np.ndarray, quantiles: np.ndarray, title: str = "") -> Figu
         values: (n, n, *shape): rows follow the second latent, upwards; columns the first.
         quantiles: (n,) of the prior, the points of the grid.
     """
-    side = len(quantiles)
-    values = values[::-1]
-    scale = np.clip(_aspect(values), 1 / MOST_ASPECT, MOST_ASPECT) if _is_images(values) else 1.0
-    width = min(6.5, MOST_INCHES / scale)
-    figure = new_figure(max(width, 3), max(width * scale, 2) + 0.5, title)
+    side, images = len(quantiles), _is_images(values)
+    scale = _scale(values) if images else 1.0
+    width, height = min(6.5, MOST_INCHES / scale), min(max(4.0, 6.5 * scale), MOST_INCHES)
+    figure = new_figure(max(4.0, width), height + 0.5, title)
     axes = figure.add_subplot()
-    if _is_images(values):
-        values = reduced(values, int(scale * (DPI * width / side) ** 2))
+    if images:
+        small = reduced(values[::-1], int(width * height * (DPI / side) ** 2))
         extent = (0, side, 0, side)
-        axes.imshow(_mosaic(values, gap=1), **TILES, extent=extent, aspect="auto")
+        axes.imshow(_mosaic(small, gap=1), **TILES, extent=extent, aspect="auto")
     else:
-        _draw_profiles(axes, values)
+        _draw_profiles(axes, values[::-1])
     ticks = np.unique(np.linspace(0, side - 1, 5).round().astype(int))
-    upwards = ticks if _is_images(values) else side - 1 - ticks  # profiles count lines downwards
+    upwards = ticks if images else side - 1 - ticks  # profiles count lines downwards
     for axis, name, places in ((axes.xaxis, "$z_1$", ticks), (axes.yaxis, "$z_2$", upwards)):
         axis.set_ticks(places + 0.5, [f"{quantiles[i]:.2f}" for i in ticks])
         axis.set_label_text(f"{name}, quantile of the prior")
@@ -89,7 +88,7 @@ def reduced(values: np.ndarray, most_pixels: int) -> np.ndarray:
     factor = math.sqrt(math.prod(values.shape[-2:]) / most_pixels)
     for axis in (-2, -1) if factor > 1 else ():
         side = values.shape[axis]
-        size = side if side <= THIN else max(THIN, round(side / factor))
+        size = side if side <= THIN else max(THIN + 1, round(side / factor))
         starts = np.arange(size) * side // size
         counts = np.diff(starts, append=side).astype(values.dtype)
         sums = np.add.reduceat(values, starts, axis)
@@ -110,9 +109,9 @@ def _is_images(values: np.ndarray) -> bool:
     return short > THIN or long <= MOST_ASPECT * short
 
 
-def _aspect(values: np.ndarray) -> float:
-    """Height over width of one image."""
-    return float(values.shape[-2] / values.shape[-1])
+def _scale(values: np.ndarray) -> float:
+    """Height over width of the tile of an image."""
+    return float(np.clip(values.shape[-2] / values.shape[-1], 1 / MOST_ASPECT, MOST_ASPECT))
 
 
 def _grid(values: np.ndarray, title: str, row_labels: Sequence[str] = ()) -> Figure:
@@ -121,14 +120,19 @@ def _grid(values: np.ndarray, title: str, row_labels: Sequence[str] = ()) -> Fig
         values = values.swapaxes(1, 2)
     rows, columns = values.shape[:2]
     images = _is_images(values)
-    scale = float(np.clip(_aspect(values), 1 / MOST_ASPECT, MOST_ASPECT)) if images else 0.65
-    width = min(0.65 if images else max(1.0, 4 / columns), MOST_INCHES / columns)
-    width = min(width, MOST_INCHES / (rows * scale))
+    if images:
+        scale, width = _scale(values), 0.65 / math.sqrt(_scale(values))
+    else:
+        scale, width = (0.25, 4.0) if columns == 1 else (0.65, 1.0)
+    width = min(width, MOST_INCHES / columns, MOST_INCHES / (rows * scale))
     figure = new_figure(
         max(columns * width, 2) + (1.2 if row_labels else 0.4), rows * width * scale + 0.6, title
     )
     axes = figure.add_subplot()
     if images:
+        if not 1 / MOST_ASPECT <= values.shape[-2] / values.shape[-1] <= MOST_ASPECT:
+            pixels = " by ".join(map(str, values.shape[:-3:-1]))
+            axes.set_xlabel(f"{pixels} pixels, not to scale", fontsize=8)
         values = reduced(values, int(scale * (DPI * width) ** 2))
         height, across = values.shape[-2:]
         gap = max(1, round(min(height, across) / 14))
