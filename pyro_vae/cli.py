@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
 import tyro
 
 from .config import Config, DataConfig, InputError, auto, check_seed
+from .files import printable
 
 if TYPE_CHECKING:
     import torch
@@ -96,12 +97,13 @@ def _note(
     """Print a warning, without the source line if it comes from this package."""
     text = warnings.formatwarning(message, category, filename, lineno, line)
     if Path(filename).is_relative_to(Path(__file__).parent):
-        text = f"note: {message}\n"
+        text = f"note: {printable(str(message))}\n"
     print(text, end="", file=file or sys.stderr)
 
 
 def fail(message: str, status: int = 2) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    # Names of files in messages may hold control characters.
+    print("\n".join(map(printable, f"error: {message}".split("\n"))), file=sys.stderr)
     return status
 
 

@@ -54,7 +54,7 @@ TERMS = {
 
 styled = style.context(STYLE, after_reset=True)  # decorates a function that draws
 
-Curve = tuple[str, str, Sequence[dict[str, Any]], str]
+Curve = tuple[str, Any, Sequence[dict[str, Any]], str]
 
 
 class StyledFigure(Figure):
@@ -199,13 +199,16 @@ def compare_curves(histories: Mapping[str, Sequence[dict[str, Any]]], row: str =
         histories: lines of metrics.jsonl by the run's name.
         row: the word for a datum.
     """
-    figure = new_figure(10.1, 3.2)
+    count = len(histories)
+    figure = new_figure(10.1, min(3.0 + 0.2 * math.ceil(count / 4), 10.0))
+    many = matplotlib.colormaps["turbo"]
+    colours = [f"C{k}" if count <= 10 else many(k / (count - 1)) for k in range(count)]
     for axes, term in zip(figure.subplots(1, len(TERMS)), TERMS, strict=True):
-        runs = enumerate(histories.items())
-        curves = [(plain(run), f"C{k}", lines, f"validation_{term}") for k, (run, lines) in runs]
+        runs = zip(histories.items(), colours, strict=True)
+        curves = [(short(run, 40), c, lines, f"validation_{term}") for (run, lines), c in runs]
         _draw_curves(axes, term, row, curves)
     handles = figure.axes[1].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=min(4, len(histories)))
+    figure.legend(*handles, loc="outside lower center", ncols=min(4, count))
     return figure
 
 

@@ -13,10 +13,9 @@ from pyro_vae.data.splits import DataSpec
 from pyro_vae.models.likelihoods import LIKELIHOODS
 from pyro_vae.models.priors import StandardNormal
 from pyro_vae.models.vae import VAE
-from pyro_vae.plots import codes
+from pyro_vae.plots import codes, tiles
 from pyro_vae.plots import from_model as gallery
 from pyro_vae.plots import run as figures
-from pyro_vae.plots import tiles
 
 HISTORY = [
     {
