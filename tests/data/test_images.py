@@ -359,8 +359,17 @@ def test_resizing_stays_in_the_range_of_the_image(kind, tmp_path):
     values = source_of(tmp_path, image_size=(13, 13)).values
     assert (values.min(), values.max()) == ((0, 65535) if kind == "16" else (-1, 2))
     assert values.dtype == (np.uint16 if kind == "16" else np.float32)
-    middle = (values[0, 0, 0, 6] - values.min()) / np.ptp(values)
-    assert 0.3 < middle < 0.7
+    line = (values[0, 0, 0].astype(float) - values.min()) / np.ptp(values)
+    assert line[:6].max() < 0.2 < 0.3 < line[6] < 0.7 < 0.8 < line[7:].min()
+
+
+def test_resized_16_bit_values_are_rounded(tmp_path):
+    values = RANDOM.integers(0, 1000, (9, 9)).astype(np.uint16)
+    image = Image.fromarray(values.astype(np.float32))
+    exact = np.asarray(image.resize((4, 4), Image.Resampling.LANCZOS))
+    folder_of(tmp_path, {"a.png": values})
+    found = source_of(tmp_path, image_size=(4, 4), max_value=4095).values[0, 0]
+    assert np.abs(found - exact.clip(values.min(), values.max())).max() <= 0.5
 
 
 def test_depth_defines_the_maximum(tmp_path):

@@ -389,13 +389,13 @@ def test_weights_are_sorted_by_k_and_stand_beside_their_sample_sizes():
 
 
 def test_bars_of_the_latents_have_their_names_and_colours():
-    kl, variance = np.array([1.0, 3.0, 0.0]), np.array([0.5, 0.9, 0.001])
+    kl, variance = np.array([0.0, 3.0, 1.0]), np.array([0.001, 0.9, 0.5])
     figure = posterior.latent_use(kl, variance, variance > 0.01, names(3))
     first_axes, second_axes = figure.axes
     assert [bar.get_height() for bar in first_axes.patches] == [3, 1, 0]
     assert [bar.get_height() for bar in second_axes.patches] == [0.9, 0.5, 0.001]
     assert [t.get_text() for t in second_axes.get_xticklabels()] == [
-        run.plain(names(3)[j]) for j in (1, 0, 2)
+        run.plain(names(3)[j]) for j in (1, 2, 0)
     ]
     for axes in figure.axes:
         for bar, colour in zip(axes.patches, (TRAIN, TRAIN, GREY), strict=True):
