@@ -49,7 +49,8 @@ class Annealed:
             log p(x).
         upper: (B,) minus log-mean of the reverse chains' inverse weights, at least log p(x) in
             expectation; None unless the z that generated x were given.
-        standard_error: (B,) of `lower`, from the variance of the weights; NaN for one chain.
+        standard_error: (B,) of `lower`, from the variance of the weights; NaN for one chain,
+            infinite if `lower` is −∞.
         acceptance: (B,) mean acceptance rate of the forward chains.
     """
 
@@ -99,7 +100,7 @@ def anneal(
 
 def _schedule(num_steps: int) -> list[float]:
     """β₀ … β_T along a sigmoid: slow at both ends, where the distributions change fastest."""
-    line = torch.linspace(-4, 4, num_steps + 1, dtype=torch.float64).sigmoid()
+    line = torch.linspace(-4, 4, num_steps + 1, dtype=torch.float64, device="cpu").sigmoid()
     return ((line - line[0]) / (line[-1] - line[0])).tolist()
 
 
@@ -194,7 +195,7 @@ def _adapt(step_size: Tensor, probability: Tensor) -> Tensor:
 
 def _tune(target: _Target, z: Tensor, on_step: Callback) -> list[Tensor]:
     """Step sizes (1, B, 1) for β₀ … β_{T−1}, from a forward chain that starts at z (C, B, Z)."""
-    state, sizes = target.evaluate(z), [torch.full((1, z.shape[1], 1), FIRST_STEP).to(z)]
+    state, sizes = target.evaluate(z), [z.new_full((1, z.shape[1], 1), FIRST_STEP)]
     on_step(z[..., 0].numel())
     for beta in target.betas[1:-1]:
         state, probability = _hmc(target, state, beta, sizes[-1])
@@ -231,6 +232,8 @@ def _bounds(target: _Target, z: Tensor | None, num_chains: int, on_step: Callbac
     log_weights, acceptance = _chain(target, start, step_sizes, on_step)
     lower = log_weights.logsumexp(0) - math.log(num_chains)
     spread = (log_weights - lower).exp().std(0) if num_chains > 1 else torch.nan
+    if num_chains > 1:  # weights that are all zero have no spread to judge by
+        spread = torch.where(lower == -math.inf, math.inf, spread)
     upper = None
     if z is not None:
         start = z.expand(start.shape)

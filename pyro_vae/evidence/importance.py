@@ -48,7 +48,8 @@ class Evidence:
     """Importance-sampled evidence of B rows, float64, nats.
 
     Attributes:
-        log_evidence: (B,) estimates of log p(x).
+        log_evidence: (B,) estimates of log p(x); −∞ if all weights are zero, with an infinite
+            `standard_error` and `pareto_k` and an `effective_sample_size` of 0.
         standard_error: (B,) of each estimate, from the variance of the weights; NaN for one sample.
         elbo: (B,) means of log w.
         reconstruction: (B,) means of log p(x|z).
@@ -147,7 +148,7 @@ def pareto_k(log_weights: Tensor) -> Tensor:
 
     Sums of the weights are reliable where k̂ is below `reliable_k(K)`. Above it the error decreases
     slower with K than its estimate says, and above 1 the weights have no finite mean. Equal weights
-    have no tail and give −∞.
+    have no tail and give −∞. Weights that are all zero, or NaN, give ∞.
 
     Raises:
         ValueError: K is below `MIN_TAIL_SAMPLES`.
@@ -164,6 +165,9 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     size = int(3 * math.sqrt(count)) if count > 225 else count // 5
     for weights in log_weights.double().cpu().numpy().T:
         highest = np.sort(weights)[-size - 1 :]
+        if not np.isfinite(highest[-1]):
+            tails.append(math.inf)
+            continue
         cutoff, *tail = np.exp(highest - highest[-1])
         if np.ptp(weights) < 1e-3:
             tails.append(-math.inf)
@@ -226,8 +230,8 @@ def _estimate(
     blocks: Iterator[tuple[Tensor, Tensor]], count: int, on_chunk: Callback, with_pareto_k: bool
 ) -> Evidence:
     """The evidence from blocks of log p(x|z) and log w (S, B)."""
-    log_sum = log_sum_squares = torch.tensor(-math.inf, dtype=torch.float64)
-    elbo = reconstruction = torch.zeros((), dtype=torch.float64)
+    log_sum = log_sum_squares = torch.tensor(-math.inf, dtype=torch.float64, device="cpu")
+    elbo = reconstruction = torch.zeros((), dtype=torch.float64, device="cpu")
     kept = []
     for log_likelihood, log_w in blocks:
         log_sum = torch.logaddexp(log_sum, log_w.logsumexp(0))
@@ -237,8 +241,10 @@ def _estimate(
         if with_pareto_k:
             kept.append(log_w)
         on_chunk(log_w.numel())
-    # Σw²/(Σw)² is between 1/K and 1; times K it is 1 + the relative variance of the weights.
+    # Σw²/(Σw)² is between 1/K and 1; times K it is 1 + the relative variance of the weights. It
+    # counts as infinite if all weights are zero.
     concentration = torch.exp(log_sum_squares - 2 * log_sum)
+    concentration = torch.where(log_sum == -math.inf, math.inf, concentration)
     relative_variance = (count * concentration - 1).clamp_min(0)
     spread = torch.sqrt(relative_variance / (count - 1)) if count > 1 else torch.nan
     return Evidence(

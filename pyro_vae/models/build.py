@@ -47,8 +47,9 @@ def build_blank(config: ModelConfig, spec: DataSpec) -> VAE | Autoencoder:
     """
     if config.likelihood == "auto":
         raise InputError("a saved model expects its likelihood by name; got auto")
-    mean = torch.full(spec.shape, 0.5)
-    std = torch.ones(() if spec.is_image else spec.shape)
+    # Named, so that the user's default dtype and device make no other model.
+    mean = torch.full(spec.shape, 0.5, dtype=torch.float32, device="cpu")
+    std = torch.ones_like(mean.sum() if spec.is_image else mean)
     with random_states(torch.device("cpu")):
         return _assemble(config, LIKELIHOODS[config.likelihood](spec, mean, std))
 
@@ -61,7 +62,8 @@ def _assemble(config: ModelConfig, likelihood: Likelihood) -> VAE | Autoencoder:
     check_memory(count, f"{count:,} weights", "lower --hidden or --latent-dim")
     network = (config.architecture, shape, hidden, config.activation)
     num_features = config.latent_dim * (1 if config.kind == "ae" else 2)
-    encoder = Encoder(*network, num_features, likelihood.mean, likelihood.std)
+    bounded = likelihood.units != "real"
+    encoder = Encoder(*network, num_features, likelihood.mean, likelihood.std, bounded)
     decoder = Decoder(*network, config.latent_dim, likelihood.initial_bias())
     if config.kind == "ae":
         return Autoencoder(encoder, decoder, likelihood)

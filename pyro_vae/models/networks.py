@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import warnings
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import InputError
+from .bounds import soft_clamp
+
+# Standardized inputs keep every bit up to this size. Of N rows, none is further than √N standard
+# deviations from their mean: a training set of a million rows has no larger value.
+MAX_STANDARDIZED = 1024.0
 
 
 class Encoder(nn.Module):
@@ -28,6 +34,7 @@ class Encoder(nn.Module):
         num_features: size of the output.
         mean, std: moments of the data, in the units of x. They standardize the input, so that the
             same initial weights suit data of any scale.
+        bounded: whether the range of x is bounded. If not, an outlier is: see `MAX_STANDARDIZED`.
 
     Raises:
         InputError: the activation is unknown, or the data do not suit the architecture.
@@ -45,27 +52,32 @@ class Encoder(nn.Module):
         num_features: int,
         mean: Tensor,
         std: Tensor,
+        bounded: bool = False,
     ) -> None:
         super().__init__()
-        self.data_shape = tuple(data_shape)
+        self.data_shape, self.bounded = tuple(data_shape), bounded
         self.register_buffer("mean", mean.clone())
         self.register_buffer("std", std.clone())
+        factory: Any = {"dtype": mean.dtype, "device": mean.device}
         layers: list[nn.Module] = []
         if architecture == "conv":
             size = hidden[-1] * _size(_conv_sizes(self.data_shape, hidden)[-1])
             for below, above in pairwise([data_shape[0], *hidden]):
-                layers.append(nn.Conv2d(below, above, kernel_size=4, stride=2, padding=1))
-                layers.append(_activation(activation))
+                layers.append(nn.Conv2d(below, above, 4, stride=2, padding=1, **factory))
+                layers.append(_activation(activation, factory))
             layers.append(nn.Flatten())
         else:
             sizes = [_size(self.data_shape), *hidden]
             size = sizes[-1]
-            layers += [nn.Flatten(), *_mlp(sizes, activation)]
-        self.layers = nn.Sequential(*layers, nn.Linear(size, num_features))
+            layers += [nn.Flatten(), *_mlp(sizes, activation, factory)]
+        self.layers = nn.Sequential(*layers, nn.Linear(size, num_features, **factory))
 
     def forward(self, x: Tensor) -> Tensor:
         batch_shape = x.shape[: x.dim() - len(self.data_shape)]
         standardized = (x - self.mean) / self.std
+        if not self.bounded:
+            limit = MAX_STANDARDIZED
+            standardized = soft_clamp(standardized, -limit, limit, width=limit)
         features = self.layers(standardized.reshape(-1, *self.data_shape))
         return features.to(x.dtype).reshape(*batch_shape, -1)
 
@@ -93,11 +105,12 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.bias = nn.Parameter(bias.clone())
+        factory: Any = {"dtype": bias.dtype, "device": bias.device}
         layers: list[nn.Module] = []
         if architecture == "conv":
             sizes = _conv_sizes(data_shape, hidden)
-            layers.append(nn.Linear(latent_dim, hidden[-1] * _size(sizes[-1])))
-            layers.append(_activation(activation))
+            layers.append(nn.Linear(latent_dim, hidden[-1] * _size(sizes[-1]), **factory))
+            layers.append(_activation(activation, factory))
             layers.append(nn.Unflatten(1, (hidden[-1], *sizes[-1])))
             channels = [len(bias) * data_shape[0], *hidden]
             for i in reversed(range(len(hidden))):
@@ -111,14 +124,15 @@ class Decoder(nn.Module):
                         # Halving rounds down; output padding restores the odd row or column.
                         output_padding=(sizes[i][0] % 2, sizes[i][1] % 2),
                         bias=i > 0,
+                        **factory,
                     )
                 )
                 if i > 0:
-                    layers.append(_activation(activation))
+                    layers.append(_activation(activation, factory))
         else:
             widths = [latent_dim, *reversed(hidden)]
-            layers += _mlp(widths, activation)
-            layers.append(nn.Linear(widths[-1], bias.numel(), bias=False))
+            layers += _mlp(widths, activation, factory)
+            layers.append(nn.Linear(widths[-1], bias.numel(), bias=False, **factory))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -130,10 +144,10 @@ class Decoder(nn.Module):
         return head(hidden).to(z.dtype).reshape(*z.shape[:-1], *self.bias.shape) + self.bias
 
 
-def _mlp(sizes: list[int], activation: str) -> list[nn.Module]:
+def _mlp(sizes: list[int], activation: str, factory: Any) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for below, above in pairwise(sizes):
-        layers += [nn.Linear(below, above), _activation(activation)]
+        layers += [nn.Linear(below, above, **factory), _activation(activation, factory)]
     return layers
 
 
@@ -159,15 +173,19 @@ def _conv_sizes(data_shape: tuple[int, ...], hidden: tuple[int, ...]) -> list[tu
     return [(height >> i, width >> i) for i in range(len(hidden) + 1)]
 
 
-def _activation(name: str) -> nn.Module:
-    """The elementwise activation of torch.nn with this name, in any case."""
+def _activation(name: str, factory: Any) -> nn.Module:
+    """The elementwise activation of torch.nn with this name, in any case.
+
+    Args:
+        factory: dtype and device of its parameters, if any.
+    """
     module = nn.modules.activation
     kinds = {key.lower(): getattr(module, key) for key in module.__all__}
-    probe = torch.tensor([[-1.0, 0.5]])
+    probe = torch.tensor([[-1.0, 0.5]], **factory)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), factory["device"]:  # as default, whatever the user's
             warnings.simplefilter("ignore")  # Softmax warns that it acts on a whole dimension
-            activation = kinds[name.lower()]().eval()
+            activation = kinds[name.lower()]().to(**factory).eval()
             whole, part = activation(probe), activation(probe[:, :1])
         elementwise = whole.shape == probe.shape and torch.allclose(whole[:, :1], part)
     except (KeyError, TypeError, ValueError, RuntimeError):  # no such name, arguments or shapes

@@ -19,8 +19,9 @@ class StandardNormal(nn.Module):
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
         # Buffers move with the model from device to device.
-        self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
-        self.register_buffer("scale", torch.ones(latent_dim), persistent=False)
+        loc = torch.zeros(latent_dim, dtype=torch.float32, device="cpu")
+        self.register_buffer("loc", loc, persistent=False)
+        self.register_buffer("scale", torch.ones_like(loc), persistent=False)
 
     def forward(self) -> Distribution:
         return Normal(self.loc, self.scale).to_event(1)
