@@ -7,7 +7,6 @@ invalid flag are answered at once.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import sys
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
 import tyro
 
 from .config import Config, DataConfig, InputError, auto, check_seed
+from .files import to_json
 
 if TYPE_CHECKING:
     import torch
@@ -229,7 +229,7 @@ def refuse_existing(out: Path, overwrite: bool, endings: Sequence[str]) -> None:
 
 
 def print_json(values: dict[str, Any]) -> None:
-    print(json.dumps(values, indent=2))
+    print(to_json(values, indent=2))
 
 
 def config_of(arguments: Config) -> Config:

@@ -13,8 +13,6 @@ numbers, RUN/figures/diagnose_*.png show them, and RUN/report.html is rewritten 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -86,7 +84,7 @@ def _main(arguments: DiagnoseArguments) -> int:
         if report["findings"] and not arguments.json:
             print(_table(report, folder))
     if arguments.json:
-        print_json(_plain(report))
+        print_json(report)
     return int(arguments.strict and any(f["verdict"] == "wrong" for f in report["findings"]))
 
 
@@ -135,18 +133,9 @@ def _record(study: Study, report: dict[str, Any], folder: Path) -> None:
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:
-    from .files import write_atomically
+    from .files import to_json, write_atomically
 
-    write_atomically(path, (json.dumps(_plain(report), indent=2) + "\n").encode())
-
-
-def _plain(values: Any) -> Any:
-    """Replace numbers that are not finite, which JSON lacks, by None."""
-    if isinstance(values, dict):
-        return {key: _plain(value) for key, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [_plain(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values
+    write_atomically(path, (to_json(report, indent=2) + "\n").encode())
 
 
 def _table(report: dict[str, Any], run: Path) -> str:

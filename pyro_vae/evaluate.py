@@ -105,7 +105,8 @@ def _table(values: dict[str, Any], name: str) -> str:
     ):
         value = values[key]
         if value is not None:
-            text = f"{value:10d}" if isinstance(value, int) else f"{value:10.3f}"
+            text = f"{value:10.3f}" if abs(value) < 1e9 else f"{value:10.4g}"
+            text = f"{value:10d}" if isinstance(value, int) else text
             lines.append(f"  {label:<20}{text}   {remark}".rstrip())
     return "\n".join(lines)
 

@@ -74,6 +74,10 @@ class Likelihood(nn.Module):
         """(P, *data_shape): the raw output at which the mean of p(x|z) is that of the data."""
         raise NotImplementedError
 
+    def deviations(self, x: Tensor) -> Tensor:
+        """x (..., *data_shape) in standard deviations of the data from their mean, float64."""
+        return (x.double() - self.mean) / self.std
+
     def _select(self, raw: Tensor, index: int = 0) -> Tensor:
         """One parameter: (..., P, *data_shape) → (..., *data_shape)."""
         return raw.select(raw.dim() - len(self.spec.shape) - 1, index)

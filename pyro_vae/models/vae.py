@@ -21,9 +21,8 @@ from .bounds import soft_clamp
 from .interface import register
 from .likelihoods import Likelihood
 
-# log σ(x) keeps every bit between ± this. Two units further, at ±14, is the limit: 1e-6 is the scale
-# at which a draw of z in float32 differs from its mean by a few roundings, and 1e6 keeps p(x|z) of
-# an outlier finite.
+# log σ(x) keeps every bit between ± this. Two units further is the limit: at a scale of e^−14 a draw
+# of z in float32 is a few roundings from its mean, and at e^14 p(x|z) of an outlier is finite.
 LOG_SCALE = 12.0
 
 

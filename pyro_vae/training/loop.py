@@ -264,7 +264,8 @@ def _end_of_epoch(run: _Run, position: Position, sums: Sums) -> tuple[Position, 
     run.vae.eval()
     found = None
     if distributed.rank() == 0:
-        terms = elbo_terms(run.vae, run.splits.validation, run.seed)
+        first = position.epoch == 0
+        terms = elbo_terms(run.vae, run.splits.validation, run.seed, note=first)
         found = (*terms, position.seconds + time.perf_counter() - started)
     reconstruction, kl, seconds = distributed.agree(found)
     elbo = None if kl is None else reconstruction - kl

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import time
@@ -12,7 +11,7 @@ from typing import Any
 
 from ..config import Config, InputError, read_config
 from ..data.splits import Splits
-from ..files import write_atomically
+from ..files import to_json, write_atomically
 from ..models.autoencoder import Autoencoder
 from ..models.vae import VAE
 from .checkpoint import serialize
@@ -102,7 +101,7 @@ class RunFolder:
         for name in ("checkpoints", "figures"):
             (path / name).mkdir(parents=True, exist_ok=True)
         # After a kill, the file may have lines of epochs that will be repeated.
-        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
+        self.write("metrics.jsonl", "".join(to_json(line) + "\n" for line in self.history))
         if history is None:  # from here on the folder can be resumed
             self._write_last(None)
 
@@ -126,7 +125,7 @@ class RunFolder:
         line = record.metrics()
         self.history.append(line)
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(to_json(line) + "\n")
         if record.is_best:
             self._best = serialize(self.vae, self.config, self.splits, self.history)
         self.reached(record.state, save=record.epoch == 1)
