@@ -21,6 +21,7 @@ from ..capture.captured import Mode
 from ..data.splits import Split
 from ..memory import Callback, ignore
 from ..models.autoencoder import Autoencoder
+from ..models.interface import uncompiled
 from ..models.vae import VAE
 from ..randomness import derive, random_states
 from .importance import MIN_TAIL_SAMPLES, Evidence, choose_mode, importance_sample, reliable_k
@@ -50,6 +51,7 @@ def elbo_terms(
     `seed` fixes draws and binarization; torch's global random state does not change. The KL of an
     `Autoencoder` is None. `note`: see `note_outlier`.
     """
+    vae = uncompiled(vae)
 
     def compute(model: VAE | Autoencoder, x: Tensor) -> tuple[Tensor, ...]:
         reconstruction, kl = model.elbo_terms(x)
@@ -171,6 +173,7 @@ def evaluate(
 
     Warns if one row alone decides the mean, see `note_outlier`.
     """
+    vae = uncompiled(vae)
     likelihood, count = vae.likelihood_module, min(len(split), num_rows or len(split))
     binarized = split.spec.binarizes(likelihood.units)
     binarization = f"fixed, seed {seed}" if binarized else "none"

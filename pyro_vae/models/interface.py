@@ -65,6 +65,14 @@ def register(name: str, module: nn.Module) -> None:
     pyro.module(_names[module], module)
 
 
+def uncompiled(vae: Any) -> Any:
+    """The model in `torch.compile(model)`: a wrapper of another type, without any effect.
+
+    Only `forward` is compiled, and a model has none. Compile `vae.posterior` or `vae.likelihood`.
+    """
+    return getattr(vae, "_orig_mod", vae)
+
+
 @contextmanager
 def held_fixed(vae: PyroModel) -> Iterator[None]:
     """Freeze all parameters within the context; restore them and Pyro's store afterwards."""

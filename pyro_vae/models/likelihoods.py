@@ -109,7 +109,9 @@ class _Bernoulli(Bernoulli):
         if self._validate_args:
             self._validate_sample(value)
         signed = self.logits * (2 * value - 1)
-        return _LogSigmoid.apply(signed) if signed.is_cpu else F.logsigmoid(signed)
+        # Under torch.func, a Function has silent limits: a jvp of a jvp would be zero.
+        plain = signed.is_cpu and not torch._C._are_functorch_transforms_active()
+        return _LogSigmoid.apply(signed) if plain else F.logsigmoid(signed)
 
 
 class _LogSigmoid(torch.autograd.Function):
@@ -118,8 +120,6 @@ class _LogSigmoid(torch.autograd.Function):
     torch uses log1p, which costs several times a logarithm. The absolute error is below half a unit
     in the last place of 1, and arises only if log σ(|m|) is smaller than that.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(m: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from .bounds import soft_clamp
 from .interface import register
 from .likelihoods import Likelihood
 
-# log σ(x) keeps every bit between ± this. Two units further is the limit: at a scale of e^−14 a draw
-# of z in float32 is a few roundings from its mean, and at e^14 p(x|z) of an outlier is finite.
+# log σ(x) keeps every bit between ± this. Two units further is the limit: at e^−14, a draw of z in
+# float32 is a few roundings from its mean, and at e^14, p(x|z) of an outlier is finite.
 LOG_SCALE = 12.0
 
 

@@ -33,6 +33,7 @@ from ..config import FitConfig, InputError, resolve_epochs
 from ..data.splits import Split, Splits
 from ..evidence.evaluation import elbo_terms
 from ..models.autoencoder import Autoencoder
+from ..models.interface import uncompiled
 from ..models.vae import VAE
 from ..objectives.registry import objective
 from ..options import KL_WEIGHTED
@@ -105,6 +106,7 @@ def iterate(
         InputError: the batch is larger than the training set, the model does not fit the data, or
             the objective needs the whole batch in one process.
     """
+    vae = uncompiled(vae)
     run = _setup(vae, splits, config, seed)
     position, sums = Position(), Sums()
     if state is not None:
