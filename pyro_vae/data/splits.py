@@ -78,7 +78,7 @@ class DataSpec:
             x = x / self.bound
         if self.binarizes(units):
             # Twice as fast as torch.bernoulli, which draws doubles.
-            uniform = torch.rand(x.shape, generator=generator, device=x.device)
+            uniform = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
             x = torch.gt(x, uniform, out=uniform)  # 1.0 or 0.0, without a boolean tensor
         return x
 
@@ -201,7 +201,7 @@ def moments(split: Split, units: Units, num_images: int = 50_000) -> tuple[Tenso
     intensity: Units = "unit" if units == "binary" else units
 
     def average(function: Callable[[Tensor], Tensor]) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
         for x in sample.fixed(intensity, seed=0):
             total = total + function(x.to(torch.float64)).sum(0)
         return total / len(sample)

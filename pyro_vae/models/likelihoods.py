@@ -109,9 +109,10 @@ class _Bernoulli(Bernoulli):
         if self._validate_args:
             self._validate_sample(value)
         signed = self.logits * (2 * value - 1)
-        # Under torch.func, a Function has silent limits: a jvp of a jvp would be zero.
-        plain = signed.is_cpu and not torch._C._are_functorch_transforms_active()
-        return _LogSigmoid.apply(signed) if plain else F.logsigmoid(signed)
+        # torch.compile takes no Function with a jvp. Under torch.func a jvp of a jvp would be 0.
+        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        fast = signed.is_cpu and not transformed
+        return _LogSigmoid.apply(signed) if fast else F.logsigmoid(signed)
 
 
 class _LogSigmoid(torch.autograd.Function):
