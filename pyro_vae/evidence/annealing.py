@@ -29,7 +29,7 @@ import torch
 from pyro.distributions import Distribution
 from torch import Tensor
 
-from ..memory import Callback, concatenate, ignore, rows_at_once
+from ..memory import Callback, check_memory, concatenate, ignore, rows_at_once
 from ..models.interface import LatentModel
 
 # Acceptance rate to which the step sizes are tuned. The optimum for HMC is 0.65, and a lower rate
@@ -81,12 +81,17 @@ def anneal(
         on_step: called with the number of (row, chain) pairs that have made a step.
 
     Raises:
-        ValueError: a number is not positive, or x lies outside the likelihood's support.
+        ValueError: a number is not positive, x lies outside the likelihood's support, or the
+            chains exceed the memory (`InputError`).
     """
     if num_steps < 1 or num_chains < 1:
         raise ValueError(
             f"num_steps and num_chains expect at least 1; got {num_steps} and {num_chains}"
         )
+    # A step size for each row and β, and a state of each chain with its gradients
+    values = num_steps * len(x) + 10 * num_chains * x[:1].numel()
+    what = f"{num_steps:,} steps of {num_chains:,} chains"
+    check_memory(values, what, "lower num_steps or num_chains")
     betas = _schedule(num_steps)
     rows = x.split(rows_at_once(num_chains * x[:1].numel(), x.device))
     starts = [None] * len(rows) if z is None else z.split(len(rows[0]))

@@ -29,7 +29,7 @@ from pyro.distributions import Distribution
 from torch import Tensor, nn
 
 from ..capture.captured import CapturedFunction, Mode
-from ..memory import Callback, concatenate, ignore, rows_at_once
+from ..memory import Callback, check_memory, concatenate, ignore, rows_at_once
 from ..models.interface import LatentModel
 from ..models.log_weights import log_weights
 
@@ -100,7 +100,8 @@ def importance_sample(
             later calls with this `vae`.
 
     Raises:
-        ValueError: `num_samples` is not positive, or x lies outside the likelihood's support.
+        ValueError: `num_samples` is not positive, x lies outside the likelihood's support, or the
+            weights to keep exceed the memory (`InputError`).
     """
     if num_samples < 1:
         raise ValueError(f"num_samples expects an integer of at least 1; got {num_samples}")
@@ -110,6 +111,10 @@ def importance_sample(
         mode = choose_mode(x.numel() * num_samples)
     sampler = _captured(vae, mode) if mode != "eager" else None
     rows = rows_at_once(MIN_CHUNK_DRAWS * x[:1].numel(), x.device)
+    if with_pareto_k:  # two copies of the weights, in float64
+        kept = min(rows, len(x))
+        what = f"the weights of {num_samples:,} samples for {kept} rows"
+        check_memory(4 * kept * num_samples, what, "lower the number of samples")
     parts = []
     for part in x.split(rows) if proposal is None else [x]:
         q = vae.posterior(part) if proposal is None else proposal

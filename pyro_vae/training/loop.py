@@ -57,6 +57,9 @@ SAVED_BY_VALUE = 8e-9
 # Rows on which model, guide and objective are checked before the first step.
 CHECKED_ROWS = 8
 
+# Decoded values of a step that would take hours, without any progress to show.
+MAX_STEP_VALUES = 10**12
+
 
 def fit(
     vae: VAE | Autoencoder,
@@ -158,7 +161,7 @@ def _setup(vae: VAE | Autoencoder, splits: Splits, config: FitConfig, seed: int)
     loss = objective(
         config.objective, config.num_particles, max_plate_nesting=1, **config.objective_options()
     )
-    _check(vae, splits, loss)
+    _check(vae, splits, config, loss)
     mode = run_mode(config, splits.train)
     elbo = capture(loss, mode, ElboTerms(vae, config.num_particles))
     # The last batch of an epoch is smaller, and too rare to compile for.
@@ -184,12 +187,19 @@ def _setup(vae: VAE | Autoencoder, splits: Splits, config: FitConfig, seed: int)
     )
 
 
-def _check(vae: VAE | Autoencoder, splits: Splits, loss: ELBO) -> None:
+def _check(vae: VAE | Autoencoder, splits: Splits, config: FitConfig, loss: ELBO) -> None:
     """Evaluate the objective once with Pyro's checks of shapes and supports.
 
     Raises:
-        InputError: a check fails.
+        InputError: a check fails, or a step is too large.
     """
+    rows, particles = min(config.batch_size, len(splits.train)), config.num_particles
+    values = rows * particles * math.prod(splits.spec.shape)
+    if values > MAX_STEP_VALUES:
+        raise InputError(
+            f"a step expects at most {MAX_STEP_VALUES:,} decoded values; {rows:,} rows with "
+            f"{particles:,} particles have {values:,}. Lower --num-particles or --batch-size"
+        )
     own = OwnState(_device(vae), seed=0)
     x = next(splits.train.fixed(vae.likelihood_module.units, 0, CHECKED_ROWS))
     try:
