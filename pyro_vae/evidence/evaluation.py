@@ -1,7 +1,7 @@
 """Evaluate a model on a split: ELBO, log p(x), bits per dimension, active units.
 
 An outlier may lie so far out that log p(x|z) overflows float32. Such a row is evaluated in float64,
-in which the square of any float32 is finite. A row that decides a mean alone is named in a warning.
+in which the square of any float32 is finite. Rows that alone decide a mean are named in a warning.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from ..capture.captured import Mode
 from ..data.splits import Split
 from ..memory import Callback, ignore
 from ..models.autoencoder import Autoencoder
@@ -35,9 +33,6 @@ ACTIVE_VARIANCE = 0.01
 DECISIVE = 10
 MIN_ROWS = 8
 
-# A model and x (B, *data_shape) → terms of each row (B, …)
-Compute = Callable[[Any, Tensor], tuple[Tensor, ...]]
-
 
 def elbo_terms(
     vae: VAE | Autoencoder,
@@ -52,14 +47,9 @@ def elbo_terms(
     `Autoencoder` is None. `note`: see `note_outlier`.
     """
     vae = uncompiled(vae)
-
-    def compute(model: VAE | Autoencoder, x: Tensor) -> tuple[Tensor, ...]:
-        reconstruction, kl = model.elbo_terms(x)
-        return reconstruction, torch.zeros_like(reconstruction) if kl is None else kl
-
     with random_states(split.device, derive(seed, "posterior")):
         batches = split.fixed(vae.likelihood_module.units, seed, num_images)
-        parts = [_in_range(compute, vae, x) for x in batches]
+        parts = [_row_terms(vae, x) for x in batches]
     if note:
         reconstruction, kl = _joined(parts)
         note_outlier(vae, split, reconstruction - kl, "ELBO")
@@ -100,19 +90,16 @@ def note_outlier(vae: VAE | Autoencoder, split: Split, values: Tensor, what: str
     warnings.warn(f"{text}. Check this row", stacklevel=2)
 
 
-def _in_range(compute: Compute, vae: VAE | Autoencoder, x: Tensor) -> tuple[Tensor, ...]:
-    """The terms of each row in float64.
-
-    A row whose first two terms are not finite exceeds the range of float32. All its terms are
-    computed again by a copy of the model in float64.
-    """
-    terms = tuple(term.double() for term in compute(vae, x))
-    beyond = ~(terms[0].isfinite() & terms[1].isfinite())
-    if beyond.any():
-        exact = compute(copy.deepcopy(vae).double(), x[beyond].double())
-        for term, value in zip(terms, exact, strict=True):
-            term[beyond] = value.double()
-    return terms
+def _row_terms(vae: VAE | Autoencoder, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Reconstruction and KL of each row (B,), float64; a KL of zero for an autoencoder."""
+    terms = vae.elbo_terms(x)
+    reconstruction = terms[0].double()
+    kl = torch.zeros_like(reconstruction) if terms[1] is None else terms[1].double()
+    beyond = ~(reconstruction - kl).isfinite()
+    if beyond.any() and x.dtype != torch.float64:
+        exact = _row_terms(copy.deepcopy(vae).double(), x[beyond].double())
+        reconstruction[beyond], kl[beyond] = exact
+    return reconstruction, kl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,16 +171,11 @@ def evaluate(
 
     size = math.prod(split.spec.shape)
     mode, with_tail = choose_mode(count * num_samples * size), num_samples >= MIN_TAIL_SAMPLES
-
-    def compute(model: VAE, x: Tensor) -> tuple[Tensor, ...]:
-        own: Mode = mode if model is vae else "eager"  # nothing is compiled for a few rows
-        evidence = importance_sample(model, x, num_samples, on_chunk, with_tail, mode=own)
-        return _terms(model, x, evidence)
-
     parts: list[tuple[Tensor, ...]] = []
     with random_states(split.device, derive(seed, "posterior")):
         for x in batches:
-            parts.append(_in_range(compute, vae, x))
+            evidence = importance_sample(vae, x, num_samples, on_chunk, with_tail, mode=mode)
+            parts.append(_terms(vae, x, evidence))
             if on_batch is not None:
                 log_evidence, reconstruction, kl, *_ = _joined(parts)
                 on_batch((reconstruction - kl).mean().item(), log_evidence.mean().item())

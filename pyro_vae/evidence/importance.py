@@ -16,6 +16,7 @@ arXiv 1507.02646.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,7 +86,8 @@ def importance_sample(
     """Importance-sampled log p(x) with its standard error, for each row.
 
     Only sums are kept: memory does not grow with K unless `with_pareto_k` is set. Draws come from
-    torch's global random state.
+    torch's global random state. Rows whose weights overflow float32, such as outliers, are repeated
+    by a copy of the module in float64.
 
     Args:
         vae: model with `prior()`, `posterior(x)` and `likelihood(z)`.
@@ -120,7 +122,22 @@ def importance_sample(
         q = vae.posterior(part) if proposal is None else proposal
         blocks = _blocks(vae, q, part, num_samples, sampler)
         parts.append(_estimate(blocks, num_samples, on_chunk, with_pareto_k))
-    return concatenate(parts)
+    evidence = concatenate(parts)
+    beyond = ~evidence.log_evidence.isfinite()
+    if (
+        beyond.any()
+        and isinstance(vae, nn.Module)
+        and proposal is None
+        and x.dtype != torch.float64
+    ):
+        exact, rows_beyond = copy.deepcopy(vae).double(), x[beyond].double()
+        repeated = importance_sample(
+            exact, rows_beyond, num_samples, on_chunk, with_pareto_k, mode="eager"
+        )
+        for name, value in vars(repeated).items():
+            if isinstance(value, Tensor):
+                getattr(evidence, name)[beyond] = value
+    return evidence
 
 
 @torch.no_grad()
