@@ -17,6 +17,7 @@ from pyro_vae.evidence.importance import Evidence, importance_sample, reliable_k
 from pyro_vae.models.likelihoods import LIKELIHOODS
 from pyro_vae.models.linear_gaussian import LinearGaussian
 from pyro_vae.models.log_weights import log_likelihood, log_weights
+from pyro_vae.randomness import derive, random_states
 
 # --- Annealing ---
 
@@ -180,8 +181,6 @@ def test_evaluation_is_that_of_each_row_in_turn(name, tmp_path):
     units = LIKELIHOODS[name].units
     count, samples = 5, 40
     result = evaluate(vae, splits.train, samples, count, seed=3)
-    from pyro_vae.randomness import derive, random_states
-
     x = next(splits.train.fixed(units, 3, count))
     with torch.no_grad(), random_states(torch.device("cpu"), derive(3, "posterior")):
         evidence = importance_sample(vae, x, samples, with_pareto_k=True)
@@ -296,3 +295,22 @@ def test_discretized_logistic_starts_with_the_deviation_of_the_data(tmp_path):
     spread = (x - x.mean()).square().mean().sqrt()
     torch.testing.assert_close(deviation, spread.expand(1, 4, 5), rtol=1e-5, atol=0)
     torch.testing.assert_close(vae.decoder.bias.detach(), start)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_binarization_and_noise_follow_the_seed(seed, tmp_path):
+    """Of grey values, which are drawn as 0 or 1."""
+    splits = example_splits("binomial", tmp_path)
+    config = pyro_vae.ModelConfig(likelihood="bernoulli", hidden=(4,), latent_dim=2)
+    vae = pyro_vae.build(config, splits)
+    x = next(splits.train.fixed("binary", seed))
+    with random_states(torch.device("cpu"), derive(seed, "posterior")):
+        evidence = importance_sample(vae, x, 30)
+    with random_states(torch.device("cpu"), derive(seed, "posterior")):
+        reconstruction, kl = vae.elbo_terms(x)
+    result = evaluate(vae, splits.train, 30, seed=seed)
+    assert result.log_evidence == pytest.approx(evidence.log_evidence.mean().item(), rel=1e-12)
+    assert result.binarization == f"fixed, seed {seed}"
+    terms = elbo_terms(vae, splits.train, seed)
+    expected = (reconstruction.double().mean().item(), kl.double().mean().item())
+    assert terms == pytest.approx(expected, rel=1e-12)
