@@ -147,7 +147,7 @@ def evaluate(
     on_chunk: Callback = ignore,
     on_batch: Callable[[float, float], object] | None = None,
 ) -> Evaluation:
-    """Measure a model on a split, and restore torch's global random state.
+    """Measure a model on a split, and restore torch's global random state. See `note_outlier`.
 
     Args:
         vae: the model, on the split's device.
@@ -157,8 +157,6 @@ def evaluate(
         seed: of the samples and of the binarization.
         on_chunk: called with the number of (row, sample) pairs just done.
         on_batch: called after each batch with the mean ELBO and log p(x) of all rows so far.
-
-    Warns if one row alone decides the mean, see `note_outlier`.
     """
     vae = uncompiled(vae)
     likelihood, count = vae.likelihood_module, min(len(split), num_rows or len(split))

@@ -123,21 +123,27 @@ def importance_sample(
         blocks = _blocks(vae, q, part, num_samples, sampler)
         parts.append(_estimate(blocks, num_samples, on_chunk, with_pareto_k))
     evidence = concatenate(parts)
-    beyond = ~evidence.log_evidence.isfinite()
-    if (
-        beyond.any()
-        and isinstance(vae, nn.Module)
-        and proposal is None
-        and x.dtype != torch.float64
-    ):
-        exact, rows_beyond = copy.deepcopy(vae).double(), x[beyond].double()
-        repeated = importance_sample(
-            exact, rows_beyond, num_samples, on_chunk, with_pareto_k, mode="eager"
-        )
-        for name, value in vars(repeated).items():
-            if isinstance(value, Tensor):
-                getattr(evidence, name)[beyond] = value
+    if proposal is None and isinstance(vae, nn.Module) and x.dtype != torch.float64:
+        _repeat_beyond_float32(evidence, vae, x, on_chunk)
     return evidence
+
+
+def _repeat_beyond_float32(evidence: Evidence, vae: Any, x: Tensor, on_chunk: Callback) -> None:
+    """Sample the rows whose log p(x) is not finite again, by a copy of the model in float64."""
+    beyond = ~evidence.log_evidence.isfinite()
+    if not beyond.any():
+        return
+    repeated = importance_sample(
+        copy.deepcopy(vae).double(),
+        x[beyond].double(),
+        evidence.num_samples,
+        on_chunk,
+        evidence.pareto_k is not None,
+        mode="eager",
+    )
+    for name, value in vars(repeated).items():
+        if isinstance(value, Tensor):
+            getattr(evidence, name)[beyond] = value
 
 
 @torch.no_grad()
