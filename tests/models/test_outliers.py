@@ -148,3 +148,12 @@ def test_heavy_tails_fifty_deviations_away_are_data(tmp_path):
     assert away.max() > 30
     plain = vae.encoder.layers((rows - vae.encoder.mean) / vae.encoder.std)
     assert torch.equal(torch.cat([vae.posterior(rows).mean, plain[:, 2:]], 1), plain)
+
+
+def test_deviations_are_in_standard_deviations_from_the_mean():
+    likelihood = LIKELIHOODS["gaussian"](
+        example_spec("gaussian", (2,)), torch.tensor([5.0, -3.0]), torch.tensor([0.5, 2.0])
+    )
+    deviations = likelihood.deviations(torch.tensor([[6.0, -3.0], [3e38, -7.0]]))
+    expected = torch.tensor([[2.0, 0.0], [6e38, -2.0]], dtype=torch.float64)
+    torch.testing.assert_close(deviations, expected)
