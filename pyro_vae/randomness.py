@@ -1,15 +1,50 @@
-"""Save, seed and restore torch's global random states, from which Pyro draws."""
+"""Save, seed and restore torch's global random states, from which Pyro draws.
+
+Random states, default settings, and Pyro's parameter store and handlers belong to the process, not
+to a thread. `one_thread` lets one thread at a time use them; all contexts here hold it.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
 from torch import Tensor
+
+
+_in_use = threading.RLock()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let no other thread draw or use Pyro during the block; also a decorator.
+
+    Other threads wait where they enter such a block.
+    """
+    with _in_use:
+        yield
+
+
+@contextmanager
+def usual_settings() -> Iterator[None]:
+    """Torch's own defaults within the block, whatever the caller has set.
+
+    Gradients are enabled, new tensors are float32 and on the CPU.
+    """
+    with ExitStack() as stack:
+        for context in (one_thread(), torch.inference_mode(False), torch.enable_grad()):
+            stack.enter_context(context)
+        if torch.get_default_device().type != "cpu":  # the context costs time in every operation
+            stack.enter_context(torch.device("cpu"))
+        if torch.get_default_dtype() != torch.float32:
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float32)
+        yield
 
 
 class RandomStates:
@@ -50,20 +85,21 @@ def derive(seed: int, purpose: str) -> int:
 
 @contextmanager
 def random_states(device: torch.device, seed: int | None = None) -> Iterator[RandomStates]:
-    """Restore the global random states after the block.
+    """Restore the global random states after the block, which other threads wait for.
 
     Args:
         device: device of the draws. The state of the CPU is always restored.
         seed: seed of the block's draws, if given.
     """
     states = RandomStates(device)
-    outer = states.get()
-    try:
-        if seed is not None:
-            states.seed(seed)
-        yield states
-    finally:
-        states.set(outer)
+    with one_thread():
+        outer = states.get()
+        try:
+            if seed is not None:
+                states.seed(seed)
+            yield states
+        finally:
+            states.set(outer)
 
 
 class OwnState:

@@ -10,7 +10,7 @@ import torch
 from ..config import DEFAULT_HIDDEN, InputError, ModelConfig
 from ..data.splits import DataSpec, Splits, moments
 from ..memory import check_memory
-from ..randomness import derive, random_states
+from ..randomness import derive, random_states, usual_settings
 from .autoencoder import Autoencoder
 from .likelihoods import LIKELIHOODS, Likelihood
 from .networks import Decoder, Encoder
@@ -33,10 +33,11 @@ def build(config: ModelConfig, splits: Splits, seed: int = 0) -> VAE | Autoencod
     name = splits.likelihood if config.likelihood == "auto" else config.likelihood
     units = LIKELIHOODS[name].units
     _check(name, splits)
-    mean, std = moments(splits.train, units)
-    likelihood = LIKELIHOODS[name](splits.spec, mean, std)
-    with random_states(torch.device("cpu"), derive(seed, "weights")):
-        return _assemble(config, likelihood)
+    with usual_settings():
+        mean, std = moments(splits.train, units)
+        likelihood = LIKELIHOODS[name](splits.spec, mean, std)
+        with random_states(torch.device("cpu"), derive(seed, "weights")):
+            return _assemble(config, likelihood)
 
 
 def build_blank(config: ModelConfig, spec: DataSpec) -> VAE | Autoencoder:

@@ -163,9 +163,9 @@ def _activation(name: str) -> nn.Module:
     """The elementwise activation of torch.nn with this name, in any case."""
     module = nn.modules.activation
     kinds = {key.lower(): getattr(module, key) for key in module.__all__}
-    probe = torch.tensor([[-1.0, 0.5]])
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.device("cpu"):  # also for a model on "meta"
+            probe = torch.tensor([[-1.0, 0.5]])
             warnings.simplefilter("ignore")  # Softmax warns that it acts on a whole dimension
             activation = kinds[name.lower()]().eval()
             whole, part = activation(probe), activation(probe[:, :1])

@@ -108,8 +108,9 @@ def iterate(
     run = _setup(vae, splits, config, seed)
     position, sums = Position(), Sums()
     if state is not None:
-        position, sums, run.own.random, moments = unpack(state)
-        run.optimizer.optimizer.load_state_dict(moments)
+        adam = run.optimizer.optimizer
+        position, sums, run.own.random, moments = unpack(state, run.optimizer.parameters)
+        adam.load_state_dict({**adam.state_dict(), "state": moments})
     try:
         while position.epoch < run.epochs and not _is_stale(position, config):
             position, sums, stopped = _epoch(run, position, sums, on_step)
@@ -284,7 +285,9 @@ def _end_of_epoch(run: _Run, position: Position, sums: Sums) -> tuple[Position, 
         kl=train_kl,
         validation_reconstruction=reconstruction,
         validation_kl=kl,
-        learning_rate=run.optimizer.optimizer.param_groups[0]["lr"],
+        learning_rate=schedules.learning_rate(
+            run.config, position.step - 1, run.epochs * run.steps_per_epoch
+        ),
         images_per_second=sums.rate,
         is_best=is_best,
         state=_state(run, position, Sums()),
