@@ -8,6 +8,7 @@ a digest of every value, so that damage is noticed.
 from __future__ import annotations
 
 import io
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -182,14 +183,16 @@ def _read(path: Path) -> dict[str, Any]:
         # torch.load does not verify the archive's checksums. Without mmap, it trusts sizes in it.
         content = None
         if damaged is None:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about kinds of tensors that are refused below
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # on damaged bytes, zipfile, pickle and torch raise errors of any type
         raise InputError(
             f"{path} is not a checkpoint of pyro_vae, or it is damaged; use another checkpoint of "
             f"the run, or train again"
         ) from None
     if damaged is not None:
-        raise InputError(f"{path} is damaged: {damaged} in it fails its checksum")
+        raise InputError(f"{path} is damaged: {damaged[:40]!r} in it fails its checksum")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path} is a file of another program, not a checkpoint of pyro_vae")
     version = content.get("format_version")
