@@ -16,7 +16,6 @@ import pyro
 import torch
 from torch import Tensor
 
-
 _in_use = threading.RLock()
 
 
@@ -31,14 +30,29 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def usual_settings() -> Iterator[None]:
-    """Torch's own defaults within the block, whatever the caller has set.
+def usual_settings(
+    device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
+    precision: str = "highest",
+    validate: bool = True,
+) -> Iterator[None]:
+    """Use Pyro's and torch's own settings within the block, whatever the caller has set.
 
-    Gradients are enabled, new tensors are float32 and on the CPU.
+    Gradients are enabled; new tensors are float32 and on the CPU.
+
+    Args:
+        device: device of the computation.
+        precision: of matrix products, see `FitConfig`.
+        validate: whether Pyro checks shapes and supports.
     """
     with ExitStack() as stack:
-        for context in (one_thread(), torch.inference_mode(False), torch.enable_grad()):
-            stack.enter_context(context)
+        stack.enter_context(one_thread())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(pyro.validation_enabled(validate))
+        is_bf16 = precision == "bf16"
+        stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=is_bf16))
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("highest" if is_bf16 else precision)
         if torch.get_default_device().type != "cpu":  # the context costs time in every operation
             stack.enter_context(torch.device("cpu"))
         if torch.get_default_dtype() != torch.float32:

@@ -100,7 +100,7 @@ def _build(call: Call, mode: Mode, snapshot: Snapshot) -> Graph:
     with snapshot:
         value, modules, parameters = _run_eagerly(call, snapshot)
         after = snapshot.random_states.get()
-    leaves = _leaves(value) if torch.is_grad_enabled() else []
+    leaves = find_leaves(value) if torch.is_grad_enabled() else []
     snapshot.keep(leaves)
     with snapshot, errors_of_torch():
         graph = trace_graph(partial(call.run, leaves), call.inputs)
@@ -232,7 +232,7 @@ def _find_shared(result: tuple[Any, ...], others: list[Tensor]) -> tuple[int, ..
     return tuple(shared)
 
 
-def _leaves(loss: Tensor) -> list[Tensor]:
+def find_leaves(loss: Tensor) -> list[Tensor]:
     """Every tensor in which a backward pass would leave a gradient."""
     found: list[Tensor] = []
     nodes, seen = [loss.grad_fn], set()

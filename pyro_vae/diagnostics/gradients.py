@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..memory import Callback, ignore
+from ..randomness import one_thread
 from .intervals import Interval
 
 BLOCKS = 20  # of the jackknife
@@ -121,6 +122,7 @@ class Step:
     memory: int
 
 
+@one_thread()
 def measure_gradients(
     objective: ELBO,
     model: Callable[..., Any],

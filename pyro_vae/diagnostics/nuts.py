@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..memory import Callback, ignore
 from ..models.interface import PyroModel, held_fixed
+from ..randomness import one_thread
 from .aggregate import energy_coefficient
 
 
@@ -48,6 +49,7 @@ class Comparison:
     null_distance: np.ndarray
 
 
+@one_thread()
 def compare_with_nuts(
     vae: PyroModel,
     x: Tensor,

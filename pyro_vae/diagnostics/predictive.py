@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..memory import rows_at_once
 from ..models.interface import LatentModel
+from ..randomness import one_thread
 
 Statistic = Callable[[Tensor, Tensor], Tensor]
 
@@ -47,6 +48,7 @@ class PredictiveCheck:
         return (self.observed - self.replicated_mean) / np.maximum(self.replicated_scale, 1e-12)
 
 
+@one_thread()
 @torch.no_grad()
 def predictive_check(
     vae: LatentModel,

@@ -29,6 +29,7 @@ from ..evidence.importance import Evidence, importance_sample
 from ..memory import Callback, ignore
 from ..models.interface import LatentModel, PyroModel, held_fixed, register
 from ..objectives.registry import objective
+from ..randomness import one_thread
 
 PARTICLES = 8
 LEARNING_RATE = 0.05
@@ -70,6 +71,7 @@ class PerRowGuide(nn.Module):
             pyro.sample(self.latent, self.posterior(x))
 
 
+@one_thread()
 def refine(
     vae: PyroModel,
     x: Tensor,
@@ -161,6 +163,7 @@ class Gaps:
         return self.correlation + self.remainder
 
 
+@one_thread()
 def gaps(
     vae: PyroModel,
     x: Tensor,

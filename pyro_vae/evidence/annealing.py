@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ..memory import Callback, concatenate, ignore, rows_at_once
 from ..models.interface import LatentModel
+from ..randomness import one_thread
 
 # Acceptance rate to which the step sizes are tuned. The optimum for HMC is 0.65, and a lower rate
 # costs more than a higher one ("Optimal tuning of the hybrid Monte Carlo algorithm", arXiv
@@ -59,6 +60,7 @@ class Annealed:
     acceptance: Tensor
 
 
+@one_thread()
 def anneal(
     vae: LatentModel,
     x: Tensor,

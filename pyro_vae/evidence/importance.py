@@ -32,6 +32,7 @@ from ..capture.captured import CapturedFunction, Mode
 from ..memory import Callback, concatenate, ignore, rows_at_once
 from ..models.interface import LatentModel
 from ..models.log_weights import log_weights
+from ..randomness import one_thread
 
 # Draws of z for each row in a chunk, at least: the decoder then takes most of the time.
 MIN_CHUNK_DRAWS = 64
@@ -71,6 +72,7 @@ def log_evidence(vae: LatentModel, x: Tensor, num_samples: int = 5000) -> Tensor
     return importance_sample(vae, x, num_samples).log_evidence
 
 
+@one_thread()
 @torch.no_grad()
 def importance_sample(
     vae: LatentModel,
@@ -117,6 +119,7 @@ def importance_sample(
     return concatenate(parts)
 
 
+@one_thread()
 @torch.no_grad()
 def upper_bound(vae: LatentModel, x: Tensor, z: Tensor, num_samples: int = 5000) -> Tensor:
     """A stochastic upper bound on log p(x) (B,), nats, for simulated x.

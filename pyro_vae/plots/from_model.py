@@ -16,7 +16,7 @@ from ..data.splits import Splits
 from ..memory import rows_at_once
 from ..models.autoencoder import Autoencoder
 from ..models.vae import VAE
-from ..randomness import random_states
+from ..randomness import one_thread, random_states
 from . import run as figures
 from .codes import Codes, first_rows
 
@@ -35,6 +35,7 @@ def to_display(vae: VAE | Autoencoder, x: Tensor) -> np.ndarray:
     return x.cpu().numpy()
 
 
+@one_thread()
 @torch.no_grad()
 def generate_images(vae: VAE, count: int, draw: bool = False) -> tuple[Tensor, Tensor]:
     """Rows of data from the prior.

@@ -198,8 +198,9 @@ def _read(path: Path) -> dict[str, Any]:
     version = content.get("format_version")
     if version not in (1, FORMAT_VERSION):
         raise InputError(
-            f"{path} was written by pyro_vae {content.get('pyro_vae')} in format {version}; this "
-            f"is {VERSION}, which reads formats up to {FORMAT_VERSION}. Install that, or train again"
+            f"{path} was written by pyro_vae {content.get('pyro_vae')} in format {version}; "
+            f"this is {VERSION}, which reads formats 1 to {FORMAT_VERSION}. Install that, or train "
+            f"again"
         )
     return content
 
@@ -230,7 +231,7 @@ def _digest(value: Any) -> str:
     if value.nbytes > value.untyped_storage().nbytes():  # of which a copy could be any size
         raise InputError(f"a tensor of shape {tuple(value.shape)} holds fewer values than that")
     digest = blake2b(f"{value.dtype} {tuple(value.shape)}".encode(), digest_size=16)
-    digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
