@@ -25,6 +25,7 @@ from pyro_vae.training.loop import fit, iterate
 
 TIMINGS = ("seconds", "images_per_second")
 CPU = torch.device("cpu")
+SLOW = pytest.mark.slow
 
 
 def small(tmp_path, name: str = "bernoulli", **settings):
@@ -103,9 +104,7 @@ def captured(monkeypatch) -> None:
     monkeypatch.setattr(loop, "CAPTURE_FROM", 0)
 
 
-@pytest.mark.parametrize(
-    "mode", ["eager", "graph", pytest.param("compiled", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("mode", ["eager", "graph", pytest.param("compiled", marks=SLOW)])
 def test_trainings_in_threads_are_those_alone(mode, tmp_path, request):
     if mode == "graph":
         request.getfixturevalue("captured")
