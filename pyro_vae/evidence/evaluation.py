@@ -37,7 +37,7 @@ def elbo_terms(
             reconstruction += reconstructions.double().sum().item()
             kl += 0.0 if kls is None else kls.double().sum().item()
             count += len(x)
-    return reconstruction / count, kl / count if isinstance(vae, VAE) else None
+    return reconstruction / count, None if isinstance(vae, Autoencoder) else kl / count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ def evaluate(
     binarized = split.spec.binarizes(likelihood.units)
     binarization = f"fixed, seed {seed}" if binarized else "none"
     batches = split.fixed(likelihood.units, seed, count)
-    if not isinstance(vae, VAE):
+    if isinstance(vae, Autoencoder):
         mean, _ = elbo_terms(vae, split, seed, count)
         return Evaluation(reconstruction=mean, num_images=count, binarization=binarization)
 

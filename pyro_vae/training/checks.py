@@ -40,6 +40,11 @@ def check_model(vae: VAE | Autoencoder, splits: Splits) -> None:
                 f"training expects a float32 model; {name} is {str(value.dtype)[6:]}: call "
                 f"vae.float(), and set FitConfig.precision for faster products"
             )
+        if not value.is_contiguous():
+            raise InputError(
+                f"{name} is not contiguous, and Pyro would train a copy of it; set its .data to "
+                f".data.contiguous()"
+            )
         if value.device.type != device.type:
             raise InputError(
                 f"model and data are on different devices: {name} on {value.device}, the batches "

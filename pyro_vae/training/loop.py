@@ -197,10 +197,11 @@ def _check(vae: VAE | Autoencoder, splits: Splits, loss: ELBO) -> None:
     try:
         with _active(own, validate=True):
             loss.loss(vae.model, vae.guide, x)
-            check_trained(vae, x)
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"model and data do not fit together: {reason}") from None
+    with _active(own):
+        check_trained(vae, x)
 
 
 def _epoch(

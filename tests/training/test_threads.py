@@ -28,10 +28,12 @@ CPU = torch.device("cpu")
 SLOW = pytest.mark.slow
 
 
-def small(tmp_path, name: str = "bernoulli", **settings):
-    splits = example_splits(name, tmp_path, count=100)
-    config = pyro_vae.ModelConfig(latent_dim=2, hidden=(8,), likelihood=name, **settings)
-    return pyro_vae.build(config, splits), splits
+MODEL = pyro_vae.ModelConfig(latent_dim=2, hidden=(8,), likelihood="bernoulli")
+
+
+def small(tmp_path):
+    splits = example_splits("bernoulli", tmp_path, count=100)
+    return pyro_vae.build(MODEL, splits), splits
 
 
 def outcome(vae, records) -> dict[str, Any]:
@@ -43,8 +45,10 @@ def outcome(vae, records) -> dict[str, Any]:
 
 
 def training(tmp_path, compile: str = "off", **settings) -> Callable[[], dict[str, Any]]:
+    _, splits = small(tmp_path)  # the threads share the data
+
     def run() -> dict[str, Any]:
-        vae, splits = small(tmp_path)
+        vae = pyro_vae.build(MODEL, splits)
         config = FitConfig(epochs=2, batch_size=27, compile=compile, **settings)
         return outcome(vae, fit(vae, splits, config))
 
@@ -130,7 +134,7 @@ def test_training_beside_evaluations(tmp_path):
 
 def test_no_lock_is_held_while_a_training_waits_for_its_consumer(tmp_path):
     vae, splits = small(tmp_path)
-    records = iterate(vae, splits, FitConfig(epochs=2, batch_size=27))
+    records = iterate(vae, splits, FitConfig(epochs=2, batch_size=27, compile="off"))
     first = next(records)
     (beside,) = together([training(tmp_path)])
     assert beside == outcome(vae, [first, *records])
@@ -199,16 +203,13 @@ def test_a_training_is_the_same_in_any_mode(mode, capture, tmp_path, monkeypatch
     """Build, fit, save, load and resume within a mode of the caller's."""
     monkeypatch.setattr(loop, "CAPTURE_FROM", 0 if capture else 10**9)
     config = FitConfig(epochs=3, batch_size=27)
-    run = pyro_vae.config.resolve(
-        pyro_vae.Config(model=pyro_vae.ModelConfig(latent_dim=2, hidden=(8,))), "bernoulli", 1000
-    )
+    run = pyro_vae.config.resolve(pyro_vae.Config(model=MODEL), "bernoulli", 1000)
     vae, splits = small(tmp_path)
     expected = outcome(vae, fit(vae, splits, config))
 
     states = []
     with MODES[mode]():
-        config_of_model = pyro_vae.ModelConfig(latent_dim=2, hidden=(8,), likelihood="bernoulli")
-        vae = pyro_vae.build(config_of_model, splits)
+        vae = pyro_vae.build(MODEL, splits)
         head = fit(
             vae,
             splits,
