@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, get_args
 
 Objective = Literal[
@@ -35,6 +34,9 @@ OBJECTIVE_OPTIONS: dict[str, dict[str, float]] = {
     "beta-tc": {"beta": 6.0},
     "mmd": {"mmd_weight": 100.0},
 }
+
+# Largest number in an option: sums of its products with log-densities stay in float32.
+MAX_VALUE = 1e30
 
 # Objectives whose KL term has a weight, which may change from step to step.
 KL_WEIGHTED = ("trace", "mean-field", "score-function", "beta", "free-bits")
@@ -75,14 +77,17 @@ def _check_ranges(name: str, num_particles: int, values: dict[str, Any]) -> None
             f"{groups} groups; got {num_particles}"
         )
     alpha = values.get("alpha", 0.0)
-    if not math.isfinite(alpha) or alpha == 1:
+    if not abs(alpha) <= MAX_VALUE or alpha == 1:
         raise ValueError(
             f"alpha expects a finite number other than 1, at which the bound is the ELBO (trace); "
-            f"got {alpha}"
+            f"got {alpha} (the limit is {MAX_VALUE:g})"
         )
     if not 0 <= values.get("elbo_weight", 0) <= 1:
         raise ValueError(f"elbo_weight expects 0 to 1; got {values['elbo_weight']}")
     for option in ("beta", "free_bits", "mmd_weight"):
         value = values.get(option, 1.0)
-        if not 0 < value < math.inf:
-            raise ValueError(f"{option} expects a finite number above 0; got {value}")
+        if not 0 < value <= MAX_VALUE:
+            raise ValueError(
+                f"{option} expects a finite number above 0; got {value} (the limit is "
+                f"{MAX_VALUE:g})"
+            )

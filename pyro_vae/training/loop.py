@@ -270,9 +270,7 @@ def _end_of_epoch(run: _Run, position: Position, sums: Sums) -> tuple[Position, 
     run.vae.eval()
     found = None
     if distributed.rank() == 0:
-        with usual_settings(run.device):
-            terms = elbo_terms(run.vae, run.splits.validation, run.seed)
-        found = (*terms, position.seconds + time.perf_counter() - started)
+        found = (*_validate(run), position.seconds + time.perf_counter() - started)
     reconstruction, kl, seconds = distributed.agree(found)
     elbo = None if kl is None else reconstruction - kl
     score = reconstruction if elbo is None else elbo
@@ -298,6 +296,20 @@ def _end_of_epoch(run: _Run, position: Position, sums: Sums) -> tuple[Position, 
         is_best=is_best,
         state=_state(run, position, Sums()),
     )
+
+
+def _validate(run: _Run) -> tuple[float, float | None]:
+    """Mean reconstruction and KL of the validation rows, nats."""
+    arguments = run.vae, run.splits.validation, run.seed
+    try:
+        with usual_settings(run.device):
+            return elbo_terms(*arguments)
+    except ValueError:  # Pyro rejects parameters of a distribution that are not finite
+        with usual_settings(run.device, validate=False):
+            terms = elbo_terms(*arguments)
+        if all(math.isfinite(term or 0.0) for term in terms):
+            raise
+        return terms
 
 
 def _progress(run: _Run, position: Position, sums: Sums) -> Progress:
