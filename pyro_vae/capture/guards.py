@@ -29,9 +29,8 @@ MAX_ELEMENTS, MAX_DEPTH = 1000, 6
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _properties = attrgetter("shape", "dtype", "device", "requires_grad")
-_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_PARTS = ("_modules", "_parameters", "_buffers", *_HOOKS)
+_PARTS = ("_modules", "_parameters", "_buffers")
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in _HOOKS]
 
@@ -66,13 +65,15 @@ class Guards:
     ) -> None:
         self._parameters = parameters
         parts = [getattr(m, name) for m in modules if isinstance(m, nn.Module) for name in _PARTS]
-        counted = [*parts, *map(vars, modules), *_classes(modules), *_GLOBAL_HOOKS]
-        self._sizes = [(part, len(part)) for part in counted]
-        self._types = [(m, type(m)) for m in modules]
+        self._owners, self._types = modules, [*map(type, modules)]
+        self._counted = [*parts, *map(vars, modules), *_classes(modules)]
+        self._sizes = [*map(len, self._counted)]
+        self._hooks = _hooks(modules)
         attributes = [*_attributes(modules), *variables.globals]
         self._plain = [entry for entry in attributes if is_plain(entry[2])]
         self._entries = [*entries, *entries_of(*parts)]
         self._entries += [entry for entry in attributes if isinstance(entry[2], Tensor)]
+        self._entries += [(p, key, x) for p, key, x in variables.objects if p.get(key) is x]
         self._cells = [(c, state) for c, state in variables.cells if _is_in(c, state)]
         self._states = [
             (part, key, state)
@@ -93,14 +94,12 @@ class Guards:
         and other handlers to see.
         """
         # Plain loops and maps, because this runs at every step.
-        for part, size in self._sizes:
-            if len(part) != size:
-                return False
+        if [*map(len, self._counted)] != self._sizes or [*map(type, self._owners)] != self._types:
+            return False
+        if any(self._hooks) or any(map(_hooks_of_tensor, self._leaves)):
+            return False
         for part, key, value in self._entries:
             if part.get(key) is not value:
-                return False
-        for owner, kind in self._types:
-            if type(owner) is not kind:
                 return False
         for cell, state in self._cells:
             if not _is_in(cell, state):
@@ -115,8 +114,6 @@ class Guards:
         layouts = [*map(_properties, self._tensors)], [*map(Tensor.stride, self._tensors)]
         addresses = [*map(Tensor.data_ptr, self._on_gpu)]
         if layouts != self._layouts or addresses != self._addresses:
-            return False
-        if has_hooks((), self._leaves):
             return False
         store = pyro.get_param_store()
         for name, value, in_module in self._parameters:
@@ -177,8 +174,8 @@ class Variables(NamedTuple):
 
     globals: list[Entry]  # that the functions read
     cells: list[tuple[Any, Any]]  # of their closures, and the states of their contents
-    # Of values that are neither plain nor tensors: a dictionary, a key, the state of its value
-    states: list[Entry]
+    objects: list[Entry]  # values that are neither plain nor tensors, compared by identity
+    states: list[Entry]  # of containers and objects of data: a dictionary, a key, the state
 
 
 def find_variables(modules: list[Any], functions: Iterable[Any]) -> Variables:
@@ -193,12 +190,14 @@ def find_variables(modules: list[Any], functions: Iterable[Any]) -> Variables:
             continue
         found += [(function.__globals__, name, value) for name, value in names.items()]
         cells += [(cell, state_of(cell.cell_contents)) for cell in function.__closure__ or ()]
-    states = [
-        (part, key, state_of(value))
-        for part, key, value in [*_attributes(modules), *found]
-        if not (is_plain(value) or isinstance(value, Tensor))
+    others = [
+        entry
+        for entry in [*_attributes(modules), *found]
+        if not (is_plain(entry[2]) or isinstance(entry[2], Tensor))
     ]
-    return Variables(found, cells, states)
+    states = [(part, key, state_of(value)) for part, key, value in others if _has_state(value)]
+    objects = [entry for entry in others if not _has_state(entry[2])]
+    return Variables(found, cells, objects, states)
 
 
 def _is_in(cell: Any, state: Any) -> bool:
@@ -208,7 +207,7 @@ def _is_in(cell: Any, state: Any) -> bool:
 def _attributes(modules: list[Any]) -> list[Entry]:
     """Attributes of modules and their classes."""
     entries = entries_of(*map(vars, modules), *_classes(modules))
-    return [entry for entry in entries if entry[1] not in _INTERNAL]
+    return [e for e in entries if e[1] not in _INTERNAL and not e[1].startswith("__")]
 
 
 def _classes(owners: list[Any]) -> list[Mapping[str, Any]]:
@@ -220,9 +219,16 @@ def _classes(owners: list[Any]) -> list[Mapping[str, Any]]:
 
 def has_hooks(modules: Iterable[Any], tensors: Iterable[Tensor]) -> bool:
     """Whether Python code would run at each call of a module, or each gradient of a tensor."""
-    hooks = [getattr(m, name) for m in modules if isinstance(m, nn.Module) for name in _HOOKS]
-    hooks += [getattr(x, name) for x in tensors for name in _TENSOR_HOOKS]
-    return any([*hooks, *_GLOBAL_HOOKS])
+    return any(_hooks(modules)) or any(map(_hooks_of_tensor, tensors))
+
+
+def _hooks(modules: Iterable[Any]) -> list[dict[int, Any]]:
+    owners = [m for m in modules if isinstance(m, nn.Module)]
+    return [*_GLOBAL_HOOKS, *(getattr(m, name) for m in owners for name in _HOOKS)]
+
+
+def _hooks_of_tensor(tensor: Tensor) -> bool:
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
 def state_of(value: Any, depth: int = MAX_DEPTH) -> Any:
@@ -233,10 +239,14 @@ def state_of(value: Any, depth: int = MAX_DEPTH) -> Any:
         return value.dtype, value.shape, value.tobytes()
     if depth and _is_record(value):
         return _Identity(value), state_of(vars(value), depth - 1)
-    if not depth or not isinstance(value, list | tuple | dict | set) or len(value) > MAX_ELEMENTS:
+    if not (depth and _has_state(value)) or len(value) > MAX_ELEMENTS:
         return _Identity(value)
     parts = [*value, *value.values()] if isinstance(value, dict) else value
     return type(value), [state_of(part, depth - 1) for part in parts]
+
+
+def _has_state(value: Any) -> bool:
+    return isinstance(value, list | tuple | dict | set) or _is_record(value)
 
 
 def _is_record(value: Any) -> bool:
