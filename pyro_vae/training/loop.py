@@ -299,17 +299,17 @@ def _end_of_epoch(run: _Run, position: Position, sums: Sums) -> tuple[Position, 
 
 
 def _validate(run: _Run) -> tuple[float, float | None]:
-    """Mean reconstruction and KL of the validation rows, nats."""
-    arguments = run.vae, run.splits.validation, run.seed
+    """Mean reconstruction and KL of the validation rows, nats; NaN if the model overflows."""
+    vae, split = run.vae, run.splits.validation
     try:
         with usual_settings(run.device):
-            return elbo_terms(*arguments)
+            return elbo_terms(vae, split, run.seed)
     except ValueError:  # Pyro rejects parameters of a distribution that are not finite
         with usual_settings(run.device, validate=False):
-            terms = elbo_terms(*arguments)
-        if all(math.isfinite(term or 0.0) for term in terms):
-            raise
-        return terms
+            rows = split.fixed(vae.likelihood_module.units, run.seed)
+            if all(vae.reconstruct(x).isfinite().all() for x in rows):
+                raise
+        return math.nan, None if isinstance(vae, Autoencoder) else math.nan
 
 
 def _progress(run: _Run, position: Position, sums: Sums) -> Progress:

@@ -19,7 +19,7 @@ from pyro_vae.evidence.evaluation import elbo_terms
 from pyro_vae.randomness import OwnState, RandomStates, derive, random_states
 from pyro_vae.training import loop, schedules
 from pyro_vae.training.loop import fit, iterate
-from pyro_vae.training.records import Position, Record, Sums, pack, unpack
+from pyro_vae.training.records import Diverged, Position, Record, Sums, pack, unpack
 
 CPU = torch.device("cpu")
 # Ranges of the values of each split
@@ -100,9 +100,9 @@ def test_means_of_an_epoch_weigh_rows_and_not_steps():
 
 
 def scripted(monkeypatch, scores: list[float]) -> None:
-    """Validation returns these scores, one after each epoch."""
-    calls = iter([*scores])
-    monkeypatch.setattr(loop, "elbo_terms", lambda *_: (next(calls) + 1.0, 1.0))
+    """Validation returns these ELBOs, one after each epoch, with a KL that rises."""
+    calls = iter([(score + 4.0 * i, 4.0 * i) for i, score in enumerate(scores)])
+    monkeypatch.setattr(loop, "elbo_terms", lambda *_: next(calls))
 
 
 # Best epochs 1, 2 and 5; an equal score is not better. Without one for three epochs, it stops.
@@ -135,6 +135,37 @@ def test_an_autoencoder_is_judged_by_its_reconstruction(monkeypatch):
     vae, splits = small(kind="ae")
     records = fit(vae, splits, FitConfig(epochs=3, batch_size=50))
     assert [record.is_best for record in records] == [True, True, False]
+
+
+def test_a_stopped_training_leaves_the_model_in_evaluation_mode():
+    vae, splits = small()
+    assert fit(vae, splits, FitConfig(epochs=2, batch_size=20), on_step=lambda p: p.step == 2) == []
+    assert not vae.training
+
+
+def test_the_draws_of_a_training_have_their_own_seed():
+    vae, splits = small()
+    states = []
+    vae.eval().encoder.register_forward_pre_hook(
+        lambda module, _: states.append((module.training, torch.get_rng_state())) or None
+    )
+    fit(vae, splits, FitConfig(epochs=1, batch_size=50, compile="off"), seed=3)
+    first = next(state for training, state in states if training)
+    assert torch.equal(first, OwnState(CPU, derive(3, "training")).random["cpu"])
+
+
+def test_weights_that_overflow_are_told_by_the_validation():
+    vae, splits = small()
+    config = FitConfig(epochs=1, batch_size=50, learning_rate=1e38, learning_rate_warmup=0.0)
+    with pytest.raises(Diverged, match="the validation ELBO is not finite in epoch 1"):
+        fit(vae, splits, config)
+
+
+def test_a_loss_that_is_not_finite_is_told(monkeypatch):
+    monkeypatch.setattr(loop.SVI, "step", lambda *_, **__: (math.nan, 1.0, 1.0))
+    vae, splits = small()
+    with pytest.raises(Diverged, match="the loss is not finite in epoch 1, step 1"):
+        fit(vae, splits, FitConfig(epochs=1, batch_size=50))
 
 
 def expected_rate(step: int) -> float:
