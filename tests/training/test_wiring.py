@@ -87,16 +87,16 @@ def test_a_record_is_that_of_its_splits(kind):
 
 
 def test_means_of_an_epoch_weigh_rows_and_not_steps():
-    """50 rows in batches of 40 and 10: without a step, the mean is that of all rows."""
+    """50 rows in batches of 20, 20 and 10: without a step, the mean is that of all rows."""
     vae, splits = small(kind="ae")
     seen = []
-    config = FitConfig(epochs=1, batch_size=40, learning_rate=1e-30)
+    config = FitConfig(epochs=1, batch_size=20, learning_rate=1e-30)
     (record,) = fit(vae, splits, config, on_step=seen.append)
     whole = elbo_terms(vae, splits.train)[0]
     assert record.reconstruction == pytest.approx(whole, rel=1e-5)
-    assert [p.step for p in seen] == [1, 2]
-    assert seen[1].reconstruction == record.reconstruction != seen[0].reconstruction
-    assert {(p.epoch, p.epochs, p.steps_per_epoch) for p in seen} == {(1, 1, 2)}
+    assert [p.step for p in seen] == [1, 2, 3]
+    assert seen[2].reconstruction == record.reconstruction != seen[0].reconstruction
+    assert {(p.epoch, p.epochs, p.steps_per_epoch) for p in seen} == {(1, 1, 3)}
 
 
 def scripted(monkeypatch, scores: list[float]) -> None:
@@ -309,7 +309,7 @@ def test_an_own_state_goes_on_where_it_was():
         assert not list(pyro.get_param_store())
     assert torch.equal(torch.cat(states), expected)
     unchanged = own.random["cpu"].clone()
-    with pytest.raises(KeyError), own.active():
+    with pytest.raises(KeyError, match="mine"), own.active():
         raise KeyError(torch.rand(1), [*pyro.get_param_store()])
     assert torch.equal(own.random["cpu"], unchanged)
     with own.active():
