@@ -8,8 +8,8 @@ gradient as one graph, random draws included, verifies the graph against the ELB
 numbers, and compiles it. In a `CapturedSVI` the graph includes the optimizer's update.
 
 The ELBO is captured again if the shape of an argument, a parameter, a buffer, an attribute of a
-module (training mode, the p of a dropout) or a variable that model or guide reads has changed. Values
-that other functions read keep their value at capture time. Hooks rule out a graph.
+module (training mode, the p of a dropout) or a variable that model or guide reads has changed.
+Variables of other functions keep their value at capture time. Hooks rule out a graph.
 """
 
 from __future__ import annotations
