@@ -6,20 +6,28 @@ invalid flag are answered at once.
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import dataclasses
+import io
 import json
 import logging
+import math
 import os
+import re
 import sys
+import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeVar, get_args, get_origin
 
 import tyro
 
-from .config import Config, DataConfig, InputError, auto, check_seed
+from .config import Config, DataConfig, InputError, auto
+from .options import check_integer, expected, shown, typed, without_none
 
 if TYPE_CHECKING:
     import torch
@@ -39,21 +47,92 @@ def parse(
     doc: str | None,
     default: Any = None,
 ) -> Arguments:
-    """Parse flags into a dataclass. An invalid flag or value exits with status 2."""
+    """Parse flags into a dataclass. `--help` exits with status 0.
+
+    Raises:
+        InputError: a flag is unknown, missing or given twice, or its value is invalid.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    flags = Counter(a.split("=")[0].replace("_", "-") for a in argv if a.startswith("--"))
+    for flag, count in flags.items():
+        if count > 1:
+            raise InputError(f"{flag} is given {count} times; give it once")
     options = {} if default is None else {"default": default}
-    return tyro.cli(
-        arguments,
-        args=argv,
-        prog=f"python -m pyro_vae.{prog}",
-        description=doc,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-        **options,
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(_flag_value)
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                arguments,
+                args=argv,
+                prog=f"python -m pyro_vae.{prog}",
+                description=doc,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+                registry=registry,
+                **options,
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        cause: BaseException | None = stop
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__context__
+        raise InputError(_one_line(errors.getvalue()) if cause is None else str(cause)) from None
+
+
+def _flag_value(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """How tyro reads a number, several integers or a choice: the error says what is expected."""
+    hint: Any = info.type
+    kind = without_none(hint)
+    several = kind in (tuple[int, int], tuple[int, ...])
+    if not (several or kind in (int, float) or get_origin(kind) is Literal):
+        return None
+    convert = {Literal: str, float: float}.get(get_origin(kind) or kind, _integer)
+
+    def read(texts: list[str]) -> Any:
+        if texts == ["None"] and kind is not hint:
+            return None
+        with contextlib.suppress(ValueError):  # InputError is one
+            values = tuple(convert(text) for text in texts)
+            square = kind == tuple[int, int] and len(values) == 1
+            return typed(values if several and not square else values[0], hint, "")
+        raise ValueError(f"expects {expected(hint)}; got {shown(' '.join(texts))}")
+
+    choices = ",".join(get_args(kind)) if get_origin(kind) is Literal else ""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*" if several else 1,
+        metavar=f"{{{choices}}}" if choices else "FLOAT" if kind is float else "INT",
+        instance_from_str=read,
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: list(
+            map(str, value if isinstance(value, tuple) else [value])
+        ),
     )
+
+
+def _integer(text: str) -> int:
+    return int(text[:4000])  # Python reads at most 4300 digits; no setting has more than 19
+
+
+def _one_line(box: str) -> str:
+    """tyro's message on one line. tyro prints a title, then sections: the message, then advice."""
+    lines = re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]
+    text = "\n".join(line.strip(" │╰╯") for line in lines)
+    message, *advice = [part for part in re.split(r"^[─-]*$", text, flags=re.MULTILINE) if part]
+    message = re.sub(r"^Error parsing (--[\w-]+):", r"\1", " ".join(message.split()))
+    similar = re.search(r"^--[\w-]+", "\n".join(advice), re.MULTILINE)
+    if message.startswith("Unrecognized") and similar:
+        message += f"; did you mean {similar[0]}?"
+    return message
 
 
 def run_command(work: Callable[[], int | None]) -> int:
     """Run a command. A user's mistake becomes one line on stderr and exit status 2."""
     logging.getLogger("pyro.infer").setLevel(logging.WARNING)  # no guesses of plate nesting
+    _prepare_streams()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _note
@@ -64,16 +143,54 @@ def run_command(work: Callable[[], int | None]) -> int:
     except InputError as error:
         return fail(str(error))
     except BrokenPipeError:  # the reader has closed the pipe, as in `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        _discard_output()
         return 141
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
+        try:
+            sys.stdout.flush()
+        except OSError:  # the disk is full
+            _discard_output()
+            place = ": the output is incomplete"
         return fail(f"{error.strerror or error}{place}")
     except _out_of_memory() as error:
         reason = str(error).strip().split("\n")[0] or "no details"
         return fail(f"not enough memory for these sizes; lower them ({reason})")
     except KeyboardInterrupt:
         return fail("interrupted", status=130)
+
+
+# Signs in tables and help that few encodings have, and that Unicode relates to no ASCII.
+_ASCII = {"‖": "||", "−": "-", "→": "->", "β": "beta", "·": "*", "─": "-", "│": "|"}  # noqa: RUF001
+_ASCII |= dict.fromkeys("╭╮╰╯", "+")
+
+
+def _prepare_streams() -> None:
+    """Make every output possible: in any encoding, and where stdout or stderr are closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="pyro_vae")
+
+
+def _readable(error: UnicodeError) -> tuple[str, int]:
+    """Error handler "pyro_vae" of an encoding: ASCII that looks like the text, or its code."""
+    assert isinstance(error, UnicodeEncodeError)
+    text = ""
+    for sign in error.object[error.start : error.end]:
+        similar = _ASCII.get(sign) or unicodedata.normalize("NFKC", sign)
+        text += similar if similar.isascii() else sign.encode("unicode_escape").decode()
+    return text, error.end
+
+
+codecs.register_error("pyro_vae", _readable)
+
+
+def _discard_output() -> None:
+    """Let the interpreter's last flush of stdout succeed, after its reader or disk is gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _out_of_memory() -> tuple[type[Exception], ...]:
@@ -96,13 +213,19 @@ def _note(
     """Print a warning, without the source line if it comes from this package."""
     text = warnings.formatwarning(message, category, filename, lineno, line)
     if Path(filename).is_relative_to(Path(__file__).parent):
-        text = f"note: {message}\n"
+        text = f"note: {_printable(str(message))}\n"
     print(text, end="", file=file or sys.stderr)
 
 
 def fail(message: str, status: int = 2) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # stderr on a full disk
+        print(f"error: {_printable(message)}", file=sys.stderr)
     return status
+
+
+def _printable(text: str) -> str:
+    """The text on one line, with its control characters (of a file's name, say) escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def choose_device(name: str) -> torch.device:
@@ -184,7 +307,7 @@ class RunArguments:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
+        check_integer("seed", self.seed, 0)
 
 
 @dataclass(frozen=True)
@@ -229,7 +352,16 @@ def refuse_existing(out: Path, overwrite: bool, endings: Sequence[str]) -> None:
 
 
 def print_json(values: dict[str, Any]) -> None:
-    print(json.dumps(values, indent=2))
+    print(json.dumps(json_values(values), indent=2, allow_nan=False))
+
+
+def json_values(values: Any) -> Any:
+    """Replace numbers that are not finite, which JSON lacks, by None."""
+    if isinstance(values, dict):
+        return {key: json_values(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [json_values(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def config_of(arguments: Config) -> Config:

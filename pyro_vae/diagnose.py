@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli import OpenRun, RunArguments, open_run, parse, print_json, run_command
+from .cli import OpenRun, RunArguments, json_values, open_run, parse, print_json, run_command
 from .config import InputError
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def _main(arguments: DiagnoseArguments) -> int:
         if report["findings"] and not arguments.json:
             print(_table(report, folder))
     if arguments.json:
-        print_json(_plain(report))
+        print_json(report)
     return int(arguments.strict and any(f["verdict"] == "wrong" for f in report["findings"]))
 
 
@@ -137,16 +136,7 @@ def _record(study: Study, report: dict[str, Any], folder: Path) -> None:
 def _write(path: Path, report: dict[str, Any]) -> None:
     from .files import write_atomically
 
-    write_atomically(path, (json.dumps(_plain(report), indent=2) + "\n").encode())
-
-
-def _plain(values: Any) -> Any:
-    """Replace numbers that are not finite, which JSON lacks, by None."""
-    if isinstance(values, dict):
-        return {key: _plain(value) for key, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [_plain(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values
+    write_atomically(path, (json.dumps(json_values(report), indent=2) + "\n").encode())
 
 
 def _table(report: dict[str, Any], run: Path) -> str:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from .cli import RunArguments, open_run, parse, print_json, run_command
 from .config import InputError, auto
+from .options import check_integer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +37,8 @@ class EvaluateArguments(RunArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_samples < 1:
-            raise InputError(f"--num-samples expects at least 1; got {self.num_samples}")
-        if self.num_images is not None and self.num_images < 1:
-            raise InputError(f"--num-images expects at least 1; got {self.num_images}")
+        check_integer("num-samples", self.num_samples)
+        check_integer("num-images", self.num_images)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

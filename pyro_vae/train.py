@@ -75,9 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     early = argparse.ArgumentParser("pyro_vae.train", add_help=False, allow_abbrev=False)
-    early.add_argument("--config", type=Path)
-    early.add_argument("--resume", type=Path)
-    early.add_argument("--preset")
+    # `parse` refuses a flag without its value.
+    early.add_argument("--config", type=Path, nargs="?")
+    early.add_argument("--resume", type=Path, nargs="?")
+    early.add_argument("--preset", nargs="?")
     given, _ = early.parse_known_args(argv)
     checkpoint = None
     default = Config()

@@ -183,7 +183,6 @@ def test_options_belong_to_their_objectives(name, option):
         ("free-bits", {"free_bits": math.inf}, "free_bits expects a finite number above 0"),
         ("mmd", {"mmd_weight": -1.0}, "mmd_weight expects a finite number above 0"),
         ("mmd", {"mmd_weight": math.nan}, "mmd_weight expects a finite number above 0"),
-        ("mdm", {}, "objective expects one of trace, mean-field, stl"),
     ],
 )
 def test_options_out_of_range_are_refused_for_the_objective(name, settings, message):
@@ -192,6 +191,11 @@ def test_options_out_of_range_are_refused_for_the_objective(name, settings, mess
     assert str(caught.value).startswith(f"--objective {name}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_objective():
+    with pytest.raises(InputError, match=r"^objective = 'mdm': expected one of trace, mean-field"):
+        FitConfig(objective="mdm")
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
