@@ -61,8 +61,8 @@ class DataConfig(Typed):
             emnist (torchvision, downloaded to --data-root); or the path of a folder of images or of
             a .npy, .npz or .csv file.
         root: Folder of torchvision's data sets. Missing ones are downloaded to it.
-        image_size: Image height and width in pixels. Images in a folder are resized to it; flat
-            rows of an array or a table are reshaped to it.
+        image_size: Image height and width in pixels; one number is a square. Images in a folder
+            are resized to it; flat rows of an array or a table are reshaped to it.
         max_value: Largest value that the data can take, for example 255 for 8-bit images.
         validation_size: Number of validation rows, drawn from the training data by the seed.
         test_size: Number of test rows, for data without a test split.
@@ -155,7 +155,7 @@ class FitConfig(Typed):
         free_bits: Minimum KL of each latent in free-bits, in nats.
         mmd_weight: Weight of the discrepancy in mmd, in nats.
         epochs: Number of passes over the training data.
-        batch_size: Number of rows per step.
+        batch_size: Number of rows per step. The default means all training rows if they are fewer.
         learning_rate: Maximum learning rate of Adam.
         schedule: Learning rate after the warm-up: cosine (decays to zero) or constant.
         learning_rate_warmup: Fraction of all steps, 0 to 1, over which the learning rate rises
@@ -334,7 +334,7 @@ def resolve(config: Config, likelihood: Any, num_train: int) -> Config:
         num_train: number of training rows.
 
     Raises:
-        InputError: the batch is larger than the training set.
+        InputError: the batch is larger than the training set, and not the default.
     """
     model = dataclasses.replace(
         config.model,
@@ -343,7 +343,9 @@ def resolve(config: Config, likelihood: Any, num_train: int) -> Config:
         else config.model.hidden,
         likelihood=likelihood if config.model.likelihood == "auto" else config.model.likelihood,
     )
-    fit = dataclasses.replace(config.fit, epochs=resolve_epochs(config.fit, num_train))
+    epochs = resolve_epochs(config.fit, num_train)
+    size = min(config.fit.batch_size, num_train)
+    fit = dataclasses.replace(config.fit, epochs=epochs, batch_size=size)
     return dataclasses.replace(config, model=model, fit=fit)
 
 
@@ -351,9 +353,9 @@ def resolve_epochs(config: FitConfig, num_train: int) -> int:
     """Number of epochs: as given, or about 2500 steps.
 
     Raises:
-        InputError: the batch is larger than the training set.
+        InputError: the batch is larger than the training set, and not the default.
     """
-    if config.batch_size > num_train:
+    if config.batch_size > num_train and config.batch_size != FitConfig.batch_size:
         raise InputError(
             f"--batch-size {config.batch_size} is larger than the training set of {num_train} "
             f"rows; lower it"

@@ -124,7 +124,7 @@ def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: tor
     from .evidence.evaluation import elbo_terms
     from .models.build import build
     from .training import distributed
-    from .training.loop import iterate
+    from .training.loop import check_particles, iterate
     from .training.run import RunFolder, choose_folder
 
     asked = config_of(arguments)
@@ -135,6 +135,7 @@ def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: tor
     with distributed.first_here():  # which may download them
         splits = load_data(asked.data, asked.seed).to(device)
     config = resolve(asked, splits.likelihood, len(splits.train))
+    check_particles(config.fit, len(splits.train))
     if distributed.anyone(distributed.agree(splits.fingerprint) != splits.fingerprint):
         raise InputError(f"the data {asked.data.source} are not the same for all processes")
     state = history = None
@@ -292,7 +293,7 @@ def _describe(run: RunFolder) -> None:
     from .training.loop import run_mode
 
     splits, model, spec = run.splits, run.config.model, run.splits.spec
-    sizes = " ".join(str(size) for size in model.hidden or ())
+    sizes = " ".join(str(size) for size in model.hidden or ()) or "without hidden layers"
     count = sum(p.numel() for p in run.vae.parameters())
     binarized = spec.binarizes(run.vae.likelihood_module.units)
     binarization = " (binarized at random at each access)" if binarized else ""

@@ -126,8 +126,18 @@ def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
 
 
 def test_batch_larger_than_the_training_set():
-    with pytest.raises(InputError, match="--batch-size 256 is larger than the training set of 9"):
-        resolve(Config(), "binomial", 9)
+    large = Config(fit=FitConfig(batch_size=10))
+    with pytest.raises(InputError, match="--batch-size 10 is larger than the training set of 9"):
+        resolve(large, "binomial", 9)
+    assert resolve(Config(fit=FitConfig(batch_size=9)), "binomial", 9).fit.batch_size == 9
+
+
+@pytest.mark.parametrize("rows", [1, 9, 255, 256, 257, 5000])
+def test_the_default_batch_is_all_rows_where_they_are_few(rows):
+    fit = resolve(Config(), "binomial", rows).fit
+    assert fit.batch_size == min(256, rows)
+    assert fit.epochs == round(2500 / math.ceil(rows / 256))
+    assert resolve(Config(fit=fit), "binomial", rows).fit == fit, "a resumed run"
 
 
 # --- objectives and their options -----------------------------------------------------------------

@@ -29,7 +29,7 @@ from pyro.distributions import Distribution
 from torch import Tensor, nn
 
 from ..capture.captured import CapturedFunction, Mode
-from ..memory import Callback, concatenate, ignore, rows_at_once
+from ..memory import Callback, check_memory, concatenate, ignore, rows_at_once
 from ..models.interface import LatentModel
 from ..models.log_weights import log_weights
 
@@ -100,6 +100,7 @@ def importance_sample(
 
     Raises:
         ValueError: `num_samples` is not positive, or x lies outside the likelihood's support.
+        InputError: the weights kept for `with_pareto_k` exceed the memory.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples expects an integer of at least 1; got {num_samples}")
@@ -109,6 +110,9 @@ def importance_sample(
         mode = choose_mode(x.numel() * num_samples)
     sampler = _captured(vae, mode) if mode != "eager" else None
     rows = rows_at_once(MIN_CHUNK_DRAWS * x[:1].numel(), x.device)
+    if with_pareto_k:  # float64 weights
+        what = f"{num_samples:,} samples for each of {min(rows, len(x)):,} rows"
+        check_memory(2 * num_samples * min(rows, len(x)), what, "lower --num-samples")
     parts = []
     for part in x.split(rows) if proposal is None else [x]:
         q = vae.posterior(part) if proposal is None else proposal

@@ -32,6 +32,7 @@ from ..capture.optimizer import NonFiniteGradient, OneOptimizer
 from ..config import FitConfig, InputError, resolve_epochs
 from ..data.splits import Split, Splits
 from ..evidence.evaluation import elbo_terms
+from ..memory import check_memory
 from ..models.autoencoder import Autoencoder
 from ..models.vae import VAE
 from ..objectives.registry import objective
@@ -142,8 +143,20 @@ class _Run:
         return self.own.device
 
 
+def check_particles(config: FitConfig, num_train: int) -> None:
+    """Check that the log densities of a step's particles fit in memory.
+
+    Raises:
+        InputError: they do not.
+    """
+    rows = min(config.batch_size, num_train)
+    what = f"--num-particles {config.num_particles:,} for {rows:,} rows"
+    check_memory(3 * rows * config.num_particles, what, "lower it, or --batch-size")
+
+
 def _setup(vae: VAE | Autoencoder, splits: Splits, config: FitConfig, seed: int) -> _Run:
     epochs = resolve_epochs(config, len(splits.train))
+    check_particles(config, len(splits.train))
     alone = distributed.world() == 1
     if not alone and config.objective in WHOLE_BATCH:
         raise InputError(
