@@ -9,12 +9,14 @@ from __future__ import annotations
 import codecs
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import logging
 import math
 import os
 import re
+import shutil
 import sys
 import unicodedata
 import warnings
@@ -61,6 +63,8 @@ def parse(
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_flag_value)
     errors = io.StringIO()
+    if shutil.get_terminal_size().columns < 40:  # tyro's help hangs in one of 5
+        os.environ["COLUMNS"] = "40"
     try:
         with contextlib.redirect_stderr(errors):
             return tyro.cli(
@@ -139,19 +143,15 @@ def run_command(work: Callable[[], int | None]) -> int:
             try:
                 return work() or 0
             finally:
-                sys.stdout.flush()  # a closed pipe is noticed here, not when the interpreter exits
+                _flush()  # a closed pipe is noticed here, not when the interpreter exits
     except InputError as error:
         return fail(str(error))
     except BrokenPipeError:  # the reader has closed the pipe, as in `--help | head`
-        _discard_output()
         return 141
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
-        try:
-            sys.stdout.flush()
-        except OSError:  # the disk is full
-            _discard_output()
-            place = ": the output is incomplete"
+        if error.errno == errno.ENOSPC and not place:
+            place = ": stdout or a file is incomplete"
         return fail(f"{error.strerror or error}{place}")
     except _out_of_memory() as error:
         reason = str(error).strip().split("\n")[0] or "no details"
@@ -188,9 +188,13 @@ def _readable(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("pyro_vae", _readable)
 
 
-def _discard_output() -> None:
-    """Let the interpreter's last flush of stdout succeed, after its reader or disk is gone."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:  # the reader is gone, or the disk is full
+        # The interpreter flushes once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def _out_of_memory() -> tuple[type[Exception], ...]:
