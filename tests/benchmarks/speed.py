@@ -3,6 +3,7 @@
     python tests/benchmarks/speed.py                  # seconds an epoch, MNIST-shaped data
     python tests/benchmarks/speed.py --evidence       # log p(x) against its decoder's products
     python tests/benchmarks/speed.py --run            # the command `train`, from start to end
+    python tests/benchmarks/speed.py --busy 1         # beside one process that is always busy
     python tests/benchmarks/speed.py --images 6000 --repeats 3 --contenders ours torch floor
 
 All in one run: each contender has a process of its own, which lives as long as its measurements,
@@ -91,6 +92,28 @@ class Worker:
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
+
+
+def spin() -> None:
+    """Keep one core busy."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    while True:
+        pass
+
+
+@contextlib.contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Other processes that are busy during the block, as on a shared machine."""
+    context = multiprocessing.get_context("spawn")
+    others = [context.Process(target=spin, daemon=True) for _ in range(count)]
+    try:
+        for other in others:
+            other.start()
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.join()
 
 
 def measure(jobs: list[Job], folder: Path) -> dict[str, dict[str, Any]]:
@@ -417,6 +440,7 @@ def parse() -> argparse.Namespace:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add = parser.add_argument
     add("--threads", type=int, default=cpus, help="of each process (default: all CPUs)")
+    add("--busy", type=int, default=0, help="busy processes beside each contender")
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--repeats", type=int, default=5, help="timed rounds")
     add("--batch-sizes", type=int, nargs="+", default=[20, 128, 256, 1024])
@@ -462,7 +486,10 @@ def main() -> int:
         f"{report['machine']['cpu']}, {arguments.threads} threads, {arguments.device}; "
         + ", ".join(f"{k} {v}" for k, v in report["machine"]["versions"].items() if v)
     )
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        busy(arguments.busy),
+    ):
         try:
             if arguments.evidence:
                 report["evidence"] = evidence_part(arguments, Path(folder))
