@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
+import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
@@ -264,10 +266,22 @@ def test_commands_finish_or_refuse(config, data, form, as_flags, seed):
             check_run(run, seed)
 
 
+def held(values: np.ndarray, holder: str) -> Any:
+    """The values as a tensor or a DataFrame, where these have such a type and shape."""
+    if holder == "tensor" and values.dtype.kind in "biuf" and values.dtype.isnative:
+        return torch.from_numpy(values)
+    return pandas.DataFrame(values) if holder == "frame" and values.ndim == 2 else values
+
+
 @bounded
-@given(config=configs(), data=arrays(), seed=st.integers(0, 5))
-def test_the_library_finishes_or_refuses(config, data, seed):
-    values, labels = data
+@given(
+    config=configs(),
+    data=arrays(),
+    holder=st.sampled_from(["array", "tensor", "frame"]),
+    seed=st.integers(0, 5),
+)
+def test_the_library_finishes_or_refuses(config, data, holder, seed):
+    values, labels = held(data[0], holder), data[1]
     try:
         settings = pyro_vae.Config.from_dict(
             {**config[""], **{part: config[part] for part in ("data", "model", "fit")}}
