@@ -361,6 +361,7 @@ def test_a_byte_order_mark_is_no_fault(tmp_path):
     assert read_config(tmp_path / "config.json").seed == 3
 
 
+@pytest.mark.timeout(30)  # a pipe that is read waits for ever
 def test_what_is_no_file_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
