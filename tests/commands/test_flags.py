@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_vae import Config, InputError, cli, diagnose, encode, evaluate, generate, report, train
+from pyro_vae import (
+    Config,
+    InputError,
+    cli,
+    diagnose,
+    encode,
+    evaluate,
+    generate,
+    load_data,
+    report,
+    train,
+)
 from pyro_vae.cli import RunArguments, choose_device, open_run, parse, refuse_existing
 from pyro_vae.config import PRESETS
 from pyro_vae.memory import check_memory
@@ -210,6 +221,11 @@ def opened(run: Path, **settings: Any) -> cli.OpenRun:
 def test_the_seed_of_the_draws_is_the_runs_own_unless_given(run):
     assert [opened(run, seed=s).seed for s in (None, 0, 5)] == [3, 0, 5]
     # the splits stay those of the training
+    splits = load_data(str(run.parent / "grey.npy"), 3, test_size=6)
+    assert torch.equal(opened(run).splits.test.rows, splits.test.rows)
+    assert not torch.equal(
+        splits.test.rows, load_data(str(run.parent / "grey.npy"), 0, test_size=6).test.rows
+    )
     rows = [opened(run, seed=s).splits.test.rows for s in (None, 0, 5)]
     assert torch.equal(rows[0], rows[1])
     assert torch.equal(rows[0], rows[2])

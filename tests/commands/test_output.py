@@ -187,10 +187,13 @@ def test_a_full_disk_behind_stdout(unbuffered):
     assert done.stderr == "error: No space left on device: stdout or a file is incomplete\n"
 
 
-@pytest.mark.parametrize("columns", ["0", "1", "5", "many"])
-def test_narrow_terminals(columns, monkeypatch, capsys):
+@pytest.mark.timeout(60)  # tyro's help would not end
+@pytest.mark.parametrize(("columns", "width"), [("0", 80), ("1", 40), ("5", 40), ("many", 80)])
+def test_narrow_terminals(columns, width, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", columns)
     assert call(train.main, "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {len(line) for line in lines if line and not line.strip("- ")} == {width}
     assert "likelihood" in refusal(capsys, train.main, "--likelihod", "gaussian")
 
 
