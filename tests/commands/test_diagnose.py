@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from pyro_vae import diagnose, train
+from pyro_vae import cli, diagnose, train
 from pyro_vae.diagnostics import suite as studies
 from pyro_vae.plots import run as figures
 
@@ -200,4 +200,4 @@ def test_on_cuda(copy, capsys):
 
 def test_json_has_no_number_that_is_none():
     values = {"a": [1.0, float("nan")], "b": {"c": (float("inf"), 2, "x", True)}}
-    assert diagnose._plain(values) == {"a": [1.0, None], "b": {"c": [None, 2, "x", True]}}
+    assert cli.json_values(values) == {"a": [1.0, None], "b": {"c": [None, 2, "x", True]}}

@@ -19,6 +19,7 @@ from pyro_vae import (
     encode,
     evaluate,
     generate,
+    load,
     load_data,
     report,
     train,
@@ -318,6 +319,8 @@ def test_flags_of_generate_change_the_data(run, tmp_path, capsys):
     default, zero, one = (generated(run, tmp_path, *s) for s in ([], ["--seed", 0], ["--seed", 1]))
     assert np.array_equal(default["z"], zero["z"])
     assert not np.array_equal(default["z"], one["z"])
+    decoded = load(run).likelihood(torch.from_numpy(default["z"])).mean.detach()
+    np.testing.assert_allclose(default["x"], 255 * decoded.numpy(), rtol=1e-4)
     assert "64 means of p(x|z)" in capsys.readouterr().out
     assert len(default["x"]) == len(default["z"]) == 64
     few = generated(run, tmp_path, "--num", 3, "--draw")

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import pyro_vae
 from pyro_vae import __main__ as package
 from pyro_vae import diagnose, encode, evaluate, generate, report, train
 from pyro_vae.cli import print_json, run_command
@@ -341,7 +342,9 @@ def test_the_package_as_a_command(monkeypatch, capsys):
     ]:
         monkeypatch.setattr(sys, "argv", ["pyro-vae", *arguments])
         assert package.main() == status
-    err = capsys.readouterr().err.splitlines()
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{pyro_vae.__version__}\nVariational autoencoders as Pyro programs.")
+    err = err.splitlines()
     assert err[0] == (
         "error: expected one of train, evaluate, generate, encode, diagnose, report; got tr\\nain"
     )
