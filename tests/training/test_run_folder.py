@@ -16,9 +16,10 @@ from pyro_vae.training.run import RunFolder
 def test_the_best_model_is_written_before_the_last_and_never_behind_it(tmp_path):
     """A kill right after a checkpoint must leave the best model of its history."""
     splits = example_splits("binomial", tmp_path, count=100)
-    config = resolve(Config(model=ModelConfig(latent_dim=2, hidden=(16,))), "binomial", 300)
+    asked = Config(model=ModelConfig(latent_dim=2, hidden=(16,)))
+    config = resolve(asked, "binomial", 300)
     vae = pyro_vae.build(config.model, splits)
-    folder = RunFolder(tmp_path / "run", config, vae, splits)
+    folder = RunFolder(tmp_path / "run", asked, config, vae, splits)
     best = 0
     for record in iterate(vae, splits, FitConfig(epochs=6, batch_size=20, learning_rate=1e-2)):
         folder.add(record)
