@@ -88,17 +88,17 @@ def locked(folder: Path) -> Iterator[None]:
         OSError: the folder is not writable.
     """
     path = folder / LOCK
-    file = _lock(path)
-    try:
-        file.truncate(0)
-        started = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, started {started}")
-        file.flush()
-        yield
-    finally:
-        if _is_at(file, path):  # not in a folder that has taken this one's place
-            path.unlink()
-        file.close()
+    with _lock(path) as file:
+        try:
+            file.truncate(0)
+            started = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"process {os.getpid()} on {socket.gethostname()}, started {started}")
+            file.flush()
+            yield
+        finally:
+            if _is_at(file, path):  # not in a folder that has taken this one's place
+                with suppress(OSError):  # of a disk that has failed meanwhile
+                    path.unlink()
 
 
 def _lock(path: Path) -> IO[str]:
