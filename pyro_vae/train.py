@@ -192,8 +192,10 @@ def _follow(records: Iterator[Record]) -> int:
         with StopSignals():
             for _ in records:
                 pass
-    except (Diverged, distributed.LostRank) as error:
+    except Diverged as error:
         return fail(f"rank {distributed.rank()}: {error}", status=1)
+    except distributed.LostRank as error:
+        raise distributed.LostRank(f"rank {distributed.rank()}: {error}") from error
     return 0
 
 
@@ -236,9 +238,7 @@ def _record(folder: RunFolder, records: Callable[..., Iterator[Record]], tensorb
             return fail(f"{error}. {kept} {folder.saved_epoch}", status=1)
         except LostRank as error:  # torchrun then ends this process too, by a signal
             folder.save()
-            if not signals.requested():
-                raise LostRank(f"{error}; continue with the same command and {again}") from error
-            interrupted = True
+            raise LostRank(f"{error}; continue with the same command and {again}") from error
     if interrupted:
         print(f"stopped; continue with: python -m pyro_vae.train {again}")
         return 128 + (signals.received or 0)

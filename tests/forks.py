@@ -98,7 +98,10 @@ def _serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
-            done, status = os.waitpid(request["wait"], os.WNOHANG)
+            try:
+                done, status = os.waitpid(request["wait"], os.WNOHANG)
+            except ChildProcessError:  # its launcher is still there
+                done = 0
             answer = os.waitstatus_to_exitcode(status) if done else None
         elif request.get("launched"):
             answer = _launch(request)

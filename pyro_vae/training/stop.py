@@ -40,6 +40,9 @@ class StopSignals:
 
     def __exit__(self, *error: object) -> None:
         _current.reset(self._token)
+        # A signal that torchrun repeats must not interrupt the last words of a process.
+        if self._launcher is not None and (self.received or os.environ["RANK"] != "0"):
+            return
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 

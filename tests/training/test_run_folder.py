@@ -71,24 +71,25 @@ def test_what_a_killed_process_leaves_is_no_lock(tmp_path):
 
 def test_threads_hold_a_lock_one_at_a_time(tmp_path):
     """Also in the moment in which its owner removes the file."""
-    holders, most, taken = [], [], []
+    holders, most = [], []
 
     def work() -> None:
-        for _ in range(150):
+        taken = 0
+        while taken < 40:
             with suppress(InUse), locked(tmp_path):
                 holders.append(1)
                 most.append(len(holders))
-                time.sleep(1e-4)
+                time.sleep(1e-5)
                 holders.pop()
-                taken.append(1)
+                taken += 1
 
-    threads = [threading.Thread(target=work) for _ in range(6)]
+    threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert len(most) == 160
     assert max(most) == 1
-    assert len(taken) > 50
 
 
 def test_the_lock_of_a_folder_that_has_taken_the_place_stays(tmp_path):
