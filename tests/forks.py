@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -41,10 +42,28 @@ class Forks:
             patch: "module:name" → constant.
             ignored: signals that it ignores from its beginning, as under nohup.
             launched: start it by a process in between, whose number is `Fork.launcher`.
+            pause: after this epoch, wait for a signal.
+            pictures: draw; by default, nothing is drawn.
         """
         request = {"argv": [str(a) for a in argv], "log": str(log), **options}
         pid, launcher = self.ask(request)
         return Fork(self, pid, launcher, log)
+
+    def ranks(self, *argv: Any, logs: Path, **options: Any) -> list[Fork]:
+        """Two ranks as torchrun starts them, to see how each of them ends. Logs: rank0, rank1."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
+        return [
+            self.start(
+                *argv,
+                log=logs / f"rank{i}",
+                env={**shared, "RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": "2"},
+                **options,
+            )
+            for i in (0, 1)
+        ]
 
     def ask(self, request: dict[str, Any]) -> Any:
         self._server.stdin.write(json.dumps(request) + "\n")
@@ -175,6 +194,8 @@ def _train(request: dict[str, Any]) -> None:
         if not request.get("pictures"):
             train._summarize = lambda run: None
             sys.modules["pyro_vae.plots.from_model"].draw_reconstructions = lambda *a: None
+        if "pause" in request:
+            _pause_after(request["pause"])
         try:
             status = train.main(request["argv"])
         except SystemExit as stop:
@@ -188,6 +209,21 @@ def _train(request: dict[str, Any]) -> None:
         traceback.print_exc()
     finally:
         os._exit(status)
+
+
+def _pause_after(epoch: int) -> None:
+    from pyro_vae.training import stop
+    from pyro_vae.training.run import RunFolder
+
+    add = RunFolder.add
+
+    def add_and_wait(self: Any, record: Any) -> Any:
+        line = add(self, record)
+        while record.epoch == epoch and not stop.requested():
+            time.sleep(0.01)
+        return line
+
+    RunFolder.add = add_and_wait
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +25,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import batch, example_splits, example_vae, wait_for_epoch
+from forks import Forks
 from pyro.distributions import Normal
 from pyro.infer import SVI
 from torch import Tensor
@@ -494,19 +495,10 @@ def torchrun(*arguments: str) -> subprocess.Popen:
     )
 
 
-def pair(*arguments: str) -> list[subprocess.Popen]:
-    """Two ranks as torchrun starts them, without it, to see how each of them ends. No pictures."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "none"}
-    return [
-        launched(
-            *(__file__, "train", *arguments),
-            **{**shared, "RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": "2"},
-        )
-        for i in (0, 1)
-    ]
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    with Forks() as server:
+        yield server
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -568,39 +560,41 @@ def test_one_process_goes_on_with_the_run_of_two(whole):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_resumed_is_the_uninterrupted_one(network, whole, tmp_path):
+def test_an_interrupted_run_resumed_is_the_uninterrupted_one(network, forks, whole, tmp_path):
     """Ctrl-C that reaches the ranks twice, from the terminal and from torchrun, is one."""
     run = tmp_path / "run"
-    ranks = pair("--out", str(run), *network, "--epochs", str(EPOCHS))
+    # Long before its end, however busy the machine is.
+    command = ["--out", run, *network, "--epochs", EPOCHS]
+    ranks = forks.ranks(*command, logs=tmp_path, pause=2)
     wait_for_epoch(run, 2)
     for process in ranks + ranks:
-        process.send_signal(signal.SIGINT)
-    (out, err), _ = ended(*ranks)
-    assert [rank.returncode for rank in ranks] == [128 + signal.SIGINT, 0], err
-    assert out.count("stopped; continue with") == 1
-    assert err == ""
-    assert 2 <= len(metrics(run)) < EPOCHS
+        process.kill(signal.SIGINT)
+    assert [rank.wait() for rank in ranks] == [128 + signal.SIGINT, 0], ranks[0].text()
+    assert ranks[0].text().count("stopped; continue with") == 1
+    assert "error" not in ranks[0].text() + ranks[1].text()
+    assert len(metrics(run)) == 2
 
-    ranks = pair("--resume", str(run))
-    outputs = ended(*ranks)
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    assert outputs[1] == ("", "")
+    (tmp_path / "again").mkdir()
+    ranks = forks.ranks("--resume", run, logs=tmp_path / "again")
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].text()
+    assert ranks[1].text() == ""
     assert metrics(run) == metrics(whole[0])[:EPOCHS]
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_rank_that_is_killed_ends_the_run_with_its_last_step_kept(network, tmp_path, capsys):
+def test_a_rank_that_is_killed_ends_the_run_with_its_last_step_kept(network, forks, tmp_path):
     """The run was begun by one process, and is taken to its end by one."""
     run = tmp_path / "run"
     assert train.main(["--out", str(run), *network, "--epochs", "1"]) == 0
-    first, second = pair("--resume", str(run), "--epochs", "4000", "--device", "cpu")
+    resume = ["--resume", run, "--epochs", 4000, "--device", "cpu"]
+    first, second = forks.ranks(*resume, logs=tmp_path)
     wait_for_epoch(run, 4)
-    second.send_signal(signal.SIGKILL)
-    (_, err), _ = ended(first, second)
-    assert first.returncode == 1
-    (line,) = [line for line in err.splitlines() if "error" in line]
+    second.kill(signal.SIGKILL)
+    assert first.wait() == 1
+    (line,) = [line for line in first.text().splitlines() if "error" in line]
     assert f"continue with the same command and --resume {run}" in line
-    assert "Traceback" not in err
+    assert "Traceback" not in first.text()
+    assert second.wait() == -9
 
     last = load_checkpoint(run, "last")
     lines = metrics(run)
@@ -656,15 +650,17 @@ def test_a_rank_lost_at_the_end_of_an_epoch_costs_no_line(network, tmp_path, mon
     assert [line["epoch"] for line in metrics(run)] == [1, 2, 3]
 
 
-def test_a_mistake_is_told_and_ends_all(network, tmp_path):
+def test_a_mistake_is_told_and_ends_all(network, forks, tmp_path):
     """Found by the first rank alone, while the second is about to train."""
-    (tmp_path / "notes.txt").write_text("mine")
-    ranks = pair("--out", str(tmp_path), *network, "--epochs", "2")
-    (_, err), _ = ended(*ranks)
-    assert [rank.returncode != 0 for rank in ranks] == [True, True]
-    (line,) = err.splitlines()
-    assert line.startswith(f"error: --out {tmp_path} exists and is not empty")
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    ranks = forks.ranks("--out", folder, *network, "--epochs", 2, logs=tmp_path)
+    assert [rank.wait() for rank in ranks] == [2, 1]
+    (line,) = ranks[0].text().splitlines()
+    assert line.startswith(f"error: --out {folder} exists and is not empty")
+    assert ranks[1].text().startswith("error: rank 1: another process of this training has failed")
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
 def test_data_that_differ_between_ranks_leave_an_old_run_as_it_was(found):
@@ -701,8 +697,4 @@ def test_two_gpus(network, tmp_path):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "train":
-        with pytest.MonkeyPatch.context() as patch:
-            _draw_nothing(patch)
-            sys.exit(train.main(sys.argv[2:]))
     _main(Path(sys.argv[1]), int(sys.argv[2]))

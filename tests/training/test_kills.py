@@ -69,23 +69,6 @@ def begun(forks: Forks, run: Path, *flags: str, epochs: int = 4000, **options) -
     return process
 
 
-def ranks(forks: Forks, run: Path, *command: object, **options) -> list[Fork]:
-    """Two ranks as torchrun starts them. Their outputs are in log0 and log1."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "none"}
-    return [
-        forks.start(
-            *command,
-            log=run.parent / f"log{i}",
-            env={**shared, "RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": "2"},
-            **options,
-        )
-        for i in (0, 1)
-    ]
-
-
 def wait_for_more(run: Path) -> None:
     """Wait for two epochs more than there are."""
     wait_for_epoch(run, len((run / "metrics.jsonl").read_text().splitlines()) + 2)
@@ -148,7 +131,7 @@ def test_a_rank_that_hangs_ends_the_run_with_its_last_step_kept(forks, flags, tm
     run = tmp_path / "run"
     short = {"pyro_vae.training.distributed:STEP_SECONDS": 3}
     command = ["--out", run, *flags, "--epochs", 4000]
-    first, second = ranks(forks, run, *command, patch=short)
+    first, second = forks.ranks(*command, logs=tmp_path, patch=short)
     wait_for_epoch(run, 2)
     second.kill(signal.SIGSTOP)
     started = time.monotonic()
@@ -169,7 +152,7 @@ def test_a_rank_that_hangs_ends_the_run_with_its_last_step_kept(forks, flags, tm
 def test_a_signal_stops_a_rank_whose_fellow_hangs(stuck, forks, flags, tmp_path):
     run = tmp_path / "run"
     short = {"pyro_vae.training.distributed:STOP_SECONDS": 1}
-    both = ranks(forks, run, "--out", run, *flags, "--epochs", 4000, patch=short)
+    both = forks.ranks("--out", run, *flags, "--epochs", 4000, logs=tmp_path, patch=short)
     wait_for_epoch(run, 2)
     both[stuck].kill(signal.SIGSTOP)
     time.sleep(0.5)
@@ -193,7 +176,7 @@ def test_a_signal_that_comes_twice_is_one(forks, flags, tmp_path):
     """Ctrl-C reaches a rank from the terminal and from torchrun, perhaps much later."""
     run = tmp_path / "run"
     slow = {"pyro_vae.training.run:SAVE_EVERY": 0}
-    both = ranks(forks, run, "--out", run, *flags, "--epochs", 4000, patch=slow)
+    both = forks.ranks("--out", run, *flags, "--epochs", 4000, logs=tmp_path, patch=slow)
     wait_for_epoch(run, 2)
     for _ in range(20):
         for process in both:
@@ -205,7 +188,7 @@ def test_a_signal_that_comes_twice_is_one(forks, flags, tmp_path):
 
 def test_ranks_end_when_their_launcher_does(forks, flags, tmp_path):
     run = tmp_path / "run"
-    both = ranks(forks, run, "--out", run, *flags, "--epochs", 4000, launched=True)
+    both = forks.ranks("--out", run, *flags, "--epochs", 4000, logs=tmp_path, launched=True)
     wait_for_epoch(run, 2)
     os.kill(both[0].launcher, signal.SIGKILL)
     os.kill(both[1].launcher, signal.SIGKILL)
