@@ -93,11 +93,14 @@ def _main(arguments: ReportArguments) -> None:
 
 def _moved(checkpoint: Checkpoint, source: str | None) -> Checkpoint:
     """The checkpoint with its data in another place."""
-    if source is None:
-        return checkpoint
+    from .training.run import check_source
+
     config = checkpoint.config
-    data = dataclasses.replace(config.data, source=source).absolute()
-    return dataclasses.replace(checkpoint, config=dataclasses.replace(config, data=data))
+    if source is not None:
+        data = dataclasses.replace(config.data, source=source).absolute()
+        config = dataclasses.replace(config, data=data)
+    check_source(config.data)
+    return dataclasses.replace(checkpoint, config=config)
 
 
 if __name__ == "__main__":

@@ -275,8 +275,10 @@ def _check_resumable(arguments: TrainArguments, checkpoint: Checkpoint) -> None:
     """Check that the flags continue the same run.
 
     Raises:
-        InputError: a flag would change a setting that cannot change.
+        InputError: a flag would change a setting that cannot change, or the data are missing.
     """
+    from .training.run import check_source
+
     if arguments.out is not None or arguments.overwrite:
         raise InputError("--resume writes to the run's own folder; drop --out and --overwrite")
     before, after = checkpoint.config, config_of(arguments)
@@ -288,6 +290,7 @@ def _check_resumable(arguments: TrainArguments, checkpoint: Checkpoint) -> None:
             "--device may be changed, and --data and --data-root if the data have moved. To "
             "change others, start a new run with --config RUN/config.json"
         )
+    check_source(arguments.data)
     done = len(checkpoint.history)
     if done > (arguments.fit.epochs or 0):
         raise InputError(

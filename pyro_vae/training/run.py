@@ -18,7 +18,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from ..config import Config, InputError, read_config, resolve
+from ..config import Config, DataConfig, InputError, read_config, resolve
 from ..data.splits import Splits
 from ..files import LOCK, InUse, append, locked, temporary, write_atomically
 from ..models.autoencoder import Autoencoder
@@ -130,6 +130,20 @@ def _remove_run(folder: Path) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+
+def check_source(data: DataConfig) -> None:
+    """Check that the data of a run are where they were.
+
+    Raises:
+        InputError: they are not.
+    """
+    source = Path(data.source)
+    if source.is_absolute() and not source.exists():  # the name of a data set is not absolute
+        raise InputError(
+            f"the run's data are not at {source}: no such path exists. If they have moved, give "
+            f"their new place by --data"
+        )
 
 
 def asked_settings(file: Path, config: Config, splits: Splits) -> Config:
