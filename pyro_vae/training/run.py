@@ -66,7 +66,8 @@ def new_folder(out: Path | None, name: str, source: Path | None, overwrite: bool
                         f"--out {folder} exists and is not empty; continue it by --resume "
                         f"{folder}, replace it by --overwrite, or give another --out"
                     )
-                _remove_run(folder)
+                with explained(folder):
+                    _remove_run(folder)
         else:
             folder = _first_free(stack, name, source)
         yield folder
