@@ -209,8 +209,6 @@ class RunFolder:
     ) -> None:
         self.path, self.config, self.vae, self.splits = path, config, vae, splits
         self.history = list(checkpoint.history) if checkpoint else []
-        self.saved_epoch = len(self.history)
-        self._saved_at = time.monotonic()
         self._state: Callable[[], dict[str, Any]] | None = None  # not yet in last.pt
         self._best: bytes | None = None  # not yet in best.pt
         path.mkdir(parents=True, exist_ok=True)

@@ -133,7 +133,7 @@ def opened(out: Path | None = None, overwrite: bool = False, source: Path | None
 
 def test_default_folders_are_numbered_and_never_shared(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    start, found = threading.Barrier(8), []
+    start, found = threading.Barrier(8, timeout=30), []
 
     def work() -> None:
         start.wait()
@@ -142,7 +142,7 @@ def test_default_folders_are_numbered_and_never_shared(tmp_path, monkeypatch):
             start.wait()  # held by all at once
             (path / "config.json").write_text("{}")
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -282,6 +282,8 @@ def test_a_kill_at_any_operation_leaves_a_run_that_goes_on(tmp_path):
         with killed_before(None, run) as operations:
             write(overwrite)
         assert len(operations) > (30 if overwrite else 15), operations
+        if overwrite:  # no other file of the old run goes while it can be resumed
+            assert operations[:3] == ["os.mkdir .", "open .lock", "os.remove checkpoints/last.pt"]
         accepted = {"resume": 0, "overwrite": 0, "again": 0}
         for number in range(len(operations) + 1):
             begin(overwrite)
