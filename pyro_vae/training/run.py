@@ -107,7 +107,8 @@ def claimed(folder: Path) -> Iterator[None]:
 def _check_place(folder: Path, source: Path | None) -> None:
     if any(unicodedata.category(character) == "Cc" for character in str(folder)):
         raise InputError(f"--out expects a path without control characters; got {str(folder)!r}")
-    if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
+    # In this order: another process may create the folder in between.
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
         kind = "a file" if folder.exists() else "a link to a place that does not exist"
         raise InputError(f"--out expects a folder; {folder} is {kind}")
     if source is not None and folder.resolve().is_relative_to(source.resolve()):
