@@ -26,6 +26,7 @@ from pyro_vae.training.run import RunFolder
 SMALL = ["--hidden", "8", "--latent-dim", "2", "--batch-size", "16", "--max-value", "16"]
 
 CONSTANT = ["--schedule", "constant"]
+SUMMARIZE = train._summarize
 
 
 @pytest.fixture(autouse=True)
@@ -168,16 +169,16 @@ def test_a_report_on_data_that_have_moved(tmp_path, monkeypatch, capsys):
     seen = []
 
     def overview(path, checkpoint, splits, codes, count):
-        seen.append((path, splits.fingerprint == checkpoint.fingerprint, len(splits.train)))
+        same = splits.fingerprint == checkpoint.fingerprint
+        seen.append((path, same, len(splits.train), count))
 
     monkeypatch.setattr("pyro_vae.page.summary.overview", overview)
     monkeypatch.setattr("pyro_vae.page.write.write_page", lambda out, views: seen.append(out))
     assert report.main([str(run), "--data", "moved.npy", "--out", "a.html"]) == 0
-    assert seen == [(run, True, 49), Path("a.html")]
+    assert seen == [(run, True, 49, 1), Path("a.html")]
     seen.clear()
     assert report.main([str(run), str(run), "--data", "moved.npy"]) == 0
-    assert [entry[1] for entry in seen[:2]] == [True, True]
-    assert seen[2] == Path("comparison.html")
+    assert seen == [(run, True, 49, 2), (run, True, 49, 2), Path("comparison.html")]
 
 
 def test_the_root_of_a_reports_data(tmp_path, monkeypatch):
@@ -407,3 +408,43 @@ def test_what_is_printed_of_each_epoch(tmp_path, capsys):
         f"{n} {line[n]:.2f}" for n in ("train_elbo", "validation_elbo", "reconstruction", "kl")
     )
     assert shown[-1] == f"epoch 44/45  {terms}"
+
+
+def test_the_summary_is_of_the_best_epoch_and_names_the_last(tmp_path, monkeypatch, capsys):
+    """Figures and page take the best model; only the last reconstructions are the last one's."""
+    run = trained(tmp_path)
+    file = run / "checkpoints" / "best.pt"
+    earlier = file.read_bytes()
+    assert train.main(["--resume", str(run), "--epochs", "4"]) == 0
+    file.write_bytes(earlier)  # as if epochs 3 and 4 had been worse
+    best, last = (load_checkpoint(run, name).vae.state_dict() for name in ("best", "last"))
+    drawn = {}
+
+    def note(name: str, vae, *rest: object) -> None:
+        drawn[name] = (vae.state_dict(), rest)
+
+    gallery = "pyro_vae.plots.from_model."
+    monkeypatch.setattr(gallery + "draw_reconstructions", lambda *a: note(a[3], a[0], a[4]))
+    monkeypatch.setattr(gallery + "draw_run", lambda *a: note("run", a[0], len(a[2])))
+    monkeypatch.setattr(
+        "pyro_vae.page.write.write_report",
+        lambda run, checkpoint, *rest: note("page", checkpoint.vae, len(checkpoint.history)),
+    )
+    monkeypatch.setattr(train, "_summarize", SUMMARIZE)
+    capsys.readouterr()
+    assert train.main(["--resume", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "best epoch 2 of 4" in out
+    line = metrics(run)[1]
+    assert (
+        f"validation: ELBO {line['validation_elbo']:.2f}, reconstruction "
+        f"{line['validation_reconstruction']:.2f}, KL {line['validation_kl']:.2f}" in out
+    )
+    for name, weights, rest in [
+        ("reconstructions_last_epoch", last, (4,)),
+        ("run", best, (4,)),
+        ("page", best, (2,)),
+    ]:
+        assert drawn[name][1] == rest
+        assert all(torch.equal(drawn[name][0][key], weights[key]) for key in weights)
+    assert not all(torch.equal(best[key], last[key]) for key in best)

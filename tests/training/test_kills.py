@@ -94,6 +94,7 @@ def test_a_run_in_use_is_left_alone_and_free_after_a_kill(forks, flags, tmp_path
     process.kill(signal.SIGKILL)
     assert process.wait() == -9
     assert (run / ".lock").exists()
+    assert len(load_checkpoint(run, "last").history) == 1  # saved though not yet due
     resumed = forks.start("--resume", run, log=tmp_path / "log2")
     wait_for_more(run)
     resumed.kill(signal.SIGTERM)
