@@ -474,6 +474,63 @@ def test_the_first_rank_decides(found):
     assert [rank["agreed"] for rank in found] == [{"rank": 0}, {"rank": 0}]
 
 
+# --- waiting --------------------------------------------------------------------------------------
+
+
+class Work:
+    """A message that is late by some waits, and then arrives or fails."""
+
+    def __init__(self, late: int, fails: bool = False, completes_late: bool = False) -> None:
+        self.late, self.fails, self.completes_late, self.waits = late, fails, completes_late, 0
+
+    def is_completed(self) -> bool:
+        return self.waits >= self.late if self.completes_late else self.waits > self.late
+
+    def wait(self, timeout: Any = None) -> None:
+        self.waits += 1
+        if self.waits <= self.late:
+            raise RuntimeError("Operation timed out!")
+        if self.fails:
+            raise RuntimeError("Connection closed by peer")
+
+
+@pytest.fixture
+def gloo(monkeypatch):
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+
+
+@pytest.mark.usefixtures("gloo")
+def test_a_message_is_waited_for_and_its_failure_is_noticed():
+    """A gradient that has not been summed is never taken for one that has."""
+    for late in (0, 3):
+        for completes_late in (False, True):  # in the moment in which the wait ends
+            work = Work(late, completes_late=completes_late)
+            distributed._wait(work, 100)
+            assert work.waits == late + 1
+            with pytest.raises(RuntimeError, match="closed by peer"):
+                distributed._wait(Work(late, True, completes_late), 100)
+
+
+@pytest.mark.usefixtures("gloo")
+def test_a_message_that_does_not_come_is_given_up(monkeypatch):
+    with pytest.raises(distributed.LostRank, match="does not answer"):
+        distributed._wait(Work(10**9), 0.01)
+    monkeypatch.setattr(distributed, "STOP_SECONDS", 0.01)
+    monkeypatch.setattr(distributed.stops, "requested", lambda: True)
+    with pytest.raises(distributed.LostRank, match="does not answer"):
+        distributed._wait(Work(10**9), 1000)
+
+
+def test_the_first_process_is_known_before_they_join(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("RANK", "1")  # of another launcher: the process is alone
+    assert distributed.is_first()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert not distributed.is_first()
+    monkeypatch.setenv("RANK", "0")
+    assert distributed.is_first()
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 NETWORK = ["--hidden", "16", "--latent-dim", "2", "--batch-size", "128", "--compile", "off"]
