@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from .diagnostics.suite import Effort, Study
 
 
+MIN_ROWS = 5  # the search for holes cross-validates over 5 parts of them
+
+
 @dataclass(frozen=True, kw_only=True)
 class DiagnoseArguments(RunArguments):
     """Arguments of `diagnose`.
@@ -95,10 +98,14 @@ def _rows(run: OpenRun, effort: Effort) -> tuple[Tensor, Tensor]:
     from .diagnostics.suite import random_rows
 
     splits, units = run.splits, run.vae.likelihood_module.units
-    if len(splits.test) < 4:
-        raise InputError(f"expected at least 4 held-out rows; {splits.name} has {len(splits.test)}")
     # Other data have no training rows: the aggregate posterior is then that of the test rows.
     known = splits.train if len(splits.train) else splits.test
+    for kind, split in (("held-out", splits.test), ("training", known)):
+        if len(split) < MIN_ROWS:
+            raise InputError(
+                f"expected at least {MIN_ROWS} {kind} rows; {splits.name} has {len(split)}: give "
+                f"more rows by --data"
+            )
     held_out = random_rows(splits.test, units, effort.held_out, run.seed)
     return held_out, random_rows(known, units, effort.aggregate, run.seed)
 

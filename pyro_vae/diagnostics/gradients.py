@@ -100,7 +100,7 @@ class Gradient:
             mean, square = self.block_means[keep].mean(0), self.block_squares[keep].mean().item()
             return statistic(mean, max(0.0, square - _square(mean)) * n / (n - 1), n)
 
-        one = torch.eye(BLOCKS, dtype=torch.bool)
+        one = torch.eye(BLOCKS, dtype=torch.bool, device="cpu")
         estimate, without_one = value(one.any(0)), [value(~block) for block in one]
         width = STUDENT * math.sqrt((BLOCKS - 1) * float(np.var(without_one)))
         return Interval(estimate, estimate - width, estimate + width)
@@ -157,7 +157,10 @@ def measure_gradients(
     # Gradients reach the parameters of all groups, and parameters outside any group.
     every = list({id(p): p for p in itertools.chain(*parameters.values(), sites)}.values())
     sizes = {name: sum(p.numel() for p in group) for name, group in parameters.items()}
-    sums = {n: torch.zeros(2, BLOCKS, size, dtype=torch.float64) for n, size in sizes.items()}
+    sums = {
+        name: torch.zeros(2, BLOCKS, size, dtype=torch.float64, device="cpu")
+        for name, size in sizes.items()
+    }
 
     def step() -> None:
         for parameter in every:

@@ -52,7 +52,7 @@ class PerRowGuide(nn.Module):
         self.loc = nn.Parameter(loc.clone())
         self.log_scale = nn.Parameter(scale.log())
         # Below the diagonal of the Cholesky factor, each line in units of its scale
-        lower = torch.zeros(*loc.shape, loc.shape[-1]).to(loc)
+        lower = loc.new_zeros(*loc.shape, loc.shape[-1])
         self.lower = nn.Parameter(lower, requires_grad=full)
 
     def posterior(self, x: Tensor) -> Distribution:
@@ -60,7 +60,7 @@ class PerRowGuide(nn.Module):
         scale = self.log_scale.exp()
         if not self.full:
             return Normal(self.loc, scale).to_event(1)
-        factor = torch.eye(scale.shape[-1]).to(scale) + self.lower.tril(-1)
+        factor = torch.ones_like(scale).diag_embed() + self.lower.tril(-1)
         return MultivariateNormal(self.loc, scale_tril=scale.unsqueeze(-1) * factor)
 
     def guide(self, x: Tensor) -> None:

@@ -141,7 +141,7 @@ def test_other_data(copy, capsys, tmp_path, undrawn):
     assert json.loads(capsys.readouterr().out)["data"] == "mine"
     np.save(path, load_digits().images[:3, None].astype(np.uint8))
     assert diagnose.main(arguments) == 2
-    assert "at least 4 held-out rows; mine has 3" in capsys.readouterr().err
+    assert "at least 5 held-out rows; mine has 3" in capsys.readouterr().err
 
 
 def test_mistakes(copy, capsys, tmp_path):
