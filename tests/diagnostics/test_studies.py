@@ -24,7 +24,7 @@ from pyro_vae.diagnostics import suite
 from pyro_vae.diagnostics.gradients import measure_gradients
 from pyro_vae.diagnostics.latents import LatentUse
 from pyro_vae.diagnostics.nuts import Comparison
-from pyro_vae.diagnostics.predictive import predictive_check
+from pyro_vae.diagnostics.predictive import PredictiveCheck, predictive_check
 from pyro_vae.diagnostics.refinement import Gaps, PerRowGuide
 from pyro_vae.diagnostics.sbc import check_ranks, coverage, gamma_band, miscalibration, simulate
 from pyro_vae.evidence.importance import Evidence, upper_bound
@@ -194,8 +194,25 @@ def test_latents_and_predictions(made):
 def test_active_units_are_counted(monkeypatch):
     use = LatentUse(np.array([0.001, 0.002, 5.0]), np.array([0.0, 0.5, 0.5]))
     monkeypatch.setattr(suite, "latent_use", lambda *_: use)
+    p_values = np.array([[0.02, 0.5], [0.03, 0.98], [0.97, 0.99], [0.976, 0.04]])
+    none, one = np.zeros((4, 2)), np.ones((4, 2))
+    check = PredictiveCheck(("mean", "log p(x|z)"), none, none, one, p_values)
+    monkeypatch.setattr(suite, "predictive_check", lambda *_: check)
     details = suite._latents(model(), torch.randn(9, D)).details
     assert details["active_units"] == 2
+    outside = details["predictive_p_values_beyond_95%"]
+    assert outside == {"mean": 0.5, "log p(x|z)": 0.5}
+
+
+def test_contraction_is_the_mean_over_simulations(monkeypatch):
+    """Of a guide whose deviations vary with x."""
+    result = simulate(model(), 60, 19)
+    scale = np.random.default_rng(0).gamma(2.0, 0.2, size=result.scale.shape)
+    result = dataclasses.replace(result, scale=scale)
+    monkeypatch.setattr(suite, "simulate", lambda *_, **__: result)
+    monkeypatch.setattr(suite, "_calibration_figures", lambda *_: {})
+    details = suite._calibration(model(), EFFORT, id).details
+    same(list(details["contraction"].values()), (1 - scale**2).mean(0))
 
 
 def test_gaps(made):

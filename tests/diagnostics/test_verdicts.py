@@ -102,6 +102,19 @@ def test_both_sides_of_both_ratios(name):
     assert found["limits"] == (small, large)
 
 
+def test_ratios_are_to_the_ideal():
+    check = replace(verdicts.WIDTH, ideal=4.0)
+    for size, verdict in ((4.3, "sound"), (4 / 1.09, "sound"), (5.9, "doubtful"), (6.1, "wrong")):
+        assert Finding(check, Interval(size, size, size)).verdict == verdict
+
+
+def test_an_interval_about_the_ideal_is_never_wrong():
+    for name in (*ADDITIVE, *RATIOS):
+        check = getattr(verdicts, name)
+        size = Interval(check.ideal, check.ideal - 9, check.ideal + 9)
+        assert Finding(check, size).verdict == "doubtful"
+
+
 def test_no_hole_is_wrong():
     for share, verdict in ((0.0999, "sound"), (0.1001, "doubtful"), (1.0, "doubtful")):
         assert judged("HOLES", share)["verdict"] == verdict
