@@ -552,6 +552,7 @@ def test_a_default_dtype_changes_nothing():
 
 def test_a_default_device_is_not_used():
     """Tensors of the device "meta" hold no values, as tensors on a GPU do not mix with a CPU's."""
+    split = sentinel(40, 50, DataSpec((3,), None, discrete=False))
     loc, scale = torch.zeros(3, Z), torch.ones(3, Z)
     blocks = torch.randn(20, 5).double()
     from pyro_vae.diagnostics.gradients import Gradient
@@ -561,4 +562,6 @@ def test_a_default_device_is_not_used():
         covariance = guide.posterior(loc).covariance_matrix
         gradient = Gradient(40, blocks.mean(0), blocks[0], blocks, blocks.square().sum(1))
         assert math.isfinite(gradient.variance.estimate)
+        rows = suite.random_rows(split, "real", 9, 1)
+    same(rows, suite.random_rows(split, "real", 9, 1))
     same(covariance.detach(), torch.eye(Z).expand(3, Z, Z))
