@@ -292,6 +292,7 @@ def test_few_rows_are_refused_with_their_number(folder, stub, capsys, tmp_path, 
     output = capsys.readouterr()
     if count == 5:
         assert (status, len(made.held_out), len(made.training)) == (0, 5, 5)
+        assert made.files[-1]["held_out"] == 5
     else:
         assert status == 2
         (line,) = output.err.strip().splitlines()
