@@ -14,12 +14,14 @@ from conftest import SIGMAS
 from pyro.distributions import Normal
 
 from pyro_vae import memory
+from pyro_vae.diagnostics import nuts
 from pyro_vae.diagnostics.aggregate import (
     aggregate_posterior,
     energy_coefficient,
     energy_test,
     holes,
 )
+from pyro_vae.diagnostics.gradients import Gradient
 from pyro_vae.diagnostics.latents import LatentUse, latent_use
 from pyro_vae.diagnostics.predictive import PredictiveCheck, predictive_check
 
@@ -106,6 +108,27 @@ def test_the_seed_of_the_permutations():
     p_values = [energy_test(first, second, 99, seed).p_value for seed in (0, 0, 1, 2, 3)]
     assert p_values[0] == p_values[1]
     assert len(set(p_values)) > 1
+
+
+def test_chains_that_never_move_count_as_one_draw():
+    """Whether all chains stand at one place or each at its own; a latent that moves is sampled."""
+    draws = np.random.default_rng(2).normal(size=(2, 8, 1, 3))
+    draws[..., 0] = 0.7
+    draws[0, ..., 1], draws[1, ..., 1] = 1.0, 2.0
+    r_hat, size = nuts._convergence(draws)
+    assert np.isinf(r_hat).tolist() == [[True, True, False]]
+    assert size[0, :2].tolist() == [1.0, 1.0]
+    assert size[0, 2] > 1
+
+
+def test_rounding_is_no_noise():
+    """A variance of 1e-15 of the squared gradient is rounding error; one of 1e-9 is noise."""
+    mean = torch.full((4,), 0.3).double()
+    for share, noiseless in ((1e-15, True), (1e-9, False)):
+        squares = torch.full((20,), 4 * 0.09 * (1 + share)).double()
+        gradient = Gradient(40, mean, 0 * mean, mean.expand(20, 4), squares)
+        assert gradient.variance.estimate > 0
+        assert math.isinf(gradient.signal_to_noise.estimate) == noiseless
 
 
 def test_holes_are_where_the_ratio_of_densities_is_small(monkeypatch):
