@@ -43,7 +43,9 @@ def folder(tmp_path_factory):
     np.save(folder / "mine.npy", numbered(0, 200))
     np.save(folder / "other.npy", numbered(300, 30))
     arguments = ["--data", str(folder / "mine.npy"), "--out", str(folder / "run")]
-    assert train.main([*arguments, *TINY, "--test-size", "60"]) == 0
+    with pytest.MonkeyPatch.context() as patch:  # without pictures and page, which take longest
+        patch.setattr(train, "_summarize", lambda *_: None)
+        assert train.main([*arguments, *TINY, "--test-size", "60"]) == 0
     return folder
 
 
@@ -168,6 +170,7 @@ def test_binarization_is_told_with_its_seed(tmp_path, stub, capsys, monkeypatch)
     grey = np.random.default_rng(0).integers(0, 256, (200, 1, 4, 4)).astype(np.uint8)
     np.save(tmp_path / "grey.npy", grey)
     arguments = ["--data", str(tmp_path / "grey.npy"), "--likelihood", "bernoulli"]
+    monkeypatch.setattr(train, "_summarize", lambda *_: None)
     assert train.main([*arguments, "--out", str(tmp_path / "run"), *TINY]) == 0
     found = []
     for seed in ("3", "3", "4"):
@@ -375,6 +378,7 @@ def test_odd_data_give_numbers(name, tmp_path, capsys, monkeypatch):
     """Every size is a number, none is passed over for another that is none."""
     monkeypatch.setattr(suite, "QUICK", LITTLE)
     if name == FAST:  # drawing takes most of the time
+        monkeypatch.setattr(train, "_summarize", lambda *_: None)
         monkeypatch.setattr(figures, "save", lambda figure, path: None)
     make, flags = ODD[name]
     np.save(tmp_path / "odd.npy", make(np.random.default_rng(0)))
