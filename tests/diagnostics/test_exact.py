@@ -123,9 +123,9 @@ def test_chains_that_never_move_count_as_one_draw():
 
 def test_rounding_is_no_noise():
     """A variance of 3e-14 of the squared gradient is rounding error; one of 1e-9 is noise."""
-    mean = torch.full((4,), 0.3).double()
+    mean = torch.full((4,), 0.3, dtype=torch.float64)
     for share, noiseless in ((3e-14, True), (1e-9, False)):
-        squares = torch.full((20,), 4 * 0.09 * (1 + share)).double()
+        squares = torch.full((20,), 4 * 0.09 * (1 + share), dtype=torch.float64)
         gradient = Gradient(40, mean, 0 * mean, mean.expand(20, 4), squares)
         assert gradient.variance.estimate > 0
         assert math.isinf(gradient.signal_to_noise.estimate) == noiseless
