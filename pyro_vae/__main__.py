@@ -15,22 +15,20 @@ from __future__ import annotations
 import importlib
 import sys
 
+from .cli import fail, run_command
+from .config import VERSION
+
 COMMANDS = ("train", "evaluate", "generate", "encode", "diagnose", "report")
 
 
 def main() -> int:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print((__doc__ or "").strip())
-        return 0
+        return run_command(lambda: print((__doc__ or "").strip()))
     if name == "--version":
-        from .config import VERSION
-
-        print(VERSION)
-        return 0
+        return run_command(lambda: print(VERSION))
     if name not in COMMANDS:
-        print(f"error: expected one of {', '.join(COMMANDS)}; got {name}", file=sys.stderr)
-        return 2
+        return fail(f"expected one of {', '.join(COMMANDS)}; got {name}")
     return importlib.import_module(f"pyro_vae.{name}").main(sys.argv[2:])
 
 

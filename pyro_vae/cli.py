@@ -6,20 +6,28 @@ invalid flag are answered at once.
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import dataclasses
-import json
+import errno
+import io
 import logging
 import os
+import re
+import shutil
 import sys
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeVar, get_args, get_origin
 
 import tyro
 
-from .config import Config, DataConfig, InputError, auto, check_seed
+from .config import Config, DataConfig, InputError, auto
+from .files import printable, to_json
+from .options import check_integer, expected, shown, typed, without_none
 
 if TYPE_CHECKING:
     import torch
@@ -39,16 +47,84 @@ def parse(
     doc: str | None,
     default: Any = None,
 ) -> Arguments:
-    """Parse flags into a dataclass. An invalid flag or value exits with status 2."""
+    """Parse flags into a dataclass. Of a flag given twice, the last counts. `--help` exits with 0.
+
+    Raises:
+        InputError: a flag is unknown or missing, or its value is invalid.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
     options = {} if default is None else {"default": default}
-    return tyro.cli(
-        arguments,
-        args=argv,
-        prog=f"python -m pyro_vae.{prog}",
-        description=doc,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-        **options,
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(_flag_value)
+    errors = io.StringIO()
+    if shutil.get_terminal_size().columns < 40:  # tyro's help hangs in one of 5
+        os.environ["COLUMNS"] = "40"
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                arguments,
+                args=argv,
+                prog=f"python -m pyro_vae.{prog}",
+                description=doc,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+                registry=registry,
+                **options,
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        cause: BaseException | None = stop
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__context__
+        raise InputError(_one_line(errors.getvalue()) if cause is None else str(cause)) from None
+
+
+def _flag_value(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """How tyro reads a number, several integers or a choice: the error says what is expected."""
+    hint: Any = info.type
+    kind = without_none(hint)
+    several = kind in (tuple[int, int], tuple[int, ...])
+    if not (several or kind in (int, float) or get_origin(kind) is Literal):
+        return None
+    convert = {Literal: str, float: float}.get(get_origin(kind) or kind, _integer)
+
+    def read(texts: list[str]) -> Any:
+        if texts == ["None"] and kind is not hint:
+            return None
+        with contextlib.suppress(ValueError):  # InputError is one
+            values = tuple(convert(text) for text in texts)
+            square = kind == tuple[int, int] and len(values) == 1
+            return typed(values if several and not square else values[0], hint, "")
+        raise ValueError(f"expects {expected(hint)}; got {shown(' '.join(texts))}")
+
+    choices = ",".join(get_args(kind)) if get_origin(kind) is Literal else ""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*" if several else 1,
+        metavar=f"{{{choices}}}" if choices else "FLOAT" if kind is float else "INT",
+        instance_from_str=read,
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: list(
+            map(str, value if isinstance(value, tuple) else [value])
+        ),
     )
+
+
+def _integer(text: str) -> int:
+    return int(text[:4000])  # Python reads at most 4300 digits; no setting has more than 19
+
+
+def _one_line(box: str) -> str:
+    """tyro's message on one line. tyro prints a title, then sections: the message, then advice."""
+    lines = re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]
+    text = "\n".join(line.strip(" │╰╯") for line in lines)
+    message, *advice = [part for part in re.split(r"^[─-]*$", text, flags=re.MULTILINE) if part]
+    message = re.sub(r"^Error parsing (--[\w-]+):", r"\1", " ".join(message.split()))
+    similar = re.search(r"^--[\w-]+", "\n".join(advice), re.MULTILINE)
+    if message.startswith("Unrecognized") and similar:
+        message += f"; did you mean {similar[0]}?"
+    return message
 
 
 def share_cores() -> None:
@@ -66,26 +142,65 @@ def run_command(work: Callable[[], int | None]) -> int:
     """Run a command. A user's mistake becomes one line on stderr and exit status 2."""
     share_cores()
     logging.getLogger("pyro.infer").setLevel(logging.WARNING)  # no guesses of plate nesting
+    _prepare_streams()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _note
             try:
                 return work() or 0
             finally:
-                sys.stdout.flush()  # a closed pipe is noticed here, not when the interpreter exits
+                _flush()  # a closed pipe is noticed here, not when the interpreter exits
     except InputError as error:
         return fail(str(error))
     except BrokenPipeError:  # the reader has closed the pipe, as in `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 141
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
+        if error.errno == errno.ENOSPC and not place:
+            place = ": stdout or a file is incomplete"
         return fail(f"{error.strerror or error}{place}")
     except _out_of_memory() as error:
         reason = str(error).strip().split("\n")[0] or "no details"
         return fail(f"not enough memory for these sizes; lower them ({reason})")
     except KeyboardInterrupt:
         return fail("interrupted", status=130)
+
+
+# Signs in tables and help that few encodings have, and that Unicode relates to no ASCII.
+_ASCII = {"‖": "||", "−": "-", "→": "->", "β": "beta", "·": "*", "─": "-", "│": "|"}  # noqa: RUF001
+_ASCII |= dict.fromkeys("╭╮╰╯", "+")
+
+
+def _prepare_streams() -> None:
+    """Make every output possible: in any encoding, and where stdout or stderr are closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="pyro_vae")
+
+
+def _readable(error: UnicodeError) -> tuple[str, int]:
+    """Error handler "pyro_vae" of an encoding: ASCII that looks like the text, or its code."""
+    assert isinstance(error, UnicodeEncodeError)
+    text = ""
+    for sign in error.object[error.start : error.end]:
+        similar = _ASCII.get(sign) or unicodedata.normalize("NFKC", sign)
+        text += similar if similar.isascii() else sign.encode("unicode_escape").decode()
+    return text, error.end
+
+
+codecs.register_error("pyro_vae", _readable)
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:  # the reader is gone, or the disk is full
+        # The interpreter flushes once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def _out_of_memory() -> tuple[type[Exception], ...]:
@@ -108,12 +223,13 @@ def _note(
     """Print a warning, without the source line if it comes from this package."""
     text = warnings.formatwarning(message, category, filename, lineno, line)
     if Path(filename).is_relative_to(Path(__file__).parent):
-        text = f"note: {message}\n"
+        text = f"note: {printable(str(message))}\n"
     print(text, end="", file=file or sys.stderr)
 
 
 def fail(message: str, status: int = 2) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # stderr on a full disk
+        print(f"error: {printable(message)}", file=sys.stderr)
     return status
 
 
@@ -146,13 +262,16 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def load_run_data(checkpoint: Checkpoint, source: str | None, root: Path | None) -> Splits:
+def load_run_data(
+    checkpoint: Checkpoint, source: str | None, root: Path | None, max_value: int | None = None
+) -> Splits:
     """Load the data of a run, or other data for its model.
 
     Args:
         checkpoint: the run's checkpoint.
         source: `--data`; None for the data of the run. All rows of other data are test rows.
         root: `--data-root`; None for that of the run.
+        max_value: `--max-value` of other data.
 
     Raises:
         InputError: the data are missing, have changed since the training, or do not fit the model.
@@ -165,10 +284,11 @@ def load_run_data(checkpoint: Checkpoint, source: str | None, root: Path | None)
         config = dataclasses.replace(config, root=root)
     if source is not None:
         config = dataclasses.replace(config, source=source)
-        foreign = load_foreign(config, likelihood.spec, likelihood.units)
+        moments = (likelihood.mean, likelihood.std)
+        foreign = load_foreign(config, likelihood.spec, likelihood.units, max_value, moments)
         if foreign.fingerprint != checkpoint.fingerprint:
             return foreign
-    splits = load_data(config, checkpoint.config.seed)
+    splits = load_data(config, checkpoint.config.seed, spec=likelihood.spec)
     if splits.fingerprint != checkpoint.fingerprint:
         raise InputError(
             f"the data {config.source} are not the data that {checkpoint.path} was trained on: "
@@ -184,6 +304,8 @@ class RunArguments:
     Attributes:
         run: Run folder or checkpoint file.
         data: Name or path of other data to use. All its rows are test rows.
+        max_value: Largest value that the data in --data can take, for example 255 for 8-bit images.
+            They are converted to the range of the run's data.
         data_root: Folder of torchvision's data sets.
         seed: Seed of all random draws, including the binarization for a bernoulli likelihood.
         device: Device: cpu, cuda, cuda:1, or auto (cuda if available).
@@ -191,12 +313,16 @@ class RunArguments:
 
     run: Annotated[Path, tyro.conf.Positional]
     data: Annotated[str | None, auto("NAME|PATH", "the run's own")] = None
+    max_value: Annotated[int | None, auto("INT", "as the kind of data defines it")] = None
     data_root: Annotated[Path | None, auto("DIR", "the run's own")] = None
     seed: Annotated[int | None, auto("INT", "the run's own")] = None
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
+        check_integer("seed", self.seed, 0)
+        check_integer("max-value", self.max_value)
+        if self.max_value is not None and self.data is None:
+            raise InputError("--max-value is the largest value of the data in --data; give --data")
 
 
 @dataclass(frozen=True)
@@ -220,7 +346,9 @@ def open_run(arguments: RunArguments) -> OpenRun:
 
     device = choose_device(arguments.device)
     checkpoint = load_checkpoint(arguments.run)
-    splits = load_run_data(checkpoint, arguments.data, arguments.data_root).to(device)
+    splits = load_run_data(checkpoint, arguments.data, arguments.data_root, arguments.max_value).to(
+        device
+    )
     seed = checkpoint.config.seed if arguments.seed is None else arguments.seed
     return OpenRun(checkpoint, checkpoint.vae.to(device), splits, device, seed)
 
@@ -241,7 +369,7 @@ def refuse_existing(out: Path, overwrite: bool, endings: Sequence[str]) -> None:
 
 
 def print_json(values: dict[str, Any]) -> None:
-    print(json.dumps(values, indent=2))
+    print(to_json(values, indent=2))
 
 
 def config_of(arguments: Config) -> Config:

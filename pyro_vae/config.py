@@ -12,12 +12,23 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 import tyro
-from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-from .options import KL_WEIGHTED, OBJECTIVE_OPTIONS, Objective, check_objective
+from .options import (
+    KL_WEIGHTED,
+    OBJECTIVE_OPTIONS,
+    InputError,
+    Objective,
+    Typed,
+    check_integer,
+    check_number,
+    check_objective,
+    check_path,
+    hints_of,
+    typed,
+)
 
 VERSION = "0.1.0"
 
@@ -33,14 +44,7 @@ TORCHVISION_CLASSES = {
 }
 
 DEFAULT_HIDDEN = {"mlp": (512, 256), "conv": (32, 64)}
-
-
-class InputError(ValueError):
-    """Invalid input from the user: a flag, a file, an array.
-
-    The message says what was expected, what was given and how to fix it. The commands print it
-    without a traceback and exit with status 2.
-    """
+MAX_CONFIG_BYTES = 2**20
 
 
 def auto(metavar: str | None, meaning: str) -> Any:
@@ -48,23 +52,8 @@ def auto(metavar: str | None, meaning: str) -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {meaning})")
 
 
-def _at_least(flag: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise InputError(f"--{flag} expects an integer of at least {least}; got {value}")
-
-
-def check_seed(seed: int | None) -> None:
-    """Validate a seed for torch.
-
-    Raises:
-        InputError: the seed is negative or too large.
-    """
-    if seed is not None and not 0 <= seed < 2**63:
-        raise InputError(f"--seed expects an integer from 0 to 2^63 - 1; got {seed}")
-
-
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Typed):
     """The data set and its splits.
 
     Attributes:
@@ -72,8 +61,8 @@ class DataConfig:
             emnist (torchvision, downloaded to --data-root); or the path of a folder of images or of
             a .npy, .npz or .csv file.
         root: Folder of torchvision's data sets. Missing ones are downloaded to it.
-        image_size: Image height and width in pixels. Images in a folder are resized to it; flat
-            rows of an array or a table are reshaped to it.
+        image_size: Image height and width in pixels; one number is a square. Images in a folder
+            are resized to it; flat rows of an array or a table are reshaped to it.
         max_value: Largest value that the data can take, for example 255 for 8-bit images.
         validation_size: Number of validation rows, drawn from the training data by the seed.
         test_size: Number of test rows, for data without a test split.
@@ -95,17 +84,20 @@ class DataConfig:
         return dataclasses.replace(self, root=root, source=source)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.source:
             raise InputError("--data expects the name of a data set or a path; got nothing")
-        _at_least("validation-size", self.validation_size, 1)
-        _at_least("test-size", self.test_size, 1)
-        _at_least("max-value", self.max_value, 1)
+        check_path("data", self.source)
+        check_path("data-root", str(self.root))
+        check_integer("validation-size", self.validation_size)
+        check_integer("test-size", self.test_size)
+        check_integer("max-value", self.max_value)
         for side in self.image_size or ():
-            _at_least("image-size", side, 1)
+            check_integer("image-size", side)
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Typed):
     """The generative model p(z) p(x|z) and the posterior q(z|x).
 
     Attributes:
@@ -131,9 +123,10 @@ class ModelConfig:
     likelihood: Annotated[Likelihood, auto(None, "chosen by the data")] = "auto"
 
     def __post_init__(self) -> None:
-        _at_least("latent-dim", self.latent_dim, 1)
+        super().__post_init__()
+        check_integer("latent-dim", self.latent_dim)
         for size in self.hidden or ():
-            _at_least("hidden", size, 1)
+            check_integer("hidden", size)
         if self.architecture == "conv" and self.hidden == ():
             raise InputError("--architecture conv expects at least one layer in --hidden; got none")
 
@@ -143,7 +136,7 @@ def _option_names() -> list[str]:
 
 
 @dataclass(frozen=True)
-class FitConfig:
+class FitConfig(Typed):
     """Training by stochastic variational inference.
 
     Attributes:
@@ -162,7 +155,7 @@ class FitConfig:
         free_bits: Minimum KL of each latent in free-bits, in nats.
         mmd_weight: Weight of the discrepancy in mmd, in nats.
         epochs: Number of passes over the training data.
-        batch_size: Number of rows per step.
+        batch_size: Number of rows per step. The default means all training rows if they are fewer.
         learning_rate: Maximum learning rate of Adam.
         schedule: Learning rate after the warm-up: cosine (decays to zero) or constant.
         learning_rate_warmup: Fraction of all steps, 0 to 1, over which the learning rate rises
@@ -199,19 +192,12 @@ class FitConfig:
     precision: Literal["highest", "high", "medium", "bf16"] = "highest"
 
     def __post_init__(self) -> None:
-        _at_least("num-particles", self.num_particles, 1)
-        _at_least("epochs", self.epochs, 1)
-        _at_least("batch-size", self.batch_size, 1)
-        _at_least("patience", self.patience, 1)
-        for flag, value, may_be_infinite in [
-            ("learning-rate", self.learning_rate, False),
-            ("gradient-clip", self.gradient_clip, True),
-            ("beta", 1.0 if self.beta is None else self.beta, False),
-        ]:
-            if not value > 0:
-                raise InputError(f"--{flag} expects a number above 0; got {value}")
-            if math.isinf(value) and not may_be_infinite:
-                raise InputError(f"--{flag} expects a finite number; got {value}")
+        super().__post_init__()
+        for name in ("num_particles", "epochs", "batch_size", "patience"):
+            check_integer(name.replace("_", "-"), getattr(self, name))
+        check_number("learning-rate", self.learning_rate)
+        check_number("beta", self.beta)
+        check_number("gradient-clip", self.gradient_clip, finite=False)
         for flag, part in [
             ("learning-rate-warmup", self.learning_rate_warmup),
             ("kl-warmup", self.kl_warmup),
@@ -247,7 +233,7 @@ class FitConfig:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Typed):
     """All settings of a run.
 
     Raises:
@@ -265,7 +251,8 @@ class Config:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
+        super().__post_init__()
+        check_integer("seed", self.seed, 0)
         if self.model.kind == "ae":
             for name in ("objective", "num_particles", "kl_warmup", *_option_names()):
                 if getattr(self.fit, name) != getattr(FitConfig, name):
@@ -309,15 +296,33 @@ def read_config(path: Path) -> Config:
         InputError: the file is missing, not JSON, or has settings unknown to this version.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # reading a pipe might wait for ever
+            raise InputError(f"{path} is not a config.json: it is not a regular file")
+        with path.open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)
+        if len(content) > MAX_CONFIG_BYTES:
+            raise InputError(f"{path} is not a config.json: it has more than a megabyte")
+        values = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise InputError(f"cannot read the config {path}: {error.strerror}") from None
+    except RecursionError:
+        raise InputError(f"{path} is not a config.json: its brackets nest too deep") from None
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"{path} is not a config.json: {error}") from None
     try:
         return Config.from_dict(values)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it gives {next(n for n in names if names.count(n) > 1)} twice")
+    return values
 
 
 def resolve(config: Config, likelihood: Any, num_train: int) -> Config:
@@ -329,7 +334,7 @@ def resolve(config: Config, likelihood: Any, num_train: int) -> Config:
         num_train: number of training rows.
 
     Raises:
-        InputError: the batch is larger than the training set.
+        InputError: the batch is larger than the training set, and not the default.
     """
     model = dataclasses.replace(
         config.model,
@@ -338,7 +343,9 @@ def resolve(config: Config, likelihood: Any, num_train: int) -> Config:
         else config.model.hidden,
         likelihood=likelihood if config.model.likelihood == "auto" else config.model.likelihood,
     )
-    fit = dataclasses.replace(config.fit, epochs=resolve_epochs(config.fit, num_train))
+    epochs = resolve_epochs(config.fit, num_train)
+    size = min(config.fit.batch_size, num_train)
+    fit = dataclasses.replace(config.fit, epochs=epochs, batch_size=size)
     return dataclasses.replace(config, model=model, fit=fit)
 
 
@@ -346,9 +353,9 @@ def resolve_epochs(config: FitConfig, num_train: int) -> int:
     """Number of epochs: as given, or about 2500 steps.
 
     Raises:
-        InputError: the batch is larger than the training set.
+        InputError: the batch is larger than the training set, and not the default.
     """
-    if config.batch_size > num_train:
+    if config.batch_size > num_train and config.batch_size != FitConfig.batch_size:
         raise InputError(
             f"--batch-size {config.batch_size} is larger than the training set of {num_train} "
             f"rows; lower it"
@@ -359,7 +366,7 @@ def resolve_epochs(config: FitConfig, num_train: int) -> int:
 def _structure(cls: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise InputError(f"{where or 'the config'} expects settings by name; got {values!r}")
-    hints = get_type_hints(cls)
+    hints = hints_of(cls)
     unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
     if unknown:
         raise InputError(
@@ -370,16 +377,7 @@ def _structure(cls: type, values: Any, where: str) -> Any:
     for name, value in values.items():
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
-            value = _structure(hint, value, f"{where}{name}.")  # type: ignore[arg-type]
-        elif hint is Path and isinstance(value, str):
-            value = Path(value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        try:
-            # By default, typeguard checks the first element of a list only.
-            settings[name] = check_type(
-                value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS
-            )
-        except TypeCheckError as error:
-            raise InputError(f"{where}{name} = {value!r}: {error}") from None
+            settings[name] = _structure(hint, value, f"{where}{name}.")  # type: ignore[arg-type]
+        else:
+            settings[name] = typed(value, hint, f"{where}{name}")
     return cls(**settings)

@@ -13,8 +13,6 @@ numbers, RUN/figures/diagnose_*.png show them, and RUN/report.html is rewritten 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -29,6 +27,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .diagnostics.suite import Effort, Study
+
+
+MIN_ROWS = 5  # the search for holes cross-validates over 5 parts of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ def _main(arguments: DiagnoseArguments) -> int:
         if report["findings"] and not arguments.json:
             print(_table(report, folder))
     if arguments.json:
-        print_json(_plain(report))
+        print_json(report)
     return int(arguments.strict and any(f["verdict"] == "wrong" for f in report["findings"]))
 
 
@@ -95,10 +96,14 @@ def _rows(run: OpenRun, effort: Effort) -> tuple[Tensor, Tensor]:
     from .diagnostics.suite import random_rows
 
     splits, units = run.splits, run.vae.likelihood_module.units
-    if len(splits.test) < 4:
-        raise InputError(f"expected at least 4 held-out rows; {splits.name} has {len(splits.test)}")
     # Other data have no training rows: the aggregate posterior is then that of the test rows.
     known = splits.train if len(splits.train) else splits.test
+    for kind, split in (("held-out", splits.test), ("training", known)):
+        if len(split) < MIN_ROWS:
+            raise InputError(
+                f"expected at least {MIN_ROWS} {kind} rows; {splits.name} has {len(split)}: give "
+                f"more rows by --data"
+            )
     held_out = random_rows(splits.test, units, effort.held_out, run.seed)
     return held_out, random_rows(known, units, effort.aggregate, run.seed)
 
@@ -125,28 +130,19 @@ def _report(run: OpenRun, num_rows: int, quick: bool, effort: Effort) -> dict[st
 
 def _record(study: Study, report: dict[str, Any], folder: Path) -> None:
     """Add a study to the report and write both, so that an interruption loses no finished study."""
-    from .plots.run import save
+    from .plots.run import save_all
 
     report["findings"] += [finding.as_dict() for finding in study.findings]
     report["details"].update(study.details)
-    for name, figure in study.figures.items():
-        save(figure, folder / "figures" / f"diagnose_{name}.png")
+    pictures = {f"diagnose_{name}": figure for name, figure in study.figures.items()}
+    save_all(pictures, folder / "figures")
     _write(folder / "diagnostics.json", report)
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:
-    from .files import write_atomically
+    from .files import to_json, write_atomically
 
-    write_atomically(path, (json.dumps(_plain(report), indent=2) + "\n").encode())
-
-
-def _plain(values: Any) -> Any:
-    """Replace numbers that are not finite, which JSON lacks, by None."""
-    if isinstance(values, dict):
-        return {key: _plain(value) for key, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [_plain(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values
+    write_atomically(path, (to_json(report, indent=2) + "\n").encode())
 
 
 def _table(report: dict[str, Any], run: Path) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,15 +42,27 @@ def _main(arguments: EncodeArguments) -> None:
     import torch
 
     from .files import write_atomically
+    from .models.networks import MAX_STANDARDIZED
 
     run = open_run(arguments)
     splits, whole = run.splits, run.splits.whole()
-    means, deviations = [], []
+    likelihood = run.vae.likelihood_module
+    means, deviations, far = [], [], []
     with torch.no_grad():
-        for x in whole.fixed(run.vae.likelihood_module.units, run.seed):
+        for x in whole.fixed(likelihood.units, run.seed):
+            far.append((likelihood.deviations(x).abs() > MAX_STANDARDIZED).flatten(1).any(1).cpu())
             posterior = run.vae.posterior(x)
             means.append(posterior.mean.cpu())
             deviations.append(posterior.variance.sqrt().cpu())
+    outliers = torch.cat(far).nonzero().flatten()
+    if len(outliers) and likelihood.units == "real":
+        warnings.warn(
+            f"{len(outliers)} of {len(whole)} rows hold values further from the mean of the "
+            f"training data than {MAX_STANDARDIZED:,.0f} standard deviations, the first row "
+            f"{whole.rows[outliers[0]]} (counted from 0): their codes are those of values near "
+            f"that limit",
+            stacklevel=2,
+        )
     arrays = {
         "mean": torch.cat(means).numpy(),
         "standard_deviation": torch.cat(deviations).numpy(),

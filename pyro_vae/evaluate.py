@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from .cli import RunArguments, open_run, parse, print_json, run_command
 from .config import InputError, auto
+from .options import check_integer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +37,8 @@ class EvaluateArguments(RunArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_samples < 1:
-            raise InputError(f"--num-samples expects at least 1; got {self.num_samples}")
-        if self.num_images is not None and self.num_images < 1:
-            raise InputError(f"--num-images expects at least 1; got {self.num_images}")
+        check_integer("num-samples", self.num_samples)
+        check_integer("num-images", self.num_images)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,11 +78,16 @@ def _main(arguments: EvaluateArguments) -> None:
         )
     likelihood = run.checkpoint.config.model.likelihood
     values = {**asdict(result), "split": arguments.split, "likelihood": likelihood}
+    spec = run.splits.spec
+    if spec.log_scale:
+        values["nats_to_units_of_data"] = -spec.log_scale
     if arguments.json:
         print_json(values)
     else:
         print(run.checkpoint.path)
         print(_table(values, run.splits.name))
+        if units := spec.describe_units():
+            print(f"  {units}")
 
 
 def _table(values: dict[str, Any], name: str) -> str:
@@ -105,7 +109,8 @@ def _table(values: dict[str, Any], name: str) -> str:
     ):
         value = values[key]
         if value is not None:
-            text = f"{value:10d}" if isinstance(value, int) else f"{value:10.3f}"
+            text = f"{value:10.3f}" if abs(value) < 1e9 else f"{value:10.4g}"
+            text = f"{value:10d}" if isinstance(value, int) else text
             lines.append(f"  {label:<20}{text}   {remark}".rstrip())
     return "\n".join(lines)
 

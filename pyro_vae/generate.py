@@ -19,7 +19,8 @@ from typing import Annotated
 import tyro
 
 from .cli import choose_device, parse, refuse_existing, run_command
-from .config import InputError, check_seed
+from .config import InputError
+from .options import check_integer
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,8 @@ class GenerateArguments:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
-        if self.num < 1:
-            raise InputError(f"--num expects at least 1; got {self.num}")
+        check_integer("seed", self.seed, 0)
+        check_integer("num", self.num)
         if self.num > 2500 and self.out.suffix.lower() == ".png":
             raise InputError(f"--num expects at most 2500 for a .png grid; got {self.num}")
 
@@ -65,7 +65,8 @@ def _main(arguments: GenerateArguments) -> None:
     from .memory import check_memory
     from .models.vae import VAE
     from .plots.from_model import generate_images, to_display
-    from .plots.run import image_grid, in_rows, save
+    from .plots.run import save
+    from .plots.tiles import image_grid, in_rows
     from .randomness import random_states
     from .training.checkpoint import load_checkpoint
 

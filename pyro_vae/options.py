@@ -1,9 +1,18 @@
-"""Names of the objectives, and their options with ranges. Imports no torch."""
+"""Types and ranges of settings; names and options of the objectives. Imports no torch."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+import os
+from functools import cache
+from numbers import Integral, Real
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
+MAX_NUMBER = 3.4e38  # about the largest in float32
 
 Objective = Literal[
     "trace",
@@ -40,6 +49,123 @@ OBJECTIVE_OPTIONS: dict[str, dict[str, float]] = {
 KL_WEIGHTED = ("trace", "mean-field", "score-function", "beta", "free-bits")
 
 
+class InputError(ValueError):
+    """Invalid input from the user: a flag, a file, an array.
+
+    The message says what was expected, what was given and how to fix it. The commands print it
+    without a traceback and exit with status 2.
+    """
+
+
+def check_integer(flag: str, value: int | None, least: int = 1) -> None:
+    """Check that an integer setting, if given, is at least `least` and at most 2^63 - 1.
+
+    Raises:
+        InputError: it is not.
+    """
+    if value is not None and not least <= value < 2**63:
+        expected = f"of at least {least}" if value < least else f"from {least} to 2^63 - 1"
+        raise InputError(f"--{flag} expects an integer {expected}; got {shown(value)}")
+
+
+def check_number(flag: str, value: float | None, finite: bool = True) -> None:
+    """Check that a setting, if given, is above 0 and within the range of float32.
+
+    Raises:
+        InputError: it is not.
+    """
+    if value is None or 0 < value <= MAX_NUMBER or (value == math.inf and not finite):
+        return
+    expected = f"a finite number, at most {MAX_NUMBER:g}" if value > 0 else "a number above 0"
+    raise InputError(f"--{flag} expects {expected}; got {value}")
+
+
+def check_path(flag: str, path: str) -> None:
+    """Check that the operating system can represent a path.
+
+    Raises:
+        InputError: it cannot.
+    """
+    try:
+        possible = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise InputError(f"--{flag} expects a path; got {shown(path)}")
+
+
+def shown(value: Any) -> str:
+    """The value in a message: a long one is shortened."""
+    if isinstance(value, int) and abs(value) >= 2**64:  # Python refuses to print very long ones
+        return f"about {'-' * (value < 0)}10^{math.log10(abs(value)):.0f}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:40]} … {text[-10:]}, {len(text):,} characters"
+
+
+def without_none(hint: Any) -> Any:
+    """The type X of a setting X | None."""
+    options = [option for option in get_args(hint) if option is not NoneType]
+    return options[0] if len(options) < len(get_args(hint)) else hint
+
+
+def expected(hint: Any) -> str:
+    """What a setting of this type expects, in a message."""
+    hint = without_none(hint)
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    names = {int: "an integer", float: "a number", str: "text", Path: "a path"}
+    names |= {tuple[int, int]: "one or two integers, as in 28 or 28 32"}
+    names |= {tuple[int, ...]: "integers, as in 512 256"}
+    return names.get(hint, str(hint))
+
+
+def typed(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type `hint`. One integer is a square, an integer is a float too.
+
+    Numbers of other libraries become Python's, since config.json holds no others.
+
+    Raises:
+        InputError: it has another type, or is an integer that no float holds.
+    """
+    try:
+        # By default, typeguard checks the first element of a list only.
+        return check_type(
+            _plain(value, without_none(hint)),
+            hint,
+            collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS,
+        )
+    except (TypeCheckError, TypeError, OverflowError):
+        raise InputError(f"{where} = {shown(value)}: expected {expected(hint)}") from None
+
+
+def _plain(value: Any, kind: Any) -> Any:
+    if isinstance(value, bool):  # an int to Python
+        if kind is bool:
+            return value
+        raise TypeError("a bool is not a number")
+    if isinstance(value, list | tuple):
+        return tuple(_plain(item, int) for item in value)
+    if isinstance(value, Integral) and kind is not float:
+        return (int(value),) * 2 if kind == tuple[int, int] else int(value)
+    if isinstance(value, Real):
+        return float(value)
+    return Path(value) if kind is Path and isinstance(value, str) else value
+
+
+@cache
+def hints_of(cls: type) -> dict[str, Any]:
+    """The types of a dataclass's fields, by name."""
+    return get_type_hints(cls)
+
+
+class Typed:
+    """Each field has the type that it declares, also if it comes from Python code or a file."""
+
+    def __post_init__(self) -> None:
+        for name, hint in hints_of(type(self)).items():  # type: ignore[arg-type]
+            object.__setattr__(self, name, typed(getattr(self, name), hint, name))
+
+
 def check_objective(name: str, num_particles: int, options: dict[str, Any]) -> None:
     """Validate an objective and its options.
 
@@ -72,17 +198,18 @@ def _check_ranges(name: str, num_particles: int, values: dict[str, Any]) -> None
     if not isinstance(groups, int) or groups < 1 or num_particles % groups:
         raise ValueError(
             f"the objective {name} expects a number of particles that is a multiple of its "
-            f"{groups} groups; got {num_particles}"
+            f"{shown(groups)} groups; got {num_particles}"
         )
     alpha = values.get("alpha", 0.0)
-    if not math.isfinite(alpha) or alpha == 1:
+    if not abs(alpha) <= MAX_NUMBER or alpha == 1:
         raise ValueError(
-            f"alpha expects a finite number other than 1, at which the bound is the ELBO (trace); "
-            f"got {alpha}"
+            f"alpha expects a finite number other than 1, at which the bound is the ELBO (trace), "
+            f"of at most {MAX_NUMBER:g} in absolute value; got {alpha}"
         )
     if not 0 <= values.get("elbo_weight", 0) <= 1:
         raise ValueError(f"elbo_weight expects 0 to 1; got {values['elbo_weight']}")
     for option in ("beta", "free_bits", "mmd_weight"):
         value = values.get(option, 1.0)
-        if not 0 < value < math.inf:
-            raise ValueError(f"{option} expects a finite number above 0; got {value}")
+        if not 0 < value <= MAX_NUMBER:
+            limit = f", at most {MAX_NUMBER:g}" if MAX_NUMBER < value < math.inf else ""
+            raise ValueError(f"{option} expects a finite number above 0{limit}; got {value}")

@@ -1,15 +1,64 @@
-"""Save, seed and restore torch's global random states, from which Pyro draws."""
+"""Save, seed and restore torch's global random states, from which Pyro draws.
+
+Random states, default settings, and Pyro's parameter store and handlers belong to the process, not
+to a thread. `one_thread` lets one thread at a time use them; all contexts here hold it.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
 from torch import Tensor
+
+_in_use = threading.RLock()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let no other thread draw or use Pyro during the block; also a decorator.
+
+    Other threads wait where they enter such a block.
+    """
+    with _in_use:
+        yield
+
+
+@contextmanager
+def usual_settings(
+    device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
+    precision: str = "highest",
+    validate: bool = True,
+) -> Iterator[None]:
+    """Use Pyro's and torch's own settings within the block, whatever the caller has set.
+
+    Gradients are enabled; new tensors are float32 and on the CPU.
+
+    Args:
+        device: device of the computation.
+        precision: of matrix products, see `FitConfig`.
+        validate: whether Pyro checks shapes and supports.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(one_thread())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(pyro.validation_enabled(validate))
+        is_bf16 = precision == "bf16"
+        stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=is_bf16))
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("highest" if is_bf16 else precision)
+        if torch.get_default_device().type != "cpu":  # the context costs time in every operation
+            stack.enter_context(torch.device("cpu"))
+        if torch.get_default_dtype() != torch.float32:
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float32)
+        yield
 
 
 class RandomStates:
@@ -50,20 +99,21 @@ def derive(seed: int, purpose: str) -> int:
 
 @contextmanager
 def random_states(device: torch.device, seed: int | None = None) -> Iterator[RandomStates]:
-    """Restore the global random states after the block.
+    """Restore the global random states after the block, which other threads wait for.
 
     Args:
         device: device of the draws. The state of the CPU is always restored.
         seed: seed of the block's draws, if given.
     """
     states = RandomStates(device)
-    outer = states.get()
-    try:
-        if seed is not None:
-            states.seed(seed)
-        yield states
-    finally:
-        states.set(outer)
+    with one_thread():
+        outer = states.get()
+        try:
+            if seed is not None:
+                states.seed(seed)
+            yield states
+        finally:
+            states.set(outer)
 
 
 class OwnState:

@@ -10,16 +10,20 @@ network and no server. Training also writes this page.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from .cli import load_run_data, parse, refuse_existing, run_command
 from .config import InputError, auto
+
+if TYPE_CHECKING:
+    from .training.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class ReportArguments:
         runs: One run folder, or several to compare.
         out: File to write, ending in .html.
         overwrite: Replace an existing file; a run's own report.html is always replaced.
+        data: Name or path of the data, if they have moved since the training.
         data_root: Folder of torchvision's data sets.
     """
 
@@ -42,6 +47,7 @@ class ReportArguments:
         Path | None, auto("FILE", "RUN/report.html; comparison.html for several runs")
     ] = None
     overwrite: bool = False
+    data: Annotated[str | None, auto("NAME|PATH", "the run's own")] = None
     data_root: Annotated[Path | None, auto("DIR", "the run's own")] = None
 
 
@@ -77,12 +83,24 @@ def _main(arguments: ReportArguments) -> None:
                     f"{run} was stopped in its first epoch and has nothing to report yet; "
                     f"continue it by python -m pyro_vae.train --resume {run}"
                 )
-            splits = load_run_data(checkpoint, None, arguments.data_root)
+            splits = load_run_data(_moved(checkpoint, arguments.data), None, arguments.data_root)
             codes = latent_codes(checkpoint.vae, splits, checkpoint.config.seed)
             views.append(overview(run, checkpoint, splits, codes, len(runs)))
             bar.update()
     write_page(out, views)
     print(out)
+
+
+def _moved(checkpoint: Checkpoint, source: str | None) -> Checkpoint:
+    """The checkpoint with its data in another place."""
+    from .training.run import check_source
+
+    config = checkpoint.config
+    if source is not None:
+        data = dataclasses.replace(config.data, source=source).absolute()
+        config = dataclasses.replace(config, data=data)
+    check_source(config.data)
+    return dataclasses.replace(checkpoint, config=config)
 
 
 if __name__ == "__main__":

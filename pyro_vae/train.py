@@ -18,15 +18,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from .cli import choose_device, config_of, fail, parse, run_command
@@ -49,7 +48,7 @@ class TrainArguments(Config):
         out: Run folder to write.
         overwrite: Replace the run in --out.
         resume: Continue the run in this folder with its own settings. Only --epochs, --patience and
-            --device may be changed.
+            --device may be changed, and --data and --data-root if the same data have moved.
         config: Use the settings in a run's config.json. Other flags override them.
         preset: Use the settings of a published experiment. Other flags override them. iwae-mnist:
             "Importance weighted autoencoders", one stochastic layer, on MNIST; choose --objective,
@@ -75,47 +74,59 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     early = argparse.ArgumentParser("pyro_vae.train", add_help=False, allow_abbrev=False)
-    early.add_argument("--config", type=Path)
-    early.add_argument("--resume", type=Path)
-    early.add_argument("--preset")
+    # `parse` refuses a flag without its value.
+    early.add_argument("--config", type=Path, nargs="?")
+    early.add_argument("--resume", type=Path, nargs="?")
+    early.add_argument("--preset", nargs="?")
     given, _ = early.parse_known_args(argv)
-    checkpoint = None
     default = Config()
     if given.resume and (given.config or given.preset):
         raise InputError("--resume uses the run's own settings; drop --config and --preset")
     if given.config and given.preset:
         raise InputError("--config and --preset both give the settings; drop one")
+    if given.resume:
+        return _resume(given.resume, argv)
     if given.preset in PRESETS:
         default = PRESETS[given.preset]
     if given.config:
         default = read_config(given.config)
-    if given.resume:
-        from .training.checkpoint import load_checkpoint
+    return train(_parse(argv, default))
 
-        if given.resume.is_file():
-            raise InputError(f"--resume expects a run folder; {given.resume} is a file")
-        checkpoint = load_checkpoint(given.resume, "last")
-        default = checkpoint.config
+
+def _parse(argv: Sequence[str] | None, default: Config) -> TrainArguments:
     names = [field.name for field in dataclasses.fields(Config)]
-    arguments = parse(
-        TrainArguments,
-        argv,
-        "train",
-        __doc__,
-        TrainArguments(**{name: getattr(default, name) for name in names}),
-    )
-    if checkpoint is not None:
+    defaults = TrainArguments(**{name: getattr(default, name) for name in names})
+    return parse(TrainArguments, argv, "train", __doc__, defaults)
+
+
+def _resume(run: Path, argv: Sequence[str] | None) -> int:
+    from .training import distributed
+    from .training.checkpoint import load_checkpoint
+    from .training.run import claimed
+
+    if run.is_file():
+        raise InputError(f"--resume expects a run folder; {run} is a file")
+    # Before the checkpoint is read, so that no other process writes a later one.
+    with claimed(run) if run.is_dir() and distributed.is_first() else nullcontext():
+        checkpoint = load_checkpoint(run, "last")
+        arguments = _parse(argv, checkpoint.config)
         _check_resumable(arguments, checkpoint)
-    return train(arguments, checkpoint)
+        return train(arguments, checkpoint)
 
 
 def train(arguments: TrainArguments, checkpoint: Checkpoint | None = None) -> int:
-    """Train, from the beginning or from a checkpoint; returns the exit status."""
+    """Train, from the beginning or from a checkpoint; returns the exit status.
+
+    The caller holds the lock of a checkpoint's run folder (`claimed`).
+    """
     from .training import distributed
 
     device = choose_device(arguments.device)
-    with distributed.processes(device):
-        return _train(arguments, checkpoint, device)
+    try:
+        with distributed.processes(device):
+            return _train(arguments, checkpoint, device)
+    except distributed.LostRank as error:
+        return fail(str(error), status=1)
 
 
 def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: torch.device) -> int:
@@ -123,58 +134,72 @@ def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: tor
     from .evidence.evaluation import elbo_terms
     from .models.build import build
     from .training import distributed
+    from .training.checks import check_particles
     from .training.loop import iterate
-    from .training.run import RunFolder, choose_folder
+    from .training.run import RunFolder, asked_settings, explained, new_folder
 
     asked = config_of(arguments)
-    if checkpoint is None:
-        asked = dataclasses.replace(asked, data=asked.data.absolute())
+    asked = dataclasses.replace(asked, data=asked.data.absolute())
     if arguments.tensorboard:
         _summary_writer()
     with distributed.first_here():  # which may download them
-        splits = load_data(asked.data, asked.seed).to(device)
+        spec = None if checkpoint is None else checkpoint.vae.likelihood_module.spec
+        splits = load_data(asked.data, asked.seed, spec=spec).to(device)
     config = resolve(asked, splits.likelihood, len(splits.train))
-    if distributed.anyone(distributed.agree(splits.fingerprint) != splits.fingerprint):
-        raise InputError(f"the data {asked.data.source} are not the same for all processes")
-    state = history = None
+    check_particles(config.fit, splits.train)
+    same = (splits.fingerprint, checkpoint and checkpoint.history)
+    if distributed.anyone(distributed.agree(same) != same):
+        raise InputError(
+            f"the data {asked.data.source}, or the run to resume, are not the same for all "
+            f"processes"
+        )
+    state = None
     if checkpoint is None:
         vae = build(config.model, splits, config.seed).to(device)
         # A model that cannot be evaluated fails before --overwrite removes an old run.
         elbo_terms(vae, splits.validation, config.seed, num_images=1)
     else:
         if splits.fingerprint != checkpoint.fingerprint:
-            raise InputError(f"the data {asked.data.source} have changed since the run began")
-        vae, state, history = checkpoint.vae.to(device), checkpoint.training, checkpoint.history
+            raise InputError(
+                f"the data {asked.data.source} are not those that the run began with; restore "
+                f"them, or give their new place by --data"
+            )
+        vae, state = checkpoint.vae.to(device), checkpoint.training
     records = partial(iterate, vae, splits, config.fit, config.seed, state)
     if distributed.rank() > 0:
         return _follow(records())
-    if checkpoint is not None:
-        path = checkpoint.path.parent.parent
-    else:
-        source = Path(asked.data.source)  # the name of a data set is not absolute
-        data_folder = source if source.is_absolute() and source.is_dir() else None
-        path = choose_folder(arguments.out, splits.name, data_folder, arguments.overwrite)
-    folder = RunFolder(path, config, vae, splits, history)
-    folder.write("config.json", json.dumps(asked.to_dict(), indent=2) + "\n")
-    _describe(folder)
-    status = _record(folder, records, arguments.tensorboard)
-    if status == 0:
-        _summarize(folder)
+    with ExitStack() as stack:
+        if checkpoint is not None:
+            path = checkpoint.path.parent.parent
+            asked = asked_settings(path / "config.json", config, splits)
+        else:
+            source = Path(asked.data.source)  # the name of a data set is not absolute
+            data_folder = source if source.is_absolute() and source.is_dir() else None
+            place = arguments.out, splits.name, data_folder, arguments.overwrite
+            path = stack.enter_context(new_folder(*place))
+        stack.enter_context(explained(path))
+        folder = RunFolder(path, asked, config, vae, splits, checkpoint)
+        _describe(folder)
+        status = _record(folder, records, arguments.tensorboard)
+        if status == 0:
+            _summarize(folder)
     return status
 
 
 def _follow(records: Iterator[Record]) -> int:
-    """Train in a rank other than the first, without files. The first handles the signals."""
+    """Train in a rank other than the first, without files. The first one stops on signals."""
     from .training import distributed
     from .training.records import Diverged
+    from .training.stop import StopSignals
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     try:
-        for _ in records:
-            pass
-    except (Diverged, distributed.LostRank) as error:
+        with StopSignals():
+            for _ in records:
+                pass
+    except Diverged as error:
         return fail(f"rank {distributed.rank()}: {error}", status=1)
+    except distributed.LostRank as error:
+        raise distributed.LostRank(f"rank {distributed.rank()}: {error}") from error
     return 0
 
 
@@ -185,18 +210,18 @@ def _record(folder: RunFolder, records: Callable[..., Iterator[Record]], tensorb
     from .plots.from_model import draw_reconstructions
     from .training.distributed import LostRank
     from .training.records import Diverged
-    from .training.run import StopSignals
+    from .training.stop import StopSignals
 
     path, seed, epochs = folder.path, folder.config.seed, folder.config.fit.epochs or 0
     writer = _summary_writer()(str(path / "tensorboard")) if tensorboard else nullcontext()
     bar = tqdm(disable=None, unit="step", dynamic_ncols=True, smoothing=0.05)
-    again = f"--resume {path}"
+    again = f"--resume {quote(str(path))}"
     interrupted = False
 
     def on_step(progress: Progress) -> bool:
         nonlocal interrupted
         _show(bar, progress)
-        interrupted = signals.received is not None
+        interrupted = signals.requested()
         folder.reached(progress.state, save=interrupted)
         return interrupted
 
@@ -217,7 +242,7 @@ def _record(folder: RunFolder, records: Callable[..., Iterator[Record]], tensorb
             return fail(f"{error}. {kept} {folder.saved_epoch}", status=1)
         except LostRank as error:  # torchrun then ends this process too, by a signal
             folder.save()
-            return fail(f"{error}; continue with the same command and {again}", status=1)
+            raise LostRank(f"{error}; continue with the same command and {again}") from error
     if interrupted:
         print(f"stopped; continue with: python -m pyro_vae.train {again}")
         return 128 + (signals.received or 0)
@@ -254,18 +279,22 @@ def _check_resumable(arguments: TrainArguments, checkpoint: Checkpoint) -> None:
     """Check that the flags continue the same run.
 
     Raises:
-        InputError: a flag would change a setting that cannot change.
+        InputError: a flag would change a setting that cannot change, or the data are missing.
     """
+    from .training.run import check_source
+
     if arguments.out is not None or arguments.overwrite:
         raise InputError("--resume writes to the run's own folder; drop --out and --overwrite")
     before, after = checkpoint.config, config_of(arguments)
     fit = dataclasses.replace(after.fit, epochs=before.fit.epochs, patience=before.fit.patience)
-    if dataclasses.replace(after, fit=fit, device=before.device) != before:
+    data = dataclasses.replace(after.data, source=before.data.source, root=before.data.root)
+    if dataclasses.replace(after, data=data, fit=fit, device=before.device) != before:
         raise InputError(
             "--resume continues a run with its own settings; only --epochs, --patience and "
-            "--device may be changed. To change others, start a new run with --config "
-            "RUN/config.json"
+            "--device may be changed, and --data and --data-root if the data have moved. To "
+            "change others, start a new run with --config RUN/config.json"
         )
+    check_source(arguments.data)
     done = len(checkpoint.history)
     if done > (arguments.fit.epochs or 0):
         raise InputError(
@@ -291,7 +320,7 @@ def _describe(run: RunFolder) -> None:
     from .training.loop import run_mode
 
     splits, model, spec = run.splits, run.config.model, run.splits.spec
-    sizes = " ".join(str(size) for size in model.hidden or ())
+    sizes = " ".join(str(size) for size in model.hidden or ()) or "without hidden layers"
     count = sum(p.numel() for p in run.vae.parameters())
     binarized = spec.binarizes(run.vae.likelihood_module.units)
     binarization = " (binarized at random at each access)" if binarized else ""
@@ -301,6 +330,8 @@ def _describe(run: RunFolder) -> None:
         f"{splits.describe()}"
         f"{f', {len(splits.class_names)} classes' if splits.class_names else ''}"
     )
+    for line in filter(None, (splits.found, spec.describe_units())):
+        print(f"       {line}")
     print(
         f"model  {model.kind}: {model.architecture} {sizes}, {model.latent_dim} latents, "
         f"likelihood {model.likelihood}{binarization}, "
@@ -339,7 +370,7 @@ def _summarize(run: RunFolder) -> None:
     )
     print(f"       validation: {terms} nats per row")
     print(f"see    {report}, {figures}/*.png, {run.path / 'metrics.jsonl'}")
-    print(f"next   python -m pyro_vae.evaluate {run.path}")
+    print(f"next   python -m pyro_vae.evaluate {quote(str(run.path))}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import get_args
 
@@ -126,8 +127,18 @@ def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
 
 
 def test_batch_larger_than_the_training_set():
-    with pytest.raises(InputError, match="--batch-size 256 is larger than the training set of 9"):
-        resolve(Config(), "binomial", 9)
+    large = Config(fit=FitConfig(batch_size=10))
+    with pytest.raises(InputError, match="--batch-size 10 is larger than the training set of 9"):
+        resolve(large, "binomial", 9)
+    assert resolve(Config(fit=FitConfig(batch_size=9)), "binomial", 9).fit.batch_size == 9
+
+
+@pytest.mark.parametrize("rows", [1, 9, 255, 256, 257, 5000])
+def test_the_default_batch_is_all_rows_where_they_are_few(rows):
+    fit = resolve(Config(), "binomial", rows).fit
+    assert fit.batch_size == min(256, rows)
+    assert fit.epochs == round(2500 / math.ceil(rows / 256))
+    assert resolve(Config(fit=fit), "binomial", rows).fit == fit, "a resumed run"
 
 
 # --- objectives and their options -----------------------------------------------------------------
@@ -183,7 +194,6 @@ def test_options_belong_to_their_objectives(name, option):
         ("free-bits", {"free_bits": math.inf}, "free_bits expects a finite number above 0"),
         ("mmd", {"mmd_weight": -1.0}, "mmd_weight expects a finite number above 0"),
         ("mmd", {"mmd_weight": math.nan}, "mmd_weight expects a finite number above 0"),
-        ("mdm", {}, "objective expects one of trace, mean-field, stl"),
     ],
 )
 def test_options_out_of_range_are_refused_for_the_objective(name, settings, message):
@@ -192,6 +202,11 @@ def test_options_out_of_range_are_refused_for_the_objective(name, settings, mess
     assert str(caught.value).startswith(f"--objective {name}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_objective():
+    with pytest.raises(InputError, match=r"^objective = 'mdm': expected one of trace, mean-field"):
+        FitConfig(objective="mdm")
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
@@ -255,3 +270,111 @@ def test_the_preset_is_the_papers_network():
     assert (model.hidden, model.activation, model.latent_dim) == ((200, 200), "Tanh", 50)
     assert model.likelihood == "bernoulli"
     assert PRESETS["iwae-mnist"].data.source == "mnist"
+
+
+# --- files and values that others make ------------------------------------------------------------
+
+WRONG_TYPES = [
+    ("fit", "epochs", True, "fit.epochs = True: expected an integer"),
+    ("fit", "epochs", 3.0, "fit.epochs = 3.0: expected an integer"),
+    ("fit", "learning_rate", True, "fit.learning_rate = True: expected a number"),
+    ("fit", "learning_rate", 10**400, "fit.learning_rate = about 10^400: expected a number"),
+    ("fit", "beta", "1", "fit.beta = '1': expected a number"),
+    ("model", "hidden", [8, False], "model.hidden = [8, False]: expected integers, as in 512 256"),
+    ("model", "hidden", 8, "model.hidden = 8: expected integers, as in 512 256"),
+    ("data", "image_size", [28, 28, 3], "expected one or two integers, as in 28 or 28 32"),
+    ("data", "image_size", True, "data.image_size = True: expected one or two integers"),
+    ("data", "source", None, "data.source = None: expected text"),
+    ("data", "root", 3, "data.root = 3: expected a path"),
+    ("data", "source", "a\0b", r"--data expects a path; got 'a\x00b'"),
+    ("data", "root", "\ud800", r"--data-root expects a path; got '\ud800'"),
+    ("fit", "epochs", 2**63, "--epochs expects an integer from 1 to 2^63 - 1; got 9223372036854"),
+    (
+        "model",
+        "hidden",
+        [10**400],
+        "--hidden expects an integer from 1 to 2^63 - 1; got about 10^4",
+    ),
+    ("fit", "beta", math.inf, "--beta expects a finite number, at most 3.4e+38; got inf"),
+    ("fit", "learning_rate", math.nan, "--learning-rate expects a number above 0; got nan"),
+]
+
+
+@pytest.mark.parametrize(("part", "name", "value", "message"), WRONG_TYPES)
+def test_values_of_a_wrong_type_or_size(part, name, value, message, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({part: {name: value}}))
+    kind = {"data": DataConfig, "model": ModelConfig, "fit": FitConfig}[part]
+    with pytest.raises(InputError) as from_file:
+        read_config(path)
+    assert message in str(from_file.value)
+    with pytest.raises(InputError) as from_python:
+        kind(**{name: tuple(value) if isinstance(value, list) else value})
+    for caught in (from_file, from_python):
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 300
+
+
+def test_numbers_of_other_libraries_become_pythons(tmp_path):
+    import numpy as np
+
+    model = ModelConfig(latent_dim=np.int64(3), hidden=(np.int32(4), np.uint8(5)))
+    fit = FitConfig(learning_rate=np.float32(0.5), gradient_clip=1, epochs=np.int64(7))
+    config = Config(DataConfig(image_size=28), model, fit, seed=np.int64(2))
+    assert config.data.image_size == (28, 28)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.to_dict()))
+    assert read_config(path) == config
+    for value in (model.latent_dim, *model.hidden, fit.epochs, config.seed):
+        assert type(value) is int
+    assert type(fit.learning_rate) is type(fit.gradient_clip) is float
+
+
+FILES = {
+    "brackets": (b"[" * 100_000, "nest too deep"),
+    "objects": (b'{"a":' * 100_000, "nest too deep"),
+    "large": (b" " * 2**20 + b"{}", "more than a megabyte"),
+    "twice": (b'{"seed": 1, "seed": 2}', "it gives seed twice"),
+    "twice below": (b'{"fit": {"epochs": 1, "beta": 2.0, "epochs": 1}}', "it gives epochs twice"),
+    "utf-16": ('{"seed": 1}'.encode("utf-16"), "'utf-8' codec can't decode"),
+    "latin-1": ('{"device": "é"}'.encode("latin-1"), "'utf-8' codec can't decode"),
+    "digits": (b'{"seed": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
+    "empty": (b"", "Expecting value"),
+    "half": (b'{"seed": 1', "delimiter"),
+    "text": (b'"seed"', "the config expects settings by name; got 'seed'"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_files(name, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(FILES[name][0])
+    with pytest.raises(InputError) as caught:
+        read_config(path)
+    assert str(path) in str(caught.value)
+    assert FILES[name][1] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"seed": 3}')
+    assert read_config(tmp_path / "config.json").seed == 3
+
+
+@pytest.mark.timeout(30)  # a pipe that is read waits for ever
+def test_what_is_no_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(InputError, match="it is not a regular file"):
+            read_config(path)
+
+
+@pytest.mark.parametrize("beta", [5e-324, 3.4e38])
+def test_weights_at_the_ends_of_their_range(beta):
+    for name in ("trace", "beta", "beta-tc"):
+        assert FitConfig(objective=name, beta=beta).beta == beta
+    assert FitConfig(objective="mmd", mmd_weight=beta).mmd_weight == beta
+    assert FitConfig(objective="free-bits", free_bits=beta).free_bits == beta
+    assert FitConfig(objective="renyi", alpha=-beta).alpha == -beta
+    with pytest.raises(InputError, match=r"alpha expects .* of at most 3.4e\+38 in absolute value"):
+        FitConfig(objective="renyi", alpha=-1e39)

@@ -22,7 +22,14 @@ from torch.utils._pytree import tree_leaves
 
 from ..randomness import RandomStates
 from .graph import Call, Graph, Mode, observe
-from .guards import Guards, StoredParameter, is_plain, watch_modules
+from .guards import (
+    Guards,
+    StoredParameter,
+    find_variables,
+    has_hooks,
+    is_plain,
+    watch_modules,
+)
 from .optimizer import OneOptimizer
 from .tracing import CannotCapture, CudaGraph, compile_graph, errors_of_torch, trace_graph
 from .update import AdamUpdate
@@ -100,7 +107,10 @@ def _build(call: Call, mode: Mode, snapshot: Snapshot) -> Graph:
     with snapshot:
         value, modules, parameters = _run_eagerly(call, snapshot)
         after = snapshot.random_states.get()
-    leaves = _leaves(value) if torch.is_grad_enabled() else []
+    leaves = find_leaves(value) if torch.is_grad_enabled() else []
+    if has_hooks(modules, leaves):
+        raise CannotCapture("a module or a parameter has hooks, which run in Python")
+    variables = find_variables(modules, (*call.programs, call.function))
     snapshot.keep(leaves)
     with snapshot, errors_of_torch():
         graph = trace_graph(partial(call.run, leaves), call.inputs)
@@ -123,13 +133,11 @@ def _build(call: Call, mode: Mode, snapshot: Snapshot) -> Graph:
     drawn = {p.name for p in parameters if not p.in_module} & snapshot.new_names()
     if drawn and not _is_close(value, expected[0]):
         snapshot.random_states.set(after)
-    guards = Guards(leaves, parameters, modules, update.entries() if update else [])
+    guards = Guards(leaves, parameters, modules, variables, update.entries() if update else [])
     return Graph(graph, leaves, guards, update, shared)
 
 
-def _run_eagerly(
-    call: Call, snapshot: Snapshot
-) -> tuple[Any, list[nn.Module], list[StoredParameter]]:
+def _run_eagerly(call: Call, snapshot: Snapshot) -> tuple[Any, list[Any], list[StoredParameter]]:
     """Run the function once. Returns its value, and the modules and parameters that took part."""
     watched = watch_modules((*call.programs, call.function), snapshot.keep)
     with watched as modules, poutine.trace(param_only=True) as registered:
@@ -232,7 +240,7 @@ def _find_shared(result: tuple[Any, ...], others: list[Tensor]) -> tuple[int, ..
     return tuple(shared)
 
 
-def _leaves(loss: Tensor) -> list[Tensor]:
+def find_leaves(loss: Tensor) -> list[Tensor]:
     """Every tensor in which a backward pass would leave a gradient."""
     found: list[Tensor] = []
     nodes, seen = [loss.grad_fn], set()

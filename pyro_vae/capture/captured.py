@@ -7,9 +7,9 @@ arithmetic. A `Captured` ELBO runs them when it first sees arguments of some sha
 gradient as one graph, random draws included, verifies the graph against the ELBO at the same random
 numbers, and compiles it. In a `CapturedSVI` the graph includes the optimizer's update.
 
-The ELBO is captured again if the shape of an argument, a parameter, a buffer or a plain attribute
-of a module (training mode, the p of a dropout) has changed. Other values that Python code reads,
-from a global variable or a closure, keep their value at capture time.
+The ELBO is captured again if the shape of an argument, a parameter, a buffer, an attribute of a
+module (training mode, the p of a dropout) or a variable that model or guide reads has changed.
+Variables of other functions keep their value at capture time. Hooks rule out a graph.
 """
 
 from __future__ import annotations

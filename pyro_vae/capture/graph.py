@@ -12,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .guards import Guards, layout, value_key
+from .guards import Guards, is_plain, layout, value_key
 from .optimizer import OneOptimizer
 from .update import AdamUpdate, adam_settings
 
@@ -48,11 +48,10 @@ class GraphKey:
     programs: tuple[Any, ...]  # model and guide
     structure: str  # containers and names of the arguments
     arguments: tuple[Any, ...]  # layouts of tensors; values or identities of others
-    attributes: tuple[Any, ...]  # of the ELBO
+    attributes: tuple[Any, ...]  # of the ELBO and the observer
     optimizer: tuple[float, float, float] | None  # constants of an update in the graph
-    grad_enabled: bool
     autocast: tuple[torch.dtype | None, ...]  # on the CPU and on CUDA; None if off
-    default_dtype: torch.dtype
+    settings: tuple[Any, ...]  # other settings of torch
 
 
 @dataclass
@@ -72,19 +71,27 @@ class Call:
         self.inputs = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
 
     def key(self) -> GraphKey:
-        attributes = getattr(self.owner, "__dict__", {})
+        owner, observer = (getattr(x, "__dict__", {}) for x in (self.owner, self.observer))
+        attributes = [value_key(v) for k, v in owner.items() if k != _SET_AT_FIRST_RUN]
+        # The observer's own state, such as sites that it has seen, is not plain.
+        attributes += [value_key(v) for v in observer.values() if is_plain(v)]
         return GraphKey(
             self.programs,
             repr(self.structure),  # older versions of torch cannot hash it
             tuple(layout(x) if isinstance(x, Tensor) else value_key(x) for x in self.leaves),
-            tuple(value_key(v) for k, v in attributes.items() if k != _SET_AT_FIRST_RUN),
+            (type(self.owner), value_key(self.observer), *attributes),
             None if self.optimizer is None else adam_settings(self.optimizer),
-            torch.is_grad_enabled(),
             tuple(
                 torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None
                 for d in ("cpu", "cuda")
             ),
-            torch.get_default_dtype(),
+            (
+                torch.is_grad_enabled(),
+                torch.is_inference_mode_enabled(),
+                torch.get_default_dtype(),
+                torch.get_default_device(),
+                torch.get_float32_matmul_precision(),
+            ),
         )
 
     def run(self, parameters: list[Tensor], *inputs: Tensor) -> tuple[Any, Any, Any]:

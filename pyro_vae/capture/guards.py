@@ -1,28 +1,38 @@
 """Guards of a captured graph, rechecked before each replay.
 
-They cover the modules that the graph uses (their parts, the layout of their tensors, their plain
-attributes) and the parameters under their names in Pyro's store.
+They cover the modules that the graph uses, the objects whose methods model and guide are, and the
+variables that model and guide read: parts, layouts of tensors, types, and values in attributes,
+also within lists, dictionaries and plain objects. They also cover the parameters under their names
+in Pyro's store.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import attrgetter
+from types import ModuleType
 from typing import Any, NamedTuple
 from weakref import ref
 
+import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn
 
 # A dictionary, a key, and the object that must stay there.
-Entry = tuple[dict[Any, Any], Any, Any]
+Entry = tuple[Mapping[Any, Any], Any, Any]
+
+# Number of elements of a container up to which changes inside are noticed, and depth.
+MAX_ELEMENTS, MAX_DEPTH = 1000, 6
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _properties = attrgetter("shape", "dtype", "device", "requires_grad")
-_PARTS = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PARTS = ("_modules", "_parameters", "_buffers")
+_INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+_GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in _HOOKS]
 
 
 class StoredParameter(NamedTuple):
@@ -39,7 +49,9 @@ class Guards:
     Args:
         leaves: tensors in which the loss has gradients.
         parameters: those that the call registers in Pyro's store.
-        modules: those that the graph uses.
+        modules: those that the graph uses, and other objects that own model or guide.
+        variables: those of an earlier run. Any that each run replaces, such as caches, are not
+            guarded.
         entries: further objects that must stay in their place.
     """
 
@@ -47,16 +59,28 @@ class Guards:
         self,
         leaves: list[Tensor],
         parameters: list[StoredParameter],
-        modules: list[nn.Module],
+        modules: list[Any],
+        variables: Variables,
         entries: list[Entry],
     ) -> None:
         self._parameters = parameters
-        parts = [getattr(m, name) for m in modules for name in _PARTS]
-        attributes = entries_of(*map(vars, modules))
-        self._sizes = [(part, len(part)) for part in parts]
+        parts = [getattr(m, name) for m in modules if isinstance(m, nn.Module) for name in _PARTS]
+        self._owners, self._types = modules, [*map(type, modules)]
+        self._counted = [*parts, *map(vars, modules), *_classes(modules)]
+        self._sizes = [*map(len, self._counted)]
+        self._hooks = _hooks(modules)
+        attributes = [*_attributes(modules), *variables.globals]
+        self._plain = [entry for entry in attributes if is_plain(entry[2])]
         self._entries = [*entries, *entries_of(*parts)]
         self._entries += [entry for entry in attributes if isinstance(entry[2], Tensor)]
-        self._plain = [entry for entry in attributes if is_plain(entry[2])]
+        self._entries += [(p, key, x) for p, key, x in variables.objects if p.get(key) is x]
+        self._cells = [(c, state) for c, state in variables.cells if _is_in(c, state)]
+        self._states = [
+            (part, key, state)
+            for part, key, state in variables.states
+            if state_of(part.get(key)) == state
+        ]
+        self._leaves = leaves
         objects = [*leaves, *(x for _, _, x in self._entries)]
         self._tensors = list({id(x): x for x in objects if isinstance(x, Tensor)}.values())
         self._layouts = [*map(_properties, self._tensors)], [*map(Tensor.stride, self._tensors)]
@@ -70,11 +94,18 @@ class Guards:
         and other handlers to see.
         """
         # Plain loops and maps, because this runs at every step.
-        for part, size in self._sizes:
-            if len(part) != size:
-                return False
+        if [*map(len, self._counted)] != self._sizes or [*map(type, self._owners)] != self._types:
+            return False
+        if any(self._hooks) or any(map(_hooks_of_tensor, self._leaves)):
+            return False
         for part, key, value in self._entries:
             if part.get(key) is not value:
+                return False
+        for cell, state in self._cells:
+            if not _is_in(cell, state):
+                return False
+        for part, key, state in self._states:
+            if state_of(part.get(key)) != state:
                 return False
         for part, key, value in self._plain:
             now = part.get(key)
@@ -97,16 +128,16 @@ class Guards:
 @contextmanager
 def watch_modules(
     functions: Iterable[Any], keep: Callable[[Iterable[Tensor]], object]
-) -> Iterator[dict[int, nn.Module]]:
-    """Collect the modules of some functions, and all modules that are called in the block.
+) -> Iterator[dict[int, Any]]:
+    """Collect the owners of some functions, and all modules that are called in the block.
 
     Args:
         keep: called with the buffers of each module before its first call in the block.
 
     Yields:
-        The modules by their id.
+        Modules, and other objects of which a function is a method, by their id.
     """
-    modules: dict[int, nn.Module] = {}
+    modules: dict[int, Any] = {}
 
     def add(module: nn.Module, args: Any = ()) -> None:
         for part in module.modules():
@@ -119,6 +150,8 @@ def watch_modules(
             owner = getattr(value, "__self__", value)
             if isinstance(owner, nn.Module):
                 add(owner)
+            elif owner is not value and _is_record(owner):
+                modules[id(owner)] = owner
     hook = nn.modules.module.register_module_forward_pre_hook(add)
     try:
         yield modules
@@ -136,7 +169,95 @@ def _closure(function: Any) -> list[Any]:
     return [value() if isinstance(value, ref) else value for value in values]
 
 
-def entries_of(*dictionaries: dict[Any, Any]) -> list[Entry]:
+class Variables(NamedTuple):
+    """Variables of modules and functions, as they are after a run."""
+
+    globals: list[Entry]  # that the functions read
+    cells: list[tuple[Any, Any]]  # of their closures, and the states of their contents
+    objects: list[Entry]  # values that are neither plain nor tensors, compared by identity
+    states: list[Entry]  # of containers and objects of data: a dictionary, a key, the state
+
+
+def find_variables(modules: list[Any], functions: Iterable[Any]) -> Variables:
+    """The variables on which a graph may depend."""
+    found: list[Entry] = []
+    cells = []
+    for function in functions:
+        function = getattr(function, "__func__", function)
+        try:
+            names = inspect.getclosurevars(function).globals
+        except (TypeError, ValueError):
+            continue
+        found += [(function.__globals__, name, value) for name, value in names.items()]
+        cells += [(cell, state_of(cell.cell_contents)) for cell in function.__closure__ or ()]
+    others = [
+        entry
+        for entry in [*_attributes(modules), *found]
+        if not (is_plain(entry[2]) or isinstance(entry[2], Tensor))
+    ]
+    states = [(part, key, state_of(value)) for part, key, value in others if _has_state(value)]
+    objects = [entry for entry in others if not _has_state(entry[2])]
+    return Variables(found, cells, objects, states)
+
+
+def _is_in(cell: Any, state: Any) -> bool:
+    return state_of(cell.cell_contents) == state
+
+
+def _attributes(modules: list[Any]) -> list[Entry]:
+    """Attributes of modules and their classes."""
+    entries = entries_of(*map(vars, modules), *_classes(modules))
+    return [e for e in entries if e[1] not in _INTERNAL and not e[1].startswith("__")]
+
+
+def _classes(owners: list[Any]) -> list[Mapping[str, Any]]:
+    """Dictionaries of the classes of some objects, without those of torch, Pyro and Python."""
+    classes = {cls for owner in owners for cls in type(owner).__mro__}
+    known = ("torch", "pyro", "builtins", "typing", "abc")
+    return [vars(cls) for cls in classes if cls.__module__.partition(".")[0] not in known]
+
+
+def has_hooks(modules: Iterable[Any], tensors: Iterable[Tensor]) -> bool:
+    """Whether Python code would run at each call of a module, or each gradient of a tensor."""
+    return any(_hooks(modules)) or any(map(_hooks_of_tensor, tensors))
+
+
+def _hooks(modules: Iterable[Any]) -> list[dict[int, Any]]:
+    owners = [m for m in modules if isinstance(m, nn.Module)]
+    return [*_GLOBAL_HOOKS, *(getattr(m, name) for m in owners for name in _HOOKS)]
+
+
+def _hooks_of_tensor(tensor: Tensor) -> bool:
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+
+
+def state_of(value: Any, depth: int = MAX_DEPTH) -> Any:
+    """A value to compare with that of a later time, if its content may change."""
+    if is_plain(value):
+        return value_key(value)
+    if isinstance(value, np.ndarray) and value.size <= MAX_ELEMENTS:
+        return value.dtype, value.shape, value.tobytes()
+    if depth and _is_record(value):
+        return _Identity(value), state_of(vars(value), depth - 1)
+    if not (depth and _has_state(value)) or len(value) > MAX_ELEMENTS:
+        return _Identity(value)
+    parts = [*value, *value.values()] if isinstance(value, dict) else value
+    return type(value), [state_of(part, depth - 1) for part in parts]
+
+
+def _has_state(value: Any) -> bool:
+    return isinstance(value, list | tuple | dict | set) or _is_record(value)
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a value is an array, or an object whose attributes are data."""
+    known = (Tensor, nn.Module, type, ModuleType)
+    if isinstance(value, known) or callable(value):
+        return False
+    return isinstance(value, np.ndarray) or hasattr(value, "__dict__")
+
+
+def entries_of(*dictionaries: Mapping[Any, Any]) -> list[Entry]:
     return [(part, key, value) for part in dictionaries for key, value in part.items()]
 
 

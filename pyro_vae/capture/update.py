@@ -24,8 +24,11 @@ _OFF = ("weight_decay", "decoupled_weight_decay", "amsgrad", "maximize", "differ
 
 def adam_settings(optimizer: OneOptimizer) -> tuple[float, float, float] | None:
     """β₁, β₂ and ε, which are constants of a graph; None if `AdamUpdate` would be wrong."""
-    group, *others = optimizer.optimizer.param_groups
-    if type(optimizer.optimizer) is not torch.optim.Adam or others:
+    adam = optimizer.optimizer
+    group, *others = adam.param_groups
+    if type(adam) is not torch.optim.Adam or others or "step" in vars(adam):
+        return None
+    if adam._optimizer_step_pre_hooks or adam._optimizer_step_post_hooks:
         return None
     return None if any(group.get(name) for name in _OFF) else (*group["betas"], group["eps"])
 

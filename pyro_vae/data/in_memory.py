@@ -13,6 +13,7 @@ Neither pandas nor polars is imported: any object with `to_numpy` and `columns` 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..config import DataConfig, InputError
 from .images import pixel_mode, pixels
+from .precision import offset_and_scale
 from .source import LABEL_COLUMNS, Source, from_array
+from .tables import named
 
 
 def read_object(data: Any, config: DataConfig) -> Source:
@@ -37,15 +40,20 @@ def read_object(data: Any, config: DataConfig) -> Source:
         InputError: the object is of another kind, or does not hold rows of numbers.
     """
     x, y = data if isinstance(data, tuple) and len(data) == 2 else (data, None)
+    names: list[str] | None = None
+    label: str | None = None
+    indexed = False
     if isinstance(x, Dataset):
         name = type(x).__name__
         values, labels = _from_dataset(x, config, name)
     elif hasattr(x, "to_numpy") and hasattr(x, "columns"):
         name = "DataFrame"
-        values, labels = _from_frame(x)
+        values, labels, names, label, indexed = _from_frame(x)
     elif isinstance(x, Tensor) or hasattr(x, "__array__"):
         name = "tensor" if isinstance(x, Tensor) else "array"
         values, labels = _array(x), None
+    elif hasattr(x, "toarray"):
+        raise InputError(f"expected a dense array; got a sparse {type(x).__name__}: x.toarray()")
     else:
         raise InputError(
             f"expected the name of a data set, a path, a DataConfig, an array, a tensor, a "
@@ -55,13 +63,22 @@ def read_object(data: Any, config: DataConfig) -> Source:
     if y is not None:
         if labels is not None:
             raise InputError(f"expected labels once; got y and labels in the {name}: drop one")
-        labels = _labels(_array(y), name)
-    return from_array(values, labels, config, name, f"the {name}")
+        labels = _labels(_array(y), name, real=False)
+    source = from_array(values, labels, config, name, f"the {name}")
+    if isinstance(x, Dataset) and values.dtype == np.uint16:  # 16-bit images
+        return replace(source, max_value=65535)
+    if names is None:
+        return source
+    return named(source, tuple(names), None if source.labels is None else label, indexed)
 
 
-def _from_frame(frame: Any) -> tuple[np.ndarray, np.ndarray | None]:
-    """The values (N, D) and labels (N,) of a DataFrame."""
+def _from_frame(frame: Any) -> tuple[np.ndarray, np.ndarray | None, list[str], str | None, bool]:
+    """Values (N, D) and labels (N,) of a DataFrame; the names of the columns and of the labels."""
     names = list(frame.columns)
+    # pandas reads its own index as such a column.
+    indexed = len(names) > 1 and names[0] == "Unnamed: 0"
+    indexed = indexed and _array(frame[names[0]]).dtype.kind != "f"
+    names = names[indexed:]
     if len(set(names)) < len(names):
         raise InputError(f"expected DataFrame columns of different names; got {names}")
     label = next((name for name in names if str(name).lower() in LABEL_COLUMNS), None)
@@ -73,7 +90,13 @@ def _from_frame(frame: Any) -> tuple[np.ndarray, np.ndarray | None]:
                 f"{name!r}: drop it, encode it as numbers or impute missing values"
             )
     values = np.column_stack(list(columns.values())) if columns else np.empty((len(frame), 0))
-    return values, None if label is None else _labels(_array(frame[label]), "DataFrame")
+    for name, column in columns.items():
+        # Beside a column of real numbers, integers become float64.
+        exact = values.dtype.kind in "iu" or column.dtype.kind not in "iu" or column.size == 0
+        if not exact and max(abs(int(column.max())), abs(int(column.min()))) > 2**53:
+            offset_and_scale(column[:, None], [str(name)], "the DataFrame")
+    labels = None if label is None else _labels(_array(frame[label]), "DataFrame", real=True)
+    return values, labels, list(map(str, columns)), None if label is None else str(label), indexed
 
 
 def _from_dataset(
@@ -104,7 +127,9 @@ def _from_dataset(
                 f"{1 + len(label)} parts in item {index}"
             )
         values[index] = row
-    return values, _labels(_array([_array(label) for label in labels]), name) if labels else None
+    if not labels:
+        return values, None
+    return values, _labels(_array([_array(label) for label in labels]), name, real=False)
 
 
 def _array(data: Any) -> np.ndarray:
@@ -122,15 +147,15 @@ def _array(data: Any) -> np.ndarray:
         ) from None
 
 
-def _labels(labels: np.ndarray, name: str) -> np.ndarray:
-    """Labels (N,) or (N, 1), checked to be integers, booleans or strings, as (N,)."""
+def _labels(labels: np.ndarray, name: str, *, real: bool) -> np.ndarray:
+    """Labels, checked to be integers, booleans, strings or, if `real`, real numbers."""
     if labels.dtype.kind in "OT" and all(isinstance(label, str) for label in labels.flat):
         labels = labels.astype(str)
     elif labels.dtype == object and all(isinstance(n, (int, np.integer)) for n in labels.flat):
-        labels = labels.astype(np.int64)
-    if labels.dtype.kind not in "biuU":
+        labels = np.array(labels.tolist())  # int64 if they fit
+    if labels.dtype.kind not in ("biufU" if real else "biuU"):
         raise InputError(
             f"expected integers or strings as labels of the {name}; got {labels.dtype}: convert "
             f"them, or leave them out"
         )
-    return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    return labels

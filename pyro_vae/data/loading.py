@@ -8,8 +8,8 @@ split       test rows first, which no choice uses; then validation rows from the
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from dataclasses import dataclass
+import warnings
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
@@ -19,9 +19,15 @@ from torch import Tensor
 
 from ..config import DataConfig, InputError
 from .in_memory import read_object
+from .precision import column_name
 from .readers import read
+from .scan import FLOAT32_MAX, SAMPLED_VALUES, Scan, check_float32, choose_spec, scan_values
 from .source import Source
-from .splits import CHUNK, DataSpec, Split, Splits, Units
+from .splits import DataSpec, Split, Splits, Units, interval
+
+# Other data are of another unit, it seems, if they lie this many standard deviations from the
+# training data, or if their range is this many times smaller.
+FAR_AWAY = 1e3
 
 
 def load_data(
@@ -32,6 +38,7 @@ def load_data(
     max_value: int | None = None,
     validation_size: int | None = None,
     test_size: int | None = None,
+    spec: DataSpec | None = None,
 ) -> Splits:
     """Read data and split them into training, validation and test rows.
 
@@ -59,6 +66,8 @@ def load_data(
         validation_size: number of validation rows. Default: a tenth of the training data, at most
             5000.
         test_size: number of test rows. Default: a tenth, or the data's own test split.
+        spec: that of a trained model, `vae.likelihood_module.spec`, for its own data or others like
+            them. Columns are matched by name, and x has the offset and scale of the training.
 
     Raises:
         InputError: the data are missing, damaged or of an unsupported kind or shape, hold values
@@ -70,18 +79,25 @@ def load_data(
         validation_size=validation_size,
         test_size=test_size,
     )
+    config, data = _read(source, config)
+    if spec is not None:
+        data = _match_columns(data, spec)
+    rows, scan = _draw_splits(data, config, seed), scan_values(data)
+    if spec is None:
+        spec = choose_spec(data, config.max_value, scan, rows[0])
+    return _splits(data, scan, spec, *rows)
+
+
+def _read(source: Any, config: DataConfig) -> tuple[DataConfig, Source]:
+    """The settings of the data, and their rows as they are stored."""
     if isinstance(source, DataConfig):
         if config != DataConfig():
             raise InputError("expected all settings in the DataConfig; got others as arguments")
-        config, data = source, read(source)
-    elif isinstance(source, (str, PathLike)):
+        return source, read(source)
+    if isinstance(source, (str, PathLike)):
         config = dataclasses.replace(config, source=str(source))
-        data = read(config)
-    else:
-        data = read_object(source, config)
-    scan = _scan(data)
-    spec = _spec(data, config.max_value, scan)
-    return _splits(data, scan, spec, *_draw_splits(data, config, seed))
+        return config, read(config)
+    return config, read_object(source, config)
 
 
 def _draw_splits(source: Source, config: DataConfig, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,14 +113,23 @@ def _draw_splits(source: Source, config: DataConfig, seed: int) -> tuple[Tensor,
             f"--test-size has no effect on {source.name}, which has its own test split of "
             f"{source.num_test} rows; drop it"
         )
+    if source.num_validation and config.validation_size is not None:
+        raise InputError(
+            f"--validation-size has no effect on {source.name}, which has its own validation split "
+            f"of {source.num_validation} rows; drop it"
+        )
     shuffle = torch.Generator().manual_seed(seed)
-    order = torch.randperm(total - source.num_test, generator=shuffle)
+    own = source.num_validation + source.num_test
+    order = torch.randperm(total - own, generator=shuffle)
     if source.num_test:
-        test, rest = torch.arange(len(order), total), order
+        test, rest = torch.arange(total - source.num_test, total), order
     else:
         size = config.test_size or max(1, total // 10)
         test, rest = order[:size].sort().values, order[size:]
-    size = config.validation_size or min(5000, max(1, len(rest) // 10))
+    first, size = total - own, source.num_validation
+    if size and len(rest):
+        return rest.sort().values, torch.arange(first, first + size), test
+    size = size or config.validation_size or min(5000, max(1, len(rest) // 10))
     if size >= len(rest):
         raise InputError(
             f"{source.name} has {total} rows, {len(test)} of them for testing: {size} rows for "
@@ -113,39 +138,174 @@ def _draw_splits(source: Source, config: DataConfig, seed: int) -> tuple[Tensor,
     return rest[size:].sort().values, rest[:size].sort().values, test
 
 
-def load_foreign(config: DataConfig, spec: DataSpec, units: Units) -> Splits:
+def load_foreign(
+    config: DataConfig,
+    spec: DataSpec,
+    units: Units,
+    max_value: int | None = None,
+    moments: tuple[Tensor, Tensor] | None = None,
+) -> Splits:
     """Read data for a model that was trained on other data: every row is a test row.
 
     Args:
-        config: the data.
+        config: the data; `max_value` is that of the training.
         spec: shape and range of the data that the model was trained on.
         units: the units in which the model observes x.
+        max_value: the largest value that these data can take. They are converted to the range of
+            the training data. Default: that of the source, if it defines one.
+        moments: mean and standard deviation of the training's x. Data far from it give a warning.
 
     Raises:
-        InputError: the data are missing, damaged, or outside the shape and range of `spec`.
+        InputError: the data are missing, damaged, outside the shape and range of `spec`, or in
+            units that cannot be told.
     """
-    source = read(config)
-    scan = _scan(source)
-    none = torch.arange(0)
-    splits = _splits(source, scan, spec, none, none, torch.arange(len(source.values)))
+    source = _match_columns(read(config), spec)
+    scan = scan_values(source)
+    fits = source.values.shape[1:] == spec.shape
+    if fits:
+        source, scan = _convert(source, scan, config.max_value, max_value, spec)
     bounded = spec.max_value is not None and units != "real"
     if (
-        source.values.shape[1:] != spec.shape
+        not fits
         or (bounded and not 0 <= scan.low <= scan.high <= spec.bound)
+        or (spec.max_value is not None and scan.high > 10 * spec.max_value)
         or (spec.discrete and units == "count" and not scan.integral)
+        or (spec.is_binary and bounded and not scan.integral)
     ):
         kind = "integers" if spec.discrete else "values"
         limits = f" from 0 to {spec.max_value}" if bounded else ""
+        remedy = ": give --max-value, the largest value that these data can take"
         raise InputError(
             f"the model expects {kind}{limits} of shape {spec.shape}; {source.name} holds "
-            f"{splits.describe()} of shape {source.values.shape[1:]}"
+            f"{scan.describe()} of shape {source.values.shape[1:]}"
+            f"{remedy if fits else ''}"
         )
+    none = torch.arange(0)
+    splits = _splits(source, scan, spec, none, none, torch.arange(len(source.values)))
+    if moments is not None:
+        _note_units(splits, units, *moments)
     return splits
 
 
-def _splits(source: Source, scan: _Scan, spec: DataSpec, *rows: Tensor) -> Splits:
+def _convert(
+    source: Source, scan: Scan, training: int | None, stated: int | None, spec: DataSpec
+) -> tuple[Source, Scan]:
+    """Other data in the range of the training data: value · bound / largest possible value.
+
+    Args:
+        training: `--max-value` of the training. Data whose type allows more, such as 12 bits in
+            16-bit images, then hold the values of the training.
+        stated: `--max-value` for these data.
+
+    Raises:
+        InputError: the largest possible value is unknown, and cannot be that of the training data.
+    """
+    if spec.max_value is None:
+        if stated:
+            raise InputError("--max-value has no effect on a model of unbounded data; drop it")
+        return source, scan
+    largest = stated or source.max_value
+    if not stated and training and largest and largest >= spec.bound:
+        largest = spec.bound
+    if largest is None:
+        _check_range(source, scan, spec)
+    if largest in (None, spec.bound):
+        return source, scan
+    if not 0 <= scan.low <= scan.high <= largest:
+        raise InputError(
+            f"expected values from 0 to {largest} in {source.name}; got "
+            f"{interval(scan.low, scan.high)}: give --max-value, the largest value that they can "
+            f"take"
+        )
+    factor = spec.bound / largest
+    values = source.values.astype(np.float64) * factor
+    ends = bool(np.isin(values, (0.0, spec.bound)).all())
+    if spec.discrete and (spec.bound > 1 or ends):
+        values = np.rint(values)
+    values = values.astype(np.uint8 if spec.discrete and 1 < spec.bound <= 255 else np.float32)
+    integral = bool((values == np.rint(values)).all())
+    low, high = float(values.min()), float(values.max())
+    scan = dataclasses.replace(scan, low=low, high=high, integral=integral)
+    return dataclasses.replace(source, values=values), scan
+
+
+def _check_range(source: Source, scan: Scan, spec: DataSpec) -> None:
+    """Check that values of an unknown range can be in that of the training data.
+
+    Raises:
+        InputError: they are fractions where the model knows integers, or all far below its pixels.
+    """
+    fractions = spec.discrete and spec.bound > 1 and not scan.integral and scan.low >= 0
+    pixels = spec.discrete and spec.bound >= 255 and scan.integral
+    if (fractions and scan.high <= 1) or (pixels and 0 < scan.high <= spec.bound / 16):
+        raise InputError(
+            f"the model was trained on values from 0 to {spec.bound}; {source.name} holds "
+            f"{scan.describe()}, whose unit cannot be told: give --max-value, the largest value "
+            f"that these data can take ({spec.bound} if they are in the unit of the training)"
+        )
+
+
+def _note_units(splits: Splits, units: Units, mean: Tensor, std: Tensor) -> None:
+    """Warn if most rows are far from the training data, or nearly equal: another unit, perhaps."""
+    spec, count = splits.spec, min(len(splits.test), max(1, SAMPLED_VALUES // mean.numel()))
+    x = torch.cat(list(splits.test.fixed("unit" if units == "binary" else units, 0, count)))
+    z = ((x - mean.to(x)) / std.to(x)).flatten(1)
+    far, extent = z.abs().median(dim=0).values, z.amax(0) - z.amin(0)
+    if spec.is_image:
+        far, extent = z.abs().median()[None], extent.max()[None]
+    narrow = (extent > 0) & (extent < 1 / FAR_AWAY) & (count >= 10)
+    for column in ((far > FAR_AWAY) | narrow).nonzero()[:3, 0].tolist():
+        where = "" if spec.is_image else f"{column_name(spec.columns, column)} of "
+        size = f"lie {far[column]:.2g} standard deviations of the training data from their mean"
+        if not far[column] > FAR_AWAY:
+            size = f"vary by {extent[column]:.2g} standard deviations of the training data"
+        warnings.warn(
+            f"values in {where}{splits.name} {size}: are they in the same unit?", stacklevel=3
+        )
+
+
+def _match_columns(source: Source, spec: DataSpec) -> Source:
+    """The columns of the training data, by their names, in the order of the training.
+
+    Data without names are taken by position.
+
+    Raises:
+        InputError: a column is missing.
+    """
+    if not spec.columns or not source.columns or source.columns == spec.columns:
+        return source
+    missing = [name for name in spec.columns if name not in source.columns]
+    if missing:
+        raise InputError(
+            f"the model expects columns {_list(spec.columns)}; {source.name} has "
+            f"{_list(source.columns)} and lacks {_list(missing)}: name its columns as in the "
+            f"training data"
+        )
+    extra = [name for name in source.columns if name not in spec.columns]
+    if extra:
+        warnings.warn(
+            f"{source.name} has columns that the model does not know, which are ignored: "
+            f"{_list(extra)}",
+            stacklevel=3,
+        )
+    order = [source.columns.index(name) for name in spec.columns]
+    return dataclasses.replace(source, values=source.values[:, order], columns=spec.columns)
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(name[:40] for name in names[:8]) + (", ..." if len(names) > 8 else "")
+
+
+def _splits(source: Source, scan: Scan, spec: DataSpec, *rows: Tensor) -> Splits:
     """The splits with these rows: training, validation, test."""
-    values = _tensor(source.values)
+    if source.values.shape[1:] != spec.shape:
+        raise InputError(
+            f"the model expects rows of shape {spec.shape}; {source.name} holds rows of shape "
+            f"{source.values.shape[1:]}"
+        )
+    if spec.offset is not None or max(abs(scan.low), abs(scan.high)) > FLOAT32_MAX:
+        check_float32(source, spec)
+    values = _tensor(source.values, wide=spec.offset is not None)
     labels = None if source.labels is None else torch.from_numpy(source.labels)
     train, validation, test = (
         Split(values, part, spec, None if labels is None else labels[part]) for part in rows
@@ -158,61 +318,9 @@ def _splits(source: Source, scan: _Scan, spec: DataSpec, *rows: Tensor) -> Split
         spec=spec,
         likelihood=source.likelihood or _default_likelihood(spec),
         class_names=source.class_names,
+        found=source.found,
         **vars(scan),
     )
-
-
-@dataclass(frozen=True)
-class _Scan:
-    """The results of one pass over all values, as attributes of `Splits`."""
-
-    low: float
-    high: float
-    integral: bool
-    fingerprint: str
-
-
-def _scan(source: Source) -> _Scan:
-    low, high, integral, bad = np.inf, -np.inf, True, 0
-    first: tuple[int, ...] = ()
-    digest = hashlib.blake2b(repr((source.values.shape, str(source.values.dtype))).encode())
-    for start in range(0, len(source.values), 4 * CHUNK):
-        chunk = np.ascontiguousarray(source.values[start : start + 4 * CHUNK])
-        digest.update(chunk.tobytes())
-        if chunk.dtype.kind == "f":
-            with np.errstate(over="ignore"):  # models compute in float32
-                wrong = ~np.isfinite(chunk.astype(np.float32))
-            if wrong.any():
-                if not bad:
-                    row, *place = np.argwhere(wrong)[0].tolist()
-                    first = (start + row, *place)
-                bad += int(wrong.sum())
-                continue
-            integral = integral and bool((chunk == np.rint(chunk)).all())
-        low, high = min(low, float(chunk.min())), max(high, float(chunk.max()))
-    if bad:
-        raise InputError(
-            f"{source.name} holds {bad} value{'s' * (bad > 1)} that are NaN, infinite or beyond "
-            f"3e38, the first in row {first[0]} at {first[1:]} (counted from 0); remove or impute "
-            f"them"
-        )
-    return _Scan(low, high, integral, digest.hexdigest())
-
-
-def _spec(source: Source, max_value: int | None, scan: _Scan) -> DataSpec:
-    low, high, integral = scan.low, scan.high, scan.integral
-    limit = max_value or source.max_value
-    if limit is not None and not 0 <= low <= high <= limit:
-        raise InputError(
-            f"--max-value {limit} expects values from 0 to {limit}; {source.name} ranges from "
-            f"{low:g} to {high:g}"
-        )
-    if limit is None and integral and low >= 0 and 1 < high <= 255:
-        # uint8 is the type of 8-bit images, even if their largest value is below 255.
-        limit = 255 if source.values.dtype == np.uint8 else int(high)
-    if limit is None and low >= 0 and high <= 1:
-        limit = 1
-    return DataSpec(tuple(source.values.shape[1:]), limit, discrete=integral and limit is not None)
 
 
 def _default_likelihood(spec: DataSpec) -> str:
@@ -225,12 +333,17 @@ def _default_likelihood(spec: DataSpec) -> str:
     return "binomial" if spec.max_value < 255 else "discretized-logistic"
 
 
-def _tensor(values: np.ndarray) -> Tensor:
-    """A tensor of uint8 or float, over the same memory if type and layout allow it."""
+def _tensor(values: np.ndarray, *, wide: bool = False) -> Tensor:
+    """A tensor of uint8 or float, over the same memory if type and layout allow it.
+
+    `wide`: keep what float32 would lose.
+    """
     if values.dtype == bool:
         values = values.view(np.uint8)
     if isinstance(values, np.memmap) and values.dtype in (np.uint8, np.float32, np.float64):
         return torch.from_numpy(values)
+    if wide and values.dtype != np.float32:
+        return torch.from_numpy(np.require(values, np.float64, ["C", "W"]))
     byte = values.dtype.kind in "iu" and values.min() >= 0 and values.max() <= 255
     # torch needs contiguous, writable memory.
     return torch.from_numpy(np.require(values, np.uint8 if byte else np.float32, ["C", "W"]))

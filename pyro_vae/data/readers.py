@@ -11,8 +11,14 @@ and nothing is unpickled: arrays are read with `allow_pickle=False`.
 
 from __future__ import annotations
 
+import lzma
+import math
 import pickle
+import struct
+import tokenize
+import warnings
 import zipfile
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +26,39 @@ from typing import Any
 import numpy as np
 
 from ..config import TORCHVISION_CLASSES, DataConfig, InputError
+from ..memory import check_memory
 from .images import read_folder
-from .source import LABEL_NAMES, Source, from_array
+from .source import LABEL_NAMES, Source, from_array, one_hot
 from .tables import read_table
 
 VALUE_NAMES = ("x", "data", "images")
+# The splits in the order of their rows, and the words for them in the names of arrays.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test",),
+}
+
+Names = dict[str, str]  # split → name of an array
+
+# What zipfile, its decompressors and numpy raise for damaged files.
+DAMAGED = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    OSError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    SyntaxError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    tokenize.TokenError,
+)
 
 
 def read(config: DataConfig) -> Source:
@@ -110,45 +144,150 @@ def _torchvision(config: DataConfig) -> Source:
 
 def _npy(path: Path, config: DataConfig) -> Source:
     try:
-        # Copy on write: torch needs writable memory; the file is never changed.
-        values = np.load(path, mmap_mode="c", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"{path} is not a whole .npy file of numbers: {error}") from None
-    if not isinstance(values, np.ndarray):
-        values.close()
-        raise InputError(f"{path} is a .npz archive by its content; rename it")
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about headers in the style of Python 2
+            if file.read(4) == b"PK\x03\x04":
+                raise InputError(f"{path} is a .npz archive by its content; rename it")
+            file.seek(0)
+            shape, dtype = _header(file)
+            expected = file.tell() + math.prod(shape) * dtype.itemsize
+            if not dtype.hasobject and expected != path.stat().st_size:
+                raise ValueError(f"it should have {expected} bytes, not {path.stat().st_size}")
+            # Copy on write: torch needs writable memory; the file is never changed.
+            values = np.load(path, mmap_mode="c", allow_pickle=False)
+    except InputError:
+        raise
+    except DAMAGED as error:
+        raise InputError(f"{path} is not a whole .npy file of numbers: {_reason(error)}") from None
     return from_array(values, None, config, path.stem, path)
 
 
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of the array in an open .npy file, whose position is then behind them."""
+    version = np.lib.format.read_magic(file)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    if version not in read_header:
+        raise ValueError(f"format {version} of .npy is for structured types")
+    shape, _, dtype = read_header[version](file)
+    if any(size < 0 for size in shape):
+        raise ValueError(f"the shape is {shape}")
+    return shape, dtype
+
+
 def _npz(path: Path, config: DataConfig) -> Source:
-    """Arrays named x and y, or x_train, y_train, x_test and y_test."""
+    """Rows x and labels y, perhaps divided into training, validation and test rows."""
+    parts, labels, unused, arrays = _load(path)
+    values = [arrays[key] for key in parts.values()]
+    if len({value.shape[1:] for value in values}) > 1 or any(v.ndim == 0 for v in values):
+        shapes = ", ".join(f"{key} {arrays[key].shape}" for key in parts.values())
+        raise InputError(f"{path} expects rows of one shape in its arrays; got {shapes}")
+    found, target = f"rows from {', '.join(parts.values())}", None
+    targets = [arrays[key] for key in labels.values()]
+    whole = len(targets) == len(parts) and all(t.ndim for t in targets)
+    if whole and len({t.shape[1:] for t in targets}) == 1:
+        target = np.concatenate(targets)
+    if target is not None and target.ndim == 2 and target.shape[1] > 1 and not one_hot(target):
+        target = None
+    if target is not None:
+        found += f"; labels from {', '.join(labels.values())}"
+    elif labels:
+        warnings.warn(
+            f"the labels {', '.join(labels.values())} of {path} are left out: expected one for "
+            f"each row of {', '.join(parts.values())}",
+            stacklevel=2,
+        )
+    if unused:
+        found += f"; not used: {', '.join(unused[:5])}{', ...' if len(unused) > 5 else ''}"
+    joined = values[0] if len(values) == 1 else np.concatenate(values)
+    return replace(
+        from_array(joined, target, config, path.stem, path),
+        num_validation=len(arrays[parts["val"]]) if "val" in parts else 0,
+        num_test=len(arrays[parts["test"]]) if "test" in parts else 0,
+        found=found,
+    )
+
+
+def _load(path: Path) -> tuple[Names, Names, list[str], dict[str, np.ndarray]]:
+    """The names of the arrays of rows, labels and others in an archive, and the arrays in use.
+
+    Of the others, only the headers are read.
+    """
+    with path.open("rb") as start:
+        if start.read(6) == b"\x93NUMPY":
+            raise InputError(f"{path} is a single array by its content; name it .npy")
     try:
+        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            headers = {}
+            for member in archive.infolist():
+                if member.filename.endswith(".npy"):
+                    with archive.open(member) as content:
+                        headers[member.filename[:-4]] = (*_header(content), member, content.tell())
+        parts, labels, unused = _choose(path, {key.lower(): key for key in headers})
+        # Only unpickling could read labels that are objects.
+        unused += [key for key in labels.values() if headers[key][1].hasobject]
+        labels = {name: key for name, key in labels.items() if key not in unused}
+        total = 0
+        for key in (*parts.values(), *labels.values()):
+            shape, dtype, member, offset = headers[key]
+            if dtype.hasobject:
+                raise InputError(f"expected numbers in {key} of {path}; got an array of objects")
+            if offset + math.prod(shape) * dtype.itemsize != member.file_size:
+                raise ValueError(f"the size of {key} is not that of its shape {shape}")
+            total += math.prod(shape) * (dtype.itemsize + 4) // 4  # as stored, and in float32
+        check_memory(total, f"the arrays in {path}", "use fewer rows")
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {key.lower(): archive[key] for key in archive.files}
-    except TypeError:
-        raise InputError(f"{path} is a single array by its content; name it .npy") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is not a whole .npz file of numbers: {error}") from None
+            return (
+                parts,
+                labels,
+                unused,
+                {k: archive[k] for k in {*parts.values(), *labels.values()}},
+            )
+    except InputError:
+        raise
+    except DAMAGED as error:
+        raise InputError(f"{path} is not a whole .npz file of numbers: {_reason(error)}") from None
 
-    def one_of(names: tuple[str, ...], suffix: str = "") -> np.ndarray | None:
-        return next((arrays[name + suffix] for name in names if name + suffix in arrays), None)
 
-    num_test = 0
-    values, labels = one_of(VALUE_NAMES, "_train"), one_of(LABEL_NAMES, "_train")
-    if values is None:
-        values, labels = one_of(VALUE_NAMES), one_of(LABEL_NAMES)
-        rest = [a for key, a in arrays.items() if key not in LABEL_NAMES]
-        if values is None and len(rest) != 1:
+def _choose(path: Path, keys: dict[str, str]) -> tuple[Names, Names, list[str]]:
+    """The names of the arrays of rows and of labels for train, val and test, and the others."""
+
+    def find(names: tuple[str, ...], split: str) -> str | None:
+        forms = [form for name in names for form in (f"{name}_{split}", f"{split}_{name}")]
+        return next((keys[form] for form in forms if form in keys), None)
+
+    def first(names: tuple[str, ...]) -> str | None:
+        return next((keys[name] for name in names if name in keys), None)
+
+    if {"format", "shape", "data"} <= keys.keys():
+        raise InputError(
+            f"{path} holds a sparse matrix of scipy; a dense array is expected. Convert it: "
+            f"numpy.save('x.npy', scipy.sparse.load_npz({str(path)!r}).toarray())"
+        )
+    parts, labels = {}, {}
+    for split, words in SPLIT_NAMES.items():
+        for word in words:
+            if split not in parts and (key := find(VALUE_NAMES, word)):
+                parts[split] = key
+                if label := find(LABEL_NAMES, word):
+                    labels[split] = label
+    if "train" not in parts:
+        others = [key for low, key in keys.items() if low not in LABEL_NAMES]
+        key = first(VALUE_NAMES) or (others[0] if len(others) == 1 else None)
+        if key is None:
             raise InputError(
                 f"{path} expects one array named x (or data, images), or x_train and x_test; got "
-                f"{', '.join(arrays) or 'no array'}"
+                f"{', '.join(keys.values()) or 'no array'}"
             )
-        values = rest[0] if values is None else values
-    elif (test := one_of(VALUE_NAMES, "_test")) is not None:
-        test_labels = one_of(LABEL_NAMES, "_test")
-        if test.shape[1:] != values.shape[1:]:
-            raise InputError(f"{path}: train rows are {values.shape[1:]}, test {test.shape[1:]}")
-        values, num_test = np.concatenate([values, test]), len(test)
-        if labels is not None and test_labels is not None:
-            labels = np.concatenate([labels, test_labels])
-    return replace(from_array(values, labels, config, path.stem, path), num_test=num_test)
+        parts = {"train": key, **parts}
+        if label := first(LABEL_NAMES):
+            labels = {"train": label, **labels}
+    used = {*parts.values(), *labels.values()}
+    return parts, labels, [key for key in keys.values() if key not in used]

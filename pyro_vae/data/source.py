@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,9 @@ from ..config import DataConfig, InputError
 
 LABEL_COLUMNS = ("label", "labels", "class", "target", "targets")
 LABEL_NAMES = (*LABEL_COLUMNS, "y")  # a table may have a coordinate called y
+
+# More different labels that are not whole numbers are no classes.
+MAX_REAL_CLASSES = 20
 
 
 @dataclass(frozen=True)
@@ -23,8 +28,11 @@ class Source:
         labels: (N,) int64, or None.
         class_names: the name of each label, or empty.
         num_test: the last `num_test` rows are the data's own test split; 0 if they have none.
+        num_validation: the rows before them are the data's own validation split; 0 if none.
         max_value: the largest possible value, if the source defines one.
         likelihood: the usual likelihood of the data, if there is one.
+        columns: the names of the columns of a table (N, D), or empty.
+        found: how columns or arrays were read, in words, or empty.
     """
 
     name: str
@@ -32,8 +40,11 @@ class Source:
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
     num_test: int = 0
+    num_validation: int = 0
     max_value: int | None = None
     likelihood: str | None = None
+    columns: tuple[str, ...] = ()
+    found: str = ""
 
 
 def from_array(
@@ -47,7 +58,8 @@ def from_array(
 
     Args:
         values: (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), C 1 or 3.
-        labels: (N,), of one sortable type, or None. The sorted distinct labels are the classes.
+        labels: (N,) or (N, 1), of one sortable type, or one-hot (N, K), or None. The classes
+            are the distinct labels, sorted.
         config: for `image_size`, which turns (N, D) into images.
         name: name of the data.
         origin: name of the data in error messages.
@@ -76,18 +88,62 @@ def from_array(
             f"expected rows (N, D), grey images (N, H, W) or images of 1 or 3 channels "
             f"(N, H, W, C) or (N, C, H, W) in {origin}; got an array {values.shape}"
         )
-    classes: tuple[str, ...] = ()
-    if labels is not None:
-        if labels.shape != (len(values),):
-            raise InputError(
-                f"expected one label per row, ({len(values)},), in {origin}; got labels of shape "
-                f"{labels.shape}"
-            )
-        distinct, labels = np.unique(labels, return_inverse=True)
-        classes, labels = tuple(map(str, distinct)), labels.astype(np.int64)
+    codes, classes = (None, ()) if labels is None else _classes(labels, len(values), origin)
     if size and size != values.shape[2:]:
         raise InputError(
             f"--image-size resizes folders of images only; {name} has images of "
             f"{'x'.join(map(str, values.shape[2:]))}, --image-size asks for {size[0]}x{size[1]}"
         )
-    return Source(name, values, labels, classes)
+    return Source(name, values, codes, classes)
+
+
+def _classes(
+    labels: np.ndarray, count: int, origin: Path | str
+) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """The class of each row, (N,) int64, and the names of the classes, sorted by number or name.
+
+    Many different real numbers are a quantity to predict, not classes: they are left out.
+    """
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    elif labels.size and one_hot(labels):
+        labels = labels.argmax(1)
+    if labels.shape != (count,):
+        raise InputError(
+            f"expected one label per row, ({count},), in {origin}; got labels of shape "
+            f"{labels.shape}"
+        )
+    if labels.dtype.kind == "f" and np.isnan(labels).any():
+        raise InputError(f"expected a label for each row in {origin}; got NaN in some")
+    distinct, codes = np.unique(labels, return_inverse=True)
+    names = [str(name) for name in distinct]
+    if all(map(is_number, names)) and all(map(math.isfinite, map(float, names))):
+        numbers = [float(name) for name in names]
+        whole = all(number.is_integer() for number in numbers)
+        if not whole and len(numbers) > MAX_REAL_CLASSES:
+            warnings.warn(
+                f"the labels of {origin} are {len(numbers)} different real numbers, not classes: "
+                f"they are left out",
+                stacklevel=2,
+            )
+            return None, ()
+        order = np.argsort(numbers, kind="stable")  # text sorts 10 before 2
+        names = [names[i].removesuffix(".0") if whole else names[i] for i in order]
+        codes = np.argsort(order)[codes]
+    return codes.astype(np.int64), tuple(names)
+
+
+def one_hot(labels: np.ndarray) -> bool:
+    """Whether labels (N, K) have a single 1 in each row, the column of its class, and else 0."""
+    if labels.ndim != 2 or labels.dtype.kind not in "biuf":
+        return False
+    return bool(((labels != 0).sum(1) == 1).all() and ((labels == 1).sum(1) == 1).all())
+
+
+def is_number(text: str) -> bool:
+    """Whether a cell of a table is a number. Python also reads 1_000 as one."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return "_" not in text

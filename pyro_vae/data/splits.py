@@ -6,7 +6,8 @@ scaled and, if the units ask for it, binarized as a whole:
     binary   x ~ Bernoulli(value / max_value), drawn at each access
     unit     value / max_value, in [0, 1]
     count    the value itself, an integer from 0 to max_value
-    real     value / max_value if the data are bounded, else the value itself
+    real     value / max_value if the data are bounded, else the value itself, or
+             (value - offset) / scale where float32 would lose the spread of a column
 
 Evaluation uses one binarization, fixed by a seed (`Split.fixed`) and the same on every device.
 """
@@ -14,12 +15,15 @@ Evaluation uses one binarization, fixed by a seed (`Split.fixed`) and the same o
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from .precision import column_name
 
 Units = Literal["binary", "unit", "count", "real"]
 
@@ -35,11 +39,23 @@ class DataSpec:
         shape: shape of one row: (C, H, W) for images, (D,) for tables.
         max_value: the largest value that the data can take, or None for unbounded data.
         discrete: whether the values are integers from 0 to `max_value`.
+        columns: the names of the columns of a table, or empty.
+        offset, scale: of each column of a table, or one of each for images, see `precision`. None
+            if float32 keeps the values. Bounded data have none.
     """
 
     shape: tuple[int, ...]
     max_value: int | None
     discrete: bool
+    columns: tuple[str, ...] = ()
+    offset: tuple[float, ...] | None = None
+    scale: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.offset is not None or self.scale is not None:
+            size = 1 if self.is_image else math.prod(self.shape)
+            if not (len(self.offset or ()) == len(self.scale or ()) == size):
+                raise ValueError(f"expected {size} offsets and scales")
 
     @property
     def is_image(self) -> bool:
@@ -73,18 +89,52 @@ class DataSpec:
         self, values: Tensor, units: Units, generator: torch.Generator | None = None
     ) -> Tensor:
         """Stored values (B, *shape) → x (B, *shape), float32, in `units`."""
+        if units == "real" and self.offset is not None:
+            offset, scale = self._offset_and_scale(values.device)
+            return ((values.to(torch.float64) - offset) / scale).to(torch.float32)
         x = values.to(torch.float32)
         if units != "count" and self.max_value not in (None, 1):
             x = x / self.bound
         if self.binarizes(units):
             # Twice as fast as torch.bernoulli, which draws doubles.
-            uniform = torch.rand(x.shape, generator=generator, device=x.device)
+            uniform = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
             x = torch.gt(x, uniform, out=uniform)  # 1.0 or 0.0, without a boolean tensor
         return x
 
     def from_units(self, x: Tensor, units: Units) -> Tensor:
-        """x in `units` → stored values: the inverse of `to_units`."""
+        """x in `units` → stored values: the inverse of `to_units`.
+
+        They are float64 if the data have an offset and a scale, else of the type of x.
+        """
+        if units == "real" and self.offset is not None:
+            offset, scale = self._offset_and_scale(x.device)
+            return x.to(torch.float64) * scale + offset
         return x if units == "count" or self.max_value is None else x * self.max_value
+
+    def _offset_and_scale(self, device: torch.device) -> Tensor:
+        return torch.tensor([self.offset, self.scale], dtype=torch.float64, device=device)
+
+    @property
+    def log_scale(self) -> float:
+        """log p(x) - log p(value) of a row, in nats: the sum of the logarithms of the scales."""
+        repeats = math.prod(self.shape) if self.is_image else 1
+        return repeats * sum(map(math.log, self.scale or ()))
+
+    def describe_units(self) -> str:
+        """How x follows from the values, and log p(x) from that of the values; or nothing."""
+        if self.offset is None or self.scale is None:
+            return ""
+        pairs = list(zip(self.offset, self.scale, strict=True))
+        shown = [i for i, pair in enumerate(pairs) if pair != (0.0, 1.0)]
+        parts = [f"offset {pairs[i][0]:.6g}, scale {pairs[i][1]:g}" for i in shown[:3]]
+        if not self.is_image:
+            names = [column_name(self.columns, i) for i in shown]
+            parts = [f"{name}: {part}" for name, part in zip(names, parts, strict=False)]
+        rest = f"; and {len(shown) - 3} more columns" if len(shown) > 3 else ""
+        density = "log p(x) is also that of the values"
+        if self.log_scale:
+            density = f"add {-self.log_scale:.6g} nats per row to log p(x) for that of the values"
+        return f"x = (value - offset) / scale ({'; '.join(parts)}{rest}); {density}"
 
 
 @dataclass(frozen=True)
@@ -139,6 +189,7 @@ class Splits:
         low, high: the smallest and the largest value.
         integral: whether all values are integers.
         fingerprint: a digest of all values, which identifies the data.
+        found: how the columns of a table or the arrays of a file were read, or empty.
     """
 
     name: str
@@ -152,11 +203,12 @@ class Splits:
     high: float
     integral: bool
     fingerprint: str
+    found: str = ""
 
     def describe(self) -> str:
         """Type and range of the values, for example "integers from 0 to 16"."""
         kind = "integers" if self.integral else "real values"
-        return f"{kind} from {self.low:g} to {self.high:g}"
+        return f"{kind} from {interval(self.low, self.high)}"
 
     def whole(self) -> Split:
         """All rows in the order of the data, as one split."""
@@ -183,6 +235,19 @@ class Splits:
         return dataclasses.replace(self, **parts)
 
 
+def interval(low: float, high: float) -> str:
+    """ "0.00019 to 1.0000001": with as many digits as tell both apart, and from integers."""
+    pair = (low, high)
+    for digits in (6, 9, 12, 17):
+        texts = [f"{value:.{digits}g}" for value in pair]
+        whole = [float(text).is_integer() for text in texts]
+        if whole == [value.is_integer() for value in pair] and (
+            low == high or texts[0] != texts[1]
+        ):
+            break
+    return " to ".join(texts)
+
+
 def moments(split: Split, units: Units, num_images: int = 50_000) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of a split's x, before any binarization.
 
@@ -201,7 +266,7 @@ def moments(split: Split, units: Units, num_images: int = 50_000) -> tuple[Tenso
     intensity: Units = "unit" if units == "binary" else units
 
     def average(function: Callable[[Tensor], Tensor]) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
         for x in sample.fixed(intensity, seed=0):
             total = total + function(x.to(torch.float64)).sum(0)
         return total / len(sample)

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ..memory import rows_at_once
 from ..models.interface import LatentModel
+from ..randomness import one_thread
 
 
+@one_thread()
 @torch.no_grad()
 def aggregate_posterior(vae: LatentModel, x: Tensor) -> np.ndarray:
     """Draws (N, Z) from the aggregate posterior: one z ~ q(z|x) for each x (N, *data_shape).

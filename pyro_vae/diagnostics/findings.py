@@ -82,8 +82,9 @@ class Finding:
     def verdict(self) -> Verdict:
         check, size = self.check, self.size
         distances = [self._distance(size.low), self._distance(size.high)]
-        least = 0.0 if size.low <= check.ideal <= size.high else min(distances)
-        if self.reliable and max(distances) <= check.limits[0]:
+        # np.min and np.max of NaN are NaN, which lies neither within a limit nor beyond it.
+        least = 0.0 if size.low <= check.ideal <= size.high else np.min(distances)
+        if self.reliable and np.max(distances) <= check.limits[0]:
             return "sound"
         return "wrong" if self.reliable and least > check.limits[1] else "doubtful"
 
@@ -96,7 +97,9 @@ class Finding:
     def as_dict(self) -> dict[str, Any]:
         """The finding as an entry of diagnostics.json."""
         check = self.check
-        direction = check.directions[self.size.estimate > check.ideal]
+        meaning = check.meaning.format(direction=check.directions[self.size.estimate > check.ideal])
+        if not np.isfinite(self.size.estimate):
+            meaning = "this size is not a finite number: densities or draws overflow"
         return {
             "check": check.name,
             "verdict": self.verdict,
@@ -104,8 +107,7 @@ class Finding:
             **asdict(self.size),
             "ideal": check.ideal,
             "limits": check.limits,
-            "meaning": ("" if self.reliable else check.unreliable)
-            + check.meaning.format(direction=direction),
+            "meaning": ("" if self.reliable else check.unreliable) + meaning,
             "advice": check.advice,
         }
 
@@ -165,7 +167,7 @@ INTERVALS = Check(
     "share of truths inside the central {ideal:.0%} intervals of single latents",
     (0.03, 0.1),
     "regions contain the truth {direction} often than they claim",
-    "widen them by the factor of `posterior width`",
+    "multiply their widths by the factor of `posterior width`",
     ideal=0.9,
     directions=("less", "more"),
 )
@@ -174,8 +176,8 @@ REGIONS = replace(
     name="coverage, regions",
     effect="share of truths inside the joint highest-density {ideal:.0%} regions",
     limits=(0.05, 0.2),
-    advice="independent latents harm joint regions most: use a full-covariance guide, or fewer "
-    "latents",
+    advice="correct the `posterior width`; regions that still miss the truth need a "
+    "full-covariance guide, or fewer latents",
 )
 LIKELIHOOD_RANKS = Check(
     "use of the data",

@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..memory import Callback, ignore
+from ..randomness import one_thread
 from .intervals import Interval
 
 BLOCKS = 20  # of the jackknife
@@ -100,7 +101,7 @@ class Gradient:
             mean, square = self.block_means[keep].mean(0), self.block_squares[keep].mean().item()
             return statistic(mean, max(0.0, square - _square(mean)) * n / (n - 1), n)
 
-        one = torch.eye(BLOCKS, dtype=torch.bool)
+        one = torch.eye(BLOCKS, dtype=torch.bool, device="cpu")
         estimate, without_one = value(one.any(0)), [value(~block) for block in one]
         width = STUDENT * math.sqrt((BLOCKS - 1) * float(np.var(without_one)))
         return Interval(estimate, estimate - width, estimate + width)
@@ -121,6 +122,7 @@ class Step:
     memory: int
 
 
+@one_thread()
 def measure_gradients(
     objective: ELBO,
     model: Callable[..., Any],
@@ -137,8 +139,7 @@ def measure_gradients(
 
     Args:
         objective: any `pyro.infer.ELBO`.
-        model, guide: Pyro programs of x.
-        x: the batch.
+        model, guide: Pyro programs of the batch x.
         groups: parameters by name, such as {"encoder": vae.encoder.parameters(), …}.
         num_draws: n, at least 40; rounded down to a multiple of 20.
         on_draw: called with 1 after each draw.
@@ -156,8 +157,10 @@ def measure_gradients(
     sites = _site_parameters(objective, model, guide, x)
     # Gradients reach the parameters of all groups, and parameters outside any group.
     every = list({id(p): p for p in itertools.chain(*parameters.values(), sites)}.values())
-    sizes = {name: sum(p.numel() for p in group) for name, group in parameters.items()}
-    sums = {n: torch.zeros(2, BLOCKS, size, dtype=torch.float64) for n, size in sizes.items()}
+    sums = {
+        n: torch.zeros(2, BLOCKS, sum(map(Tensor.numel, g)), dtype=torch.float64, device="cpu")
+        for n, g in parameters.items()
+    }
 
     def step() -> None:
         for parameter in every:

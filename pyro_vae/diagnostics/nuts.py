@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..memory import Callback, ignore
 from ..models.interface import PyroModel, held_fixed
+from ..randomness import one_thread
 from .aggregate import energy_coefficient
 
 
@@ -48,6 +49,7 @@ class Comparison:
     null_distance: np.ndarray
 
 
+@one_thread()
 def compare_with_nuts(
     vae: PyroModel,
     x: Tensor,
@@ -111,7 +113,9 @@ def _convergence(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         bulk = array_stats.ess(draws, method="bulk", **axes)
         tail = array_stats.ess(draws, method="tail", prob=(0.05, 0.95), **axes)
     r_hat = np.where(np.isnan(r_hat), np.inf, r_hat)
-    return r_hat, np.nan_to_num(np.minimum(bulk, tail), nan=1.0)
+    # Of equal draws, arviz returns their number, or NaN.
+    size = np.where(np.isfinite(r_hat), np.minimum(bulk, tail), np.nan)
+    return r_hat, np.nan_to_num(size, nan=1.0)
 
 
 def _distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..memory import rows_at_once
 from ..models.interface import LatentModel
+from ..randomness import one_thread
 
 Statistic = Callable[[Tensor, Tensor], Tensor]
 
@@ -47,6 +48,7 @@ class PredictiveCheck:
         return (self.observed - self.replicated_mean) / np.maximum(self.replicated_scale, 1e-12)
 
 
+@one_thread()
 @torch.no_grad()
 def predictive_check(
     vae: LatentModel,
@@ -63,7 +65,8 @@ def predictive_check(
         vae: model with `posterior(x)` and `likelihood(z)`.
         x: (B, *data_shape).
         statistics: name → f(x (S, B, *data_shape), z (S, B, Z)) → (S, B). By default mean, standard
-            deviation, log p(x|z) and, for images, the mean absolute difference of neighbours.
+            deviation, log p(x|z) and, for images, the mean absolute difference of neighbours, as
+            far as a row has more than one value or neighbours.
         num_draws: S, at least 2.
 
     Raises:
@@ -72,7 +75,7 @@ def predictive_check(
     if num_draws < 2:
         raise ValueError(f"num_draws expects at least 2; got {num_draws}")
     if statistics is None:
-        statistics = _statistics(vae, image=x.dim() == 4)
+        statistics = _statistics(vae, x.shape[1:])
     rows = rows_at_once(num_draws * x[0].numel(), x.device, CHUNKS_PER_BLOCK)
     parts = [_compare(vae, part, statistics, num_draws) for part in x.split(rows)]
     observed, mean, scale, p_values = torch.cat(parts, dim=1).cpu().numpy()
@@ -98,14 +101,15 @@ def _compare(
     return torch.stack(columns, dim=-1)
 
 
-def _statistics(vae: LatentModel, image: bool) -> dict[str, Statistic]:
-    statistics: dict[str, Statistic] = {
-        "mean": lambda x, z: x.flatten(2).mean(-1),
-        "standard deviation": lambda x, z: x.flatten(2).std(-1),
-        "log p(x|z)": lambda x, z: vae.likelihood(z).log_prob(x),
-    }
-    if image:
-        statistics["roughness"] = lambda x, z: (
-            x.diff(dim=-1).abs().flatten(2).mean(-1) + x.diff(dim=-2).abs().flatten(2).mean(-1)
-        )
+def _statistics(vae: LatentModel, shape: torch.Size) -> dict[str, Statistic]:
+    """The default statistics of rows of this shape that are numbers, rather than NaN."""
+    statistics: dict[str, Statistic] = {"mean": lambda x, z: x.flatten(2).mean(-1)}
+    if shape.numel() > 1:
+        statistics["standard deviation"] = lambda x, z: x.flatten(2).std(-1)
+    statistics["log p(x|z)"] = lambda x, z: vae.likelihood(z).log_prob(x)
+    sides = [side for side in (-1, -2) if len(shape) == 3 and shape[side] > 1]
+    if sides:
+        statistics["roughness"] = lambda x, z: torch.stack(
+            [x.diff(dim=side).abs().flatten(2).mean(-1) for side in sides]
+        ).sum(0)
     return statistics

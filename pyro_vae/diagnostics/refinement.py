@@ -24,11 +24,13 @@ from pyro.infer import SVI
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from ..capture.optimizer import OneOptimizer
+from ..capture.optimizer import NonFiniteGradient, OneOptimizer
+from ..config import InputError
 from ..evidence.importance import Evidence, importance_sample
 from ..memory import Callback, ignore
 from ..models.interface import LatentModel, PyroModel, held_fixed, register
 from ..objectives.registry import objective
+from ..randomness import one_thread
 
 PARTICLES = 8
 LEARNING_RATE = 0.05
@@ -52,7 +54,7 @@ class PerRowGuide(nn.Module):
         self.loc = nn.Parameter(loc.clone())
         self.log_scale = nn.Parameter(scale.log())
         # Below the diagonal of the Cholesky factor, each line in units of its scale
-        lower = torch.zeros(*loc.shape, loc.shape[-1]).to(loc)
+        lower = loc.new_zeros(*loc.shape, loc.shape[-1])
         self.lower = nn.Parameter(lower, requires_grad=full)
 
     def posterior(self, x: Tensor) -> Distribution:
@@ -60,7 +62,7 @@ class PerRowGuide(nn.Module):
         scale = self.log_scale.exp()
         if not self.full:
             return Normal(self.loc, scale).to_event(1)
-        factor = torch.eye(scale.shape[-1]).to(scale) + self.lower.tril(-1)
+        factor = torch.ones_like(scale).diag_embed() + self.lower.tril(-1)
         return MultivariateNormal(self.loc, scale_tril=scale.unsqueeze(-1) * factor)
 
     def guide(self, x: Tensor) -> None:
@@ -70,6 +72,7 @@ class PerRowGuide(nn.Module):
             pyro.sample(self.latent, self.posterior(x))
 
 
+@one_thread()
 def refine(
     vae: PyroModel,
     x: Tensor,
@@ -95,6 +98,7 @@ def refine(
 
     Raises:
         ValueError: `num_steps` is not positive.
+        InputError: the log-density of a row exceeds float32, as an outlier's may.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps expects an integer of at least 1; got {num_steps}")
@@ -107,8 +111,15 @@ def refine(
     # SVI must not see the parameters of the model.
     model = poutine.block(vae.model, hide_types=["param"])
     svi = SVI(model, guide.guide, OneOptimizer(adam), loss=objective("trace", PARTICLES))
-    with held_fixed(vae), pyro.validation_enabled(False):
-        _fit(svi, adam, x, num_steps, on_step)
+    try:
+        with held_fixed(vae), pyro.validation_enabled(False):
+            _fit(svi, adam, x, num_steps, on_step)
+    except NonFiniteGradient:
+        row = int(vae.likelihood(loc).log_prob(x).argmin())
+        raise InputError(
+            f"the posterior of a row cannot be refined: its log-density exceeds float32. The most "
+            f"unlikely row is row {row} of these {len(x)} (counted from 0); remove it"
+        ) from None
     return guide.requires_grad_(False)
 
 
@@ -161,6 +172,7 @@ class Gaps:
         return self.correlation + self.remainder
 
 
+@one_thread()
 def gaps(
     vae: PyroModel,
     x: Tensor,

@@ -29,6 +29,7 @@ from torch import Tensor
 from ..memory import Callback, ignore, rows_at_once
 from ..models.interface import LatentModel
 from ..models.log_weights import log_likelihood
+from ..randomness import one_thread
 from .intervals import Interval, interval, share_interval
 
 Quantity = Callable[[Tensor, Tensor], Tensor]
@@ -78,6 +79,7 @@ class Simulations:
         return np.divide((z * mean).sum(0), norm, out=np.zeros_like(norm), where=norm > 0)
 
 
+@one_thread()
 @torch.no_grad()
 def simulate(
     vae: LatentModel,

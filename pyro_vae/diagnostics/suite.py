@@ -97,7 +97,7 @@ class Study:
 def random_rows(split: Split, units: Units, count: int, seed: int) -> Tensor:
     """At most `count` rows of a split, as x, chosen at random: files are often sorted by class."""
     generator = torch.Generator().manual_seed(derive(seed, "rows"))
-    chosen = split.rows[torch.randperm(len(split), generator=generator)[:count]]
+    chosen = split.rows[torch.randperm(len(split), generator=generator, device="cpu")[:count]]
     part = dataclasses.replace(split, rows=chosen, labels=None)
     return torch.cat(list(part.fixed(units, seed)))
 
@@ -109,8 +109,8 @@ def studies(
 
     Args:
         vae: the model with its guide.
-        held_out: (B, *data_shape) rows outside the training split, at least 4.
-        training: (N, *data_shape) rows of the training split.
+        held_out: (B, *data_shape) rows outside the training split, at least 5.
+        training: (N, *data_shape) rows of the training split, at least 5.
         effort: sizes of the computations.
         advance: called with the percentage of the whole work just done.
     """
@@ -140,7 +140,8 @@ def _weights(vae: VAE, x: Tensor, effort: Effort, on_chunk: Callable[[int], obje
     k, size = _array(evidence.pareto_k), _array(evidence.effective_sample_size)
     limit = reliable_k(num_samples)
 
-    findings = [verdicts.about_weights(k > limit)]
+    # k is NaN if no weight of a row is finite, which is not reliable either.
+    findings = [verdicts.about_weights(~(k <= limit))]
     details = {
         "elbo": (evidence.reconstruction - kl).mean().item(),
         "log_evidence": evidence.log_evidence.mean().item(),

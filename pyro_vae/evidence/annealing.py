@@ -29,8 +29,9 @@ import torch
 from pyro.distributions import Distribution
 from torch import Tensor
 
-from ..memory import Callback, concatenate, ignore, rows_at_once
+from ..memory import Callback, check_memory, concatenate, ignore, rows_at_once
 from ..models.interface import LatentModel
+from ..randomness import one_thread
 
 # Acceptance rate to which the step sizes are tuned. The optimum for HMC is 0.65, and a lower rate
 # costs more than a higher one ("Optimal tuning of the hybrid Monte Carlo algorithm", arXiv
@@ -49,7 +50,8 @@ class Annealed:
             log p(x).
         upper: (B,) minus log-mean of the reverse chains' inverse weights, at least log p(x) in
             expectation; None unless the z that generated x were given.
-        standard_error: (B,) of `lower`, from the variance of the weights; NaN for one chain.
+        standard_error: (B,) of `lower`, from the variance of the weights; NaN for one chain,
+            infinite if `lower` is −∞.
         acceptance: (B,) mean acceptance rate of the forward chains.
     """
 
@@ -59,6 +61,7 @@ class Annealed:
     acceptance: Tensor
 
 
+@one_thread()
 def anneal(
     vae: LatentModel,
     x: Tensor,
@@ -80,12 +83,17 @@ def anneal(
         on_step: called with the number of (row, chain) pairs that have made a step.
 
     Raises:
-        ValueError: a number is not positive, or x lies outside the likelihood's support.
+        ValueError: a number is not positive, x lies outside the likelihood's support, or the
+            chains exceed the memory (`InputError`).
     """
     if num_steps < 1 or num_chains < 1:
         raise ValueError(
             f"num_steps and num_chains expect at least 1; got {num_steps} and {num_chains}"
         )
+    # A step size for each row and β, and a state of each chain with its gradients
+    values = num_steps * len(x) + 10 * num_chains * x[:1].numel()
+    what = f"{num_steps:,} steps of {num_chains:,} chains"
+    check_memory(values, what, "lower num_steps or num_chains")
     betas = _schedule(num_steps)
     rows = x.split(rows_at_once(num_chains * x[:1].numel(), x.device))
     starts = [None] * len(rows) if z is None else z.split(len(rows[0]))
@@ -99,7 +107,7 @@ def anneal(
 
 def _schedule(num_steps: int) -> list[float]:
     """β₀ … β_T along a sigmoid: slow at both ends, where the distributions change fastest."""
-    line = torch.linspace(-4, 4, num_steps + 1, dtype=torch.float64).sigmoid()
+    line = torch.linspace(-4, 4, num_steps + 1, dtype=torch.float64, device="cpu").sigmoid()
     return ((line - line[0]) / (line[-1] - line[0])).tolist()
 
 
@@ -194,7 +202,7 @@ def _adapt(step_size: Tensor, probability: Tensor) -> Tensor:
 
 def _tune(target: _Target, z: Tensor, on_step: Callback) -> list[Tensor]:
     """Step sizes (1, B, 1) for β₀ … β_{T−1}, from a forward chain that starts at z (C, B, Z)."""
-    state, sizes = target.evaluate(z), [torch.full((1, z.shape[1], 1), FIRST_STEP).to(z)]
+    state, sizes = target.evaluate(z), [z.new_full((1, z.shape[1], 1), FIRST_STEP)]
     on_step(z[..., 0].numel())
     for beta in target.betas[1:-1]:
         state, probability = _hmc(target, state, beta, sizes[-1])
@@ -231,6 +239,8 @@ def _bounds(target: _Target, z: Tensor | None, num_chains: int, on_step: Callbac
     log_weights, acceptance = _chain(target, start, step_sizes, on_step)
     lower = log_weights.logsumexp(0) - math.log(num_chains)
     spread = (log_weights - lower).exp().std(0) if num_chains > 1 else torch.nan
+    if num_chains > 1:  # weights that are all zero have no spread to judge by
+        spread = torch.where(lower == -math.inf, math.inf, spread)
     upper = None
     if z is not None:
         start = z.expand(start.shape)

@@ -1,8 +1,14 @@
-"""Evaluate a model on a split: ELBO, log p(x), bits per dimension, active units."""
+"""Evaluate a model on a split: ELBO, log p(x), bits per dimension, active units.
+
+An outlier may lie so far out that log p(x|z) overflows float32. Such a row is evaluated in float64,
+in which the square of any float32 is finite. Rows that alone decide a mean are named in a warning.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from ..data.precision import column_name
 from ..data.splits import Split
 from ..memory import Callback, ignore
 from ..models.autoencoder import Autoencoder
+from ..models.interface import uncompiled
 from ..models.vae import VAE
 from ..randomness import derive, random_states
 from .importance import MIN_TAIL_SAMPLES, Evidence, choose_mode, importance_sample, reliable_k
@@ -20,24 +28,79 @@ from .importance import MIN_TAIL_SAMPLES, Evidence, choose_mode, importance_samp
 # A latent is active if the variance over rows of its posterior mean exceeds this ("Importance
 # weighted autoencoders", arXiv 1509.00519).
 ACTIVE_VARIANCE = 0.01
+# Rows that alone decide a mean are this many times as far from the median as all nearer rows
+# together. Fewer than `MIN_ROWS` do not show what is ordinary: of 8 rows with values from a
+# chi-square distribution, which is that of a Gaussian log-density, one in a hundred has such a row.
+DECISIVE = 10
+MIN_ROWS = 8
 
 
 def elbo_terms(
-    vae: VAE | Autoencoder, split: Split, seed: int = 0, num_images: int | None = None
+    vae: VAE | Autoencoder,
+    split: Split,
+    seed: int = 0,
+    num_images: int | None = None,
+    note: bool = False,
 ) -> tuple[float, float | None]:
     """Mean reconstruction and KL over a split, nats per row, with one draw of z per row.
 
     `seed` fixes draws and binarization; torch's global random state does not change. The KL of an
-    `Autoencoder` is None.
+    `Autoencoder` is None. `note`: see `note_outlier`.
     """
-    reconstruction, kl, count = 0.0, 0.0, 0
+    vae = uncompiled(vae)
     with random_states(split.device, derive(seed, "posterior")):
-        for x in split.fixed(vae.likelihood_module.units, seed, num_images):
-            reconstructions, kls = vae.elbo_terms(x)
-            reconstruction += reconstructions.double().sum().item()
-            kl += 0.0 if kls is None else kls.double().sum().item()
-            count += len(x)
-    return reconstruction / count, kl / count if isinstance(vae, VAE) else None
+        batches = split.fixed(vae.likelihood_module.units, seed, num_images)
+        parts = [_row_terms(vae, x) for x in batches]
+    if note:
+        reconstruction, kl = _joined(parts)
+        note_outlier(vae, split, reconstruction - kl, "ELBO")
+    count = sum(len(part[0]) for part in parts)
+    means = [sum(part[i].sum().item() for part in parts) / count for i in (0, 1)]
+    return means[0], means[1] if isinstance(vae, VAE) else None
+
+
+def note_outlier(vae: VAE | Autoencoder, split: Split, values: Tensor, what: str) -> None:
+    """Warn of rows that alone decide a mean, see `DECISIVE`; they may be several.
+
+    Args:
+        values: (N,) nats, of the first N rows of the split.
+        what: name of their mean.
+    """
+    distances, order = (values - values.median()).abs().sort()
+    nearer = distances.cumsum(0) - distances
+    ordinary = len(values) // 2  # half of the rows at least
+    decisive = (distances > DECISIVE * nearer)[ordinary:].nonzero()
+    if len(values) < MIN_ROWS or not len(decisive):
+        return
+    row, others = int(order[-1]), len(values) - ordinary - int(decisive[0]) - 1
+    text = (
+        f"row {split.rows[row]} of the data (counted from 0) "
+        + (f"and {others} more decide" if others else "alone decides")
+        + f" the mean {what} of {len(values)} rows: it has {values[row]:.5g} nats, the median is "
+        f"{values.median():.5g}"
+    )
+    likelihood = vae.likelihood_module
+    if likelihood.units == "real" and not split.spec.is_image:
+        x = split.take(torch.tensor([row], device="cpu"), "real")[0]
+        away = likelihood.deviations(x)
+        column = int(away.abs().argmax())
+        text += (
+            f". Its {column_name(split.spec.columns, column)} holds {x[column]:.5g}, "
+            f"{away[column]:.3g} standard deviations from the mean of the training data"
+        )
+    warnings.warn(f"{text}. Check this row", stacklevel=2)
+
+
+def _row_terms(vae: VAE | Autoencoder, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Reconstruction and KL of each row (B,), float64; a KL of zero for an autoencoder."""
+    terms = vae.elbo_terms(x)
+    reconstruction = terms[0].double()
+    kl = torch.zeros_like(reconstruction) if terms[1] is None else terms[1].double()
+    beyond = ~(reconstruction - kl).isfinite()
+    if beyond.any() and x.dtype != torch.float64:
+        exact = _row_terms(copy.deepcopy(vae).double(), x[beyond].double())
+        reconstruction[beyond], kl[beyond] = exact
+    return reconstruction, kl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +148,7 @@ def evaluate(
     on_chunk: Callback = ignore,
     on_batch: Callable[[float, float], object] | None = None,
 ) -> Evaluation:
-    """Measure a model on a split, and restore torch's global random state.
+    """Measure a model on a split, and restore torch's global random state. See `note_outlier`.
 
     Args:
         vae: the model, on the split's device.
@@ -96,12 +159,12 @@ def evaluate(
         on_chunk: called with the number of (row, sample) pairs just done.
         on_batch: called after each batch with the mean ELBO and log p(x) of all rows so far.
     """
+    vae = uncompiled(vae)
     likelihood, count = vae.likelihood_module, min(len(split), num_rows or len(split))
-    binarized = split.spec.binarizes(likelihood.units)
-    binarization = f"fixed, seed {seed}" if binarized else "none"
+    binarization = f"fixed, seed {seed}" if split.spec.binarizes(likelihood.units) else "none"
     batches = split.fixed(likelihood.units, seed, count)
     if not isinstance(vae, VAE):
-        mean, _ = elbo_terms(vae, split, seed, count)
+        mean, _ = elbo_terms(vae, split, seed, count, note=True)
         return Evaluation(reconstruction=mean, num_images=count, binarization=binarization)
 
     size = math.prod(split.spec.shape)
@@ -115,6 +178,7 @@ def evaluate(
                 log_evidence, reconstruction, kl, *_ = _joined(parts)
                 on_batch((reconstruction - kl).mean().item(), log_evidence.mean().item())
     log_evidence, reconstruction, kl, errors, tails, means = _joined(parts)
+    note_outlier(vae, split, log_evidence, "log p(x)")
 
     density, deviation = log_evidence.mean().item(), errors.square().sum().sqrt().item()
     unreliable = (tails > reliable_k(num_samples)).double().mean().item()

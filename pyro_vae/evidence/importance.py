@@ -16,6 +16,7 @@ arXiv 1507.02646.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,9 +30,10 @@ from pyro.distributions import Distribution
 from torch import Tensor, nn
 
 from ..capture.captured import CapturedFunction, Mode
-from ..memory import Callback, concatenate, ignore, rows_at_once
+from ..memory import Callback, check_memory, concatenate, ignore, rows_at_once
 from ..models.interface import LatentModel
 from ..models.log_weights import log_weights
+from ..randomness import one_thread
 
 # Draws of z for each row in a chunk, at least: the decoder then takes most of the time.
 MIN_CHUNK_DRAWS = 64
@@ -48,7 +50,8 @@ class Evidence:
     """Importance-sampled evidence of B rows, float64, nats.
 
     Attributes:
-        log_evidence: (B,) estimates of log p(x).
+        log_evidence: (B,) estimates of log p(x); −∞ if all weights are zero, with an infinite
+            `standard_error` and `pareto_k` and an `effective_sample_size` of 0.
         standard_error: (B,) of each estimate, from the variance of the weights; NaN for one sample.
         elbo: (B,) means of log w.
         reconstruction: (B,) means of log p(x|z).
@@ -71,6 +74,7 @@ def log_evidence(vae: LatentModel, x: Tensor, num_samples: int = 5000) -> Tensor
     return importance_sample(vae, x, num_samples).log_evidence
 
 
+@one_thread()
 @torch.no_grad()
 def importance_sample(
     vae: LatentModel,
@@ -84,7 +88,8 @@ def importance_sample(
     """Importance-sampled log p(x) with its standard error, for each row.
 
     Only sums are kept: memory does not grow with K unless `with_pareto_k` is set. Draws come from
-    torch's global random state.
+    torch's global random state. Rows whose weights overflow float32, such as outliers, are repeated
+    by a copy of the module in float64.
 
     Args:
         vae: model with `prior()`, `posterior(x)` and `likelihood(z)`.
@@ -99,7 +104,8 @@ def importance_sample(
             later calls with this `vae`.
 
     Raises:
-        ValueError: `num_samples` is not positive, or x lies outside the likelihood's support.
+        ValueError: `num_samples` is not positive, x lies outside the likelihood's support, or the
+            weights to keep exceed the memory (`InputError`).
     """
     if num_samples < 1:
         raise ValueError(f"num_samples expects an integer of at least 1; got {num_samples}")
@@ -109,14 +115,40 @@ def importance_sample(
         mode = choose_mode(x.numel() * num_samples)
     sampler = _captured(vae, mode) if mode != "eager" else None
     rows = rows_at_once(MIN_CHUNK_DRAWS * x[:1].numel(), x.device)
+    if with_pareto_k:  # two copies of the weights, in float64
+        kept = min(rows, len(x))
+        what = f"the weights of {num_samples:,} samples for {kept} rows"
+        check_memory(4 * kept * num_samples, what, "lower --num-samples")
     parts = []
     for part in x.split(rows) if proposal is None else [x]:
         q = vae.posterior(part) if proposal is None else proposal
         blocks = _blocks(vae, q, part, num_samples, sampler)
         parts.append(_estimate(blocks, num_samples, on_chunk, with_pareto_k))
-    return concatenate(parts)
+    evidence = concatenate(parts)
+    if proposal is None and isinstance(vae, nn.Module) and x.dtype != torch.float64:
+        _repeat_beyond_float32(evidence, vae, x, on_chunk)
+    return evidence
 
 
+def _repeat_beyond_float32(evidence: Evidence, vae: Any, x: Tensor, on_chunk: Callback) -> None:
+    """Sample the rows whose log p(x) is not finite again, by a copy of the model in float64."""
+    beyond = ~evidence.log_evidence.isfinite()
+    if not beyond.any():
+        return
+    repeated = importance_sample(
+        copy.deepcopy(vae).double(),
+        x[beyond].double(),
+        evidence.num_samples,
+        on_chunk,
+        evidence.pareto_k is not None,
+        mode="eager",
+    )
+    for name, value in vars(repeated).items():
+        if isinstance(value, Tensor):
+            getattr(evidence, name)[beyond] = value
+
+
+@one_thread()
 @torch.no_grad()
 def upper_bound(vae: LatentModel, x: Tensor, z: Tensor, num_samples: int = 5000) -> Tensor:
     """A stochastic upper bound on log p(x) (B,), nats, for simulated x.
@@ -147,7 +179,7 @@ def pareto_k(log_weights: Tensor) -> Tensor:
 
     Sums of the weights are reliable where k̂ is below `reliable_k(K)`. Above it the error decreases
     slower with K than its estimate says, and above 1 the weights have no finite mean. Equal weights
-    have no tail and give −∞.
+    have no tail and give −∞. Weights that are all zero, or NaN, give ∞.
 
     Raises:
         ValueError: K is below `MIN_TAIL_SAMPLES`.
@@ -164,6 +196,9 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     size = int(3 * math.sqrt(count)) if count > 225 else count // 5
     for weights in log_weights.double().cpu().numpy().T:
         highest = np.sort(weights)[-size - 1 :]
+        if not np.isfinite(highest[-1]):
+            tails.append(math.inf)
+            continue
         cutoff, *tail = np.exp(highest - highest[-1])
         if np.ptp(weights) < 1e-3:
             tails.append(-math.inf)
@@ -226,8 +261,8 @@ def _estimate(
     blocks: Iterator[tuple[Tensor, Tensor]], count: int, on_chunk: Callback, with_pareto_k: bool
 ) -> Evidence:
     """The evidence from blocks of log p(x|z) and log w (S, B)."""
-    log_sum = log_sum_squares = torch.tensor(-math.inf, dtype=torch.float64)
-    elbo = reconstruction = torch.zeros((), dtype=torch.float64)
+    log_sum = log_sum_squares = torch.tensor(-math.inf, dtype=torch.float64, device="cpu")
+    elbo = reconstruction = torch.zeros((), dtype=torch.float64, device="cpu")
     kept = []
     for log_likelihood, log_w in blocks:
         log_sum = torch.logaddexp(log_sum, log_w.logsumexp(0))
@@ -237,8 +272,10 @@ def _estimate(
         if with_pareto_k:
             kept.append(log_w)
         on_chunk(log_w.numel())
-    # Σw²/(Σw)² is between 1/K and 1; times K it is 1 + the relative variance of the weights.
+    # Σw²/(Σw)² is between 1/K and 1; times K it is 1 + the relative variance of the weights. It
+    # counts as infinite if all weights are zero.
     concentration = torch.exp(log_sum_squares - 2 * log_sum)
+    concentration = torch.where(log_sum == -math.inf, math.inf, concentration)
     relative_variance = (count * concentration - 1).clamp_min(0)
     spread = torch.sqrt(relative_variance / (count - 1)) if count > 1 else torch.nan
     return Evidence(

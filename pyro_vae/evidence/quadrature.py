@@ -28,7 +28,8 @@ class Quadrature:
     """Evidence and posterior of B rows, in float64.
 
     Attributes:
-        log_evidence: (B,) log p(x), nats.
+        log_evidence: (B,) log p(x), nats; −∞ if p(x|z) is zero at every node, with an infinite
+            `error` and NaN for the posterior.
         error: (B,) an upper estimate of the error of `log_evidence`, nats.
         mean: (B, Z) mean of p(z|x).
         covariance: (B, Z, Z) covariance of p(z|x).
@@ -48,7 +49,8 @@ class Quadrature:
     def sample(self, num_draws: int) -> Tensor:
         """Draws from p(z|x) (num_draws, B, Z): a node by its mass, then uniform in its cell."""
         index = torch.multinomial(self.masses.T, num_draws, replacement=True).T
-        jitter = torch.rand(*index.shape, len(self.spacing), device=index.device) - 0.5
+        shape = (*index.shape, len(self.spacing))
+        jitter = torch.rand(shape, dtype=torch.float32, device=index.device) - 0.5
         return self.nodes[index] + jitter * self.spacing
 
 
@@ -86,5 +88,5 @@ def quadrature(vae: LatentModel, x: Tensor, num_nodes: int = 401) -> Quadrature:
     mean = masses.T @ nodes
     second_moment = torch.einsum("mb,mi,mj->bij", masses, nodes, nodes)
     covariance = second_moment - mean.unsqueeze(2) * mean.unsqueeze(1)
-    error = (log_evidence - coarse).abs()
+    error = (log_evidence - coarse).abs().nan_to_num(math.inf)  # NaN: both are −∞
     return Quadrature(log_evidence, error, mean, covariance, nodes, spacing, masses)

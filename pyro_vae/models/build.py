@@ -10,7 +10,7 @@ import torch
 from ..config import DEFAULT_HIDDEN, InputError, ModelConfig
 from ..data.splits import DataSpec, Splits, moments
 from ..memory import check_memory
-from ..randomness import derive, random_states
+from ..randomness import derive, random_states, usual_settings
 from .autoencoder import Autoencoder
 from .likelihoods import LIKELIHOODS, Likelihood
 from .networks import Decoder, Encoder
@@ -33,23 +33,30 @@ def build(config: ModelConfig, splits: Splits, seed: int = 0) -> VAE | Autoencod
     name = splits.likelihood if config.likelihood == "auto" else config.likelihood
     units = LIKELIHOODS[name].units
     _check(name, splits)
-    mean, std = moments(splits.train, units)
-    likelihood = LIKELIHOODS[name](splits.spec, mean, std)
-    with random_states(torch.device("cpu"), derive(seed, "weights")):
-        return _assemble(config, likelihood)
+    with usual_settings():
+        mean, std = moments(splits.train, units)
+        likelihood = LIKELIHOODS[name](splits.spec, mean, std)
+        with random_states(torch.device("cpu"), derive(seed, "weights")):
+            return _assemble(config, likelihood)
 
 
-def build_blank(config: ModelConfig, spec: DataSpec) -> VAE | Autoencoder:
+def build_blank(config: ModelConfig, spec: DataSpec, device: str = "cpu") -> VAE | Autoencoder:
     """Make the model that `config` and `spec` describe, to load a state dict into.
+
+    On the device "meta" it takes no memory and shows the shapes of the weights.
 
     Raises:
         InputError: `config` does not name the likelihood, or does not suit `spec`.
     """
     if config.likelihood == "auto":
         raise InputError("a saved model expects its likelihood by name; got auto")
-    mean = torch.full(spec.shape, 0.5)
-    std = torch.ones(() if spec.is_image else spec.shape)
-    with random_states(torch.device("cpu")):
+    with (
+        usual_settings(validate=False),  # which would read values
+        random_states(torch.device("cpu")),
+        torch.device(device),
+    ):
+        mean = torch.full(spec.shape, 0.5)
+        std = torch.ones(() if spec.is_image else spec.shape)
         return _assemble(config, LIKELIHOODS[config.likelihood](spec, mean, std))
 
 
@@ -61,7 +68,8 @@ def _assemble(config: ModelConfig, likelihood: Likelihood) -> VAE | Autoencoder:
     check_memory(count, f"{count:,} weights", "lower --hidden or --latent-dim")
     network = (config.architecture, shape, hidden, config.activation)
     num_features = config.latent_dim * (1 if config.kind == "ae" else 2)
-    encoder = Encoder(*network, num_features, likelihood.mean, likelihood.std)
+    bounded = likelihood.units != "real"
+    encoder = Encoder(*network, num_features, likelihood.mean, likelihood.std, bounded)
     decoder = Decoder(*network, config.latent_dim, likelihood.initial_bias())
     if config.kind == "ae":
         return Autoencoder(encoder, decoder, likelihood)

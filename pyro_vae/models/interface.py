@@ -21,6 +21,11 @@ import pyro
 from pyro.distributions import Distribution
 from torch import Tensor, nn
 
+from ..randomness import one_thread
+
+# Pyro's warning about a parameter that requires no gradient.
+UNREGISTERED = ".* was not registered in the param store"
+
 _names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 _numbers = itertools.count(1)
 
@@ -65,18 +70,27 @@ def register(name: str, module: nn.Module) -> None:
     pyro.module(_names[module], module)
 
 
+def uncompiled(vae: Any) -> Any:
+    """The model in `torch.compile(model)`: a wrapper of another type, without any effect.
+
+    Only `forward` is compiled, and a model has none. Compile `vae.posterior` or `vae.likelihood`.
+    """
+    return getattr(vae, "_orig_mod", vae)
+
+
 @contextmanager
 def held_fixed(vae: PyroModel) -> Iterator[None]:
     """Freeze all parameters within the context; restore them and Pyro's store afterwards."""
-    free = [p for p in vae.parameters() if p.requires_grad]
     store = pyro.get_param_store()
-    try:
-        for parameter in free:
-            parameter.requires_grad_(False)
-        with warnings.catch_warnings(), store.scope(store.get_state()):
-            # Pyro warns about modules in training mode whose parameters require no gradient.
-            warnings.filterwarnings("ignore", message=".* was not registered in the param store")
-            yield
-    finally:
-        for parameter in free:
-            parameter.requires_grad_(True)
+    with one_thread(), warnings.catch_warnings():
+        # Pyro warns about modules in training mode whose parameters require no gradient.
+        warnings.filterwarnings("ignore", message=UNREGISTERED)
+        free = [p for p in vae.parameters() if p.requires_grad]
+        try:
+            for parameter in free:
+                parameter.requires_grad_(False)
+            with store.scope(store.get_state()):
+                yield
+        finally:
+            for parameter in free:
+                parameter.requires_grad_(True)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ..data.splits import DataSpec, Units
+from .bounds import soft_clamp
 
 # Minimum standard deviation of the Gaussian, in units of the data's. Without it, the density of a
 # column that the decoder predicts exactly would be unbounded.
@@ -31,6 +32,14 @@ MIN_SCALE = 1e-2
 # Minimum log-scale of the logistic, in units of the data's range. A quarter of an 8-bit step puts
 # all mass on one value.
 MIN_LOG_SCALE = -7.0
+
+# Log-scales of the Gaussian and the logistic, in units of the data's standard deviation and range,
+# keep every bit up to this. Two units further is the limit, at which exp is far from overflow.
+MAX_LOG_SCALE = 8.0
+
+# Binomial counts above this need float64. In float32 the logarithms of the factorials, hundreds of
+# nats, lose digits: the masses sum to 1.00007 for n = 255 and to 0.75 for n = 1,000,000.
+MAX_FLOAT32_COUNT = 64
 
 
 class Likelihood(nn.Module):
@@ -65,6 +74,10 @@ class Likelihood(nn.Module):
         """(P, *data_shape): the raw output at which the mean of p(x|z) is that of the data."""
         raise NotImplementedError
 
+    def deviations(self, x: Tensor) -> Tensor:
+        """x (..., *data_shape) in standard deviations of the data from their mean, float64."""
+        return (x.double() - self.mean) / self.std
+
     def _select(self, raw: Tensor, index: int = 0) -> Tensor:
         """One parameter: (..., P, *data_shape) → (..., *data_shape)."""
         return raw.select(raw.dim() - len(self.spec.shape) - 1, index)
@@ -96,7 +109,10 @@ class _Bernoulli(Bernoulli):
         if self._validate_args:
             self._validate_sample(value)
         signed = self.logits * (2 * value - 1)
-        return _LogSigmoid.apply(signed) if signed.is_cpu else F.logsigmoid(signed)
+        # torch.compile takes no Function with a jvp. Under torch.func a jvp of a jvp would be 0.
+        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        fast = signed.is_cpu and not transformed
+        return _LogSigmoid.apply(signed) if fast else F.logsigmoid(signed)
 
 
 class _LogSigmoid(torch.autograd.Function):
@@ -106,8 +122,6 @@ class _LogSigmoid(torch.autograd.Function):
     in the last place of 1, and arises only if log σ(|m|) is smaller than that.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(m: Tensor) -> Tensor:
         return m.abs().sigmoid_().log_().add_(m.clamp_max(0))
@@ -115,11 +129,17 @@ class _LogSigmoid(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (m,) = ctx.saved_tensors
         return gradient * torch.sigmoid(-m)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        (m,) = ctx.saved_tensors
+        return tangent * torch.sigmoid(-m)
 
 
 class BinomialLikelihood(Likelihood):
@@ -131,7 +151,19 @@ class BinomialLikelihood(Likelihood):
         return torch.logit(self.mean / self.spec.bound, eps=1e-3).unsqueeze(0)
 
     def forward(self, raw: Tensor) -> Distribution:
-        return self._event(Binomial(self.spec.bound, logits=self._select(raw)))
+        kind = Binomial if self.spec.bound <= MAX_FLOAT32_COUNT else _LargeBinomial
+        return self._event(kind(self.spec.bound, logits=self._select(raw)))
+
+
+class _LargeBinomial(Binomial):
+    """Binomial with log p(x) computed in float64 and returned in the dtype of the logits."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        count, logits = self.total_count.double(), self.logits.double()
+        exact = Binomial(count, logits=logits, validate_args=False)
+        return exact.log_prob(value.double()).to(self.logits.dtype)
 
 
 class ContinuousBernoulliLikelihood(Likelihood):
@@ -157,21 +189,22 @@ class GaussianLikelihood(Likelihood):
     """Real x, with the mean from the decoder and a learned noise scale.
 
     The scale does not depend on z. It is one number for images and one for each column of a table,
-    at least `MIN_SCALE` times the standard deviation of the data.
+    at least `MIN_SCALE` times the standard deviation of the data, see also `MAX_LOG_SCALE`.
     """
 
     units = "real"
 
     def __init__(self, spec: DataSpec, mean: Tensor, std: Tensor) -> None:
         super().__init__(spec, mean, std)
-        self.log_scale = nn.Parameter(torch.zeros(std.shape))
+        self.log_scale = nn.Parameter(torch.zeros_like(std))
 
     def initial_bias(self) -> Tensor:
-        return torch.zeros(1, *self.spec.shape)
+        return torch.zeros_like(self.mean).unsqueeze(0)
 
     def forward(self, raw: Tensor) -> Distribution:
         loc = self.mean + self.std * self._select(raw)
-        scale = self.std * (MIN_SCALE + self.log_scale.exp())
+        log_scale = soft_clamp(self.log_scale, -math.inf, MAX_LOG_SCALE, width=2.0)
+        scale = self.std * (MIN_SCALE + log_scale.exp())
         return self._event(Normal(loc, scale.expand(loc.shape)))
 
 
@@ -184,11 +217,13 @@ class DiscretizedLogisticLikelihood(Likelihood):
     def initial_bias(self) -> Tensor:
         # A logistic of scale s has standard deviation s π / √3.
         log_scale = torch.log(self.std * math.sqrt(3) / math.pi / self.spec.bound)
-        return torch.stack([torch.zeros(self.spec.shape), log_scale.expand(self.spec.shape)])
+        return torch.stack([torch.zeros_like(self.mean), log_scale.expand(self.spec.shape)])
 
     def forward(self, raw: Tensor) -> Distribution:
         loc = self.mean + self.std * self._select(raw)
-        scale = self._select(raw, 1).clamp_min(MIN_LOG_SCALE).exp() * self.spec.bound
+        log_scale = self._select(raw, 1).clamp_min(MIN_LOG_SCALE)
+        log_scale = soft_clamp(log_scale, -math.inf, MAX_LOG_SCALE, width=2.0)
+        scale = log_scale.exp() * self.spec.bound
         return self._event(DiscretizedLogistic(loc, scale, self.spec.bound))
 
 
@@ -233,10 +268,10 @@ class ContinuousBernoulli(TorchDistribution):
         size = self.logits.abs()
         distance = torch.where(self.logits > 0, 1 - value, value)
         near = size < 1e-2
-        safe = torch.where(near, torch.ones_like(size), size)
+        small, safe = _apart(size, near)
         # log(l / (1 − e^−l)) = l/2 − l²/24·… around 0: l/2 + l²·(−1/24) + O(l⁴/2880)
         log_norm = torch.where(
-            near, size / 2 - size.square() / 24, safe.log() - torch.log(-torch.expm1(-safe))
+            near, small / 2 - small.square() / 24, safe.log() - torch.log(-torch.expm1(-safe))
         )
         return log_norm - size * distance
 
@@ -246,7 +281,7 @@ class ContinuousBernoulli(TorchDistribution):
         uniform = torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device)
         size = self.logits.abs()
         near = size < 1e-3
-        safe = torch.where(near, torch.ones_like(size), size)
+        _, safe = _apart(size, near)
         # For l < 0: x = log(1 − u·(1 − e^l)) / l, in terms of |l|; for l > 0 by symmetry.
         x = -torch.log1p(uniform * torch.expm1(-safe)) / safe
         x = torch.where(near, uniform, x).clamp(0, 1)
@@ -256,12 +291,21 @@ class ContinuousBernoulli(TorchDistribution):
     def mean(self) -> Tensor:
         size = self.logits.abs()
         near = size < 1e-1
-        safe = torch.where(near, torch.ones_like(size), size)
+        small, safe = _apart(size, near)
         # E[x] = 1/(1 − e^−l) − 1/l = 1/2 + l/12 − l³/720 + …
         upper = torch.where(
-            near, 0.5 + size / 12 - size**3 / 720, -1 / torch.expm1(-safe) - 1 / safe
+            near, 0.5 + small / 12 - small**3 / 720, -1 / torch.expm1(-safe) - 1 / safe
         )
         return torch.where(self.logits > 0, upper, 1 - upper)
+
+
+def _apart(size: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+    """Sizes near 0, else 0, for a series; the others, else 1, for the closed form.
+
+    A branch that `torch.where` does not take must be finite, or its gradient is NaN.
+    """
+    zero, one = torch.zeros_like(size), torch.ones_like(size)
+    return torch.where(near, size, zero), torch.where(near, one, size)
 
 
 class DiscretizedLogistic(TorchDistribution):

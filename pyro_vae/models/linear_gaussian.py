@@ -60,10 +60,10 @@ class LinearGaussian(VAE):
     ) -> None:
         data_dim, latent_dim = weight.shape
         super().__init__(
-            StandardNormal(latent_dim).to(weight),
-            _LinearGuide(data_dim, latent_dim).to(weight),
-            nn.Linear(latent_dim, data_dim).to(weight),
-            _Noise(DataSpec((data_dim,), None, discrete=False), noise_scale).to(weight),
+            StandardNormal(latent_dim, weight.device, weight.dtype),
+            _LinearGuide(data_dim, latent_dim, weight.device).to(weight),
+            nn.Linear(latent_dim, data_dim, device=weight.device, dtype=torch.float32).to(weight),
+            _Noise(DataSpec((data_dim,), None, discrete=False), noise_scale, like=weight),
         )
         precision = _precision(weight, noise_scale)
         covariance = torch.linalg.inv(precision)
@@ -73,7 +73,7 @@ class LinearGaussian(VAE):
         elif guide == "diagonal":
             scale_tril = precision.diagonal().rsqrt().diag()
         else:
-            scale_tril, to_mean = torch.eye(latent_dim).to(weight), torch.zeros_like(to_mean)
+            scale_tril, to_mean = _identity(latent_dim, weight), torch.zeros_like(to_mean)
         deviations = scale_tril.square().sum(1).sqrt()
         with torch.no_grad():
             self.decoder.weight.copy_(weight)
@@ -120,7 +120,7 @@ class LinearGaussian(VAE):
 
     def exact_log_evidence(self, x: Tensor) -> Tensor:
         """log p(x) (...), nats, for x (..., D)."""
-        noise = self.noise_scale**2 * torch.eye(len(self.loc)).to(self.loc)
+        noise = self.noise_scale**2 * _identity(len(self.loc), self.loc)
         marginal = MultivariateNormal(self.loc, self.weight @ self.weight.T + noise)
         return marginal.log_prob(x)
 
@@ -164,9 +164,9 @@ class _LinearGuide(nn.Linear):
         lower: (Z, Z) the factor below its diagonal, or None for independent latents.
     """
 
-    def __init__(self, data_dim: int, latent_dim: int) -> None:
-        super().__init__(data_dim, latent_dim)
-        self.log_scale = nn.Parameter(torch.zeros(latent_dim))
+    def __init__(self, data_dim: int, latent_dim: int, device: torch.device) -> None:
+        super().__init__(data_dim, latent_dim, device=device, dtype=torch.float32)
+        self.log_scale = nn.Parameter(torch.zeros_like(self.bias))
         self.lower: nn.Parameter | None = None
 
 
@@ -175,13 +175,17 @@ class _Noise(Likelihood):
 
     units = "real"
 
-    def __init__(self, spec: DataSpec, scale: float) -> None:
-        super().__init__(spec, torch.zeros(spec.shape), torch.ones(()))
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale), dtype=torch.float64))
+    def __init__(self, spec: DataSpec, scale: float, like: Tensor) -> None:
+        super().__init__(spec, like.new_zeros(spec.shape), like.new_ones(()))
+        self.log_scale = nn.Parameter(like.new_tensor(math.log(scale)))
 
     def forward(self, raw: Tensor) -> Distribution:
         return self._event(Normal(raw, self.log_scale.exp().expand(raw.shape)))
 
 
 def _precision(weight: Tensor, noise_scale: Tensor | float) -> Tensor:
-    return torch.eye(weight.shape[1]).to(weight) + weight.T @ weight / noise_scale**2
+    return _identity(weight.shape[1], weight) + weight.T @ weight / noise_scale**2
+
+
+def _identity(size: int, like: Tensor) -> Tensor:
+    return torch.eye(size, dtype=like.dtype, device=like.device)

@@ -15,6 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import InputError
+from .bounds import soft_clamp
+
+# Standardized inputs keep every bit up to this size. Of N rows, none is further than √N standard
+# deviations from their mean: a training set of a million rows has no larger value.
+MAX_STANDARDIZED = 1024.0
 
 
 class Encoder(nn.Module):
@@ -28,6 +33,7 @@ class Encoder(nn.Module):
         num_features: size of the output.
         mean, std: moments of the data, in the units of x. They standardize the input, so that the
             same initial weights suit data of any scale.
+        bounded: whether the range of x is bounded. If not, an outlier is: see `MAX_STANDARDIZED`.
 
     Raises:
         InputError: the activation is unknown, or the data do not suit the architecture.
@@ -45,16 +51,17 @@ class Encoder(nn.Module):
         num_features: int,
         mean: Tensor,
         std: Tensor,
+        bounded: bool = False,
     ) -> None:
         super().__init__()
-        self.data_shape = tuple(data_shape)
+        self.data_shape, self.bounded = tuple(data_shape), bounded
         self.register_buffer("mean", mean.clone())
         self.register_buffer("std", std.clone())
         layers: list[nn.Module] = []
         if architecture == "conv":
             size = hidden[-1] * _size(_conv_sizes(self.data_shape, hidden)[-1])
             for below, above in pairwise([data_shape[0], *hidden]):
-                layers.append(nn.Conv2d(below, above, kernel_size=4, stride=2, padding=1))
+                layers.append(nn.Conv2d(below, above, 4, stride=2, padding=1))
                 layers.append(_activation(activation))
             layers.append(nn.Flatten())
         else:
@@ -66,6 +73,9 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch_shape = x.shape[: x.dim() - len(self.data_shape)]
         standardized = (x - self.mean) / self.std
+        if not self.bounded:
+            limit = MAX_STANDARDIZED
+            standardized = soft_clamp(standardized, -limit, limit, width=limit)
         features = self.layers(standardized.reshape(-1, *self.data_shape))
         return features.to(x.dtype).reshape(*batch_shape, -1)
 
@@ -163,9 +173,9 @@ def _activation(name: str) -> nn.Module:
     """The elementwise activation of torch.nn with this name, in any case."""
     module = nn.modules.activation
     kinds = {key.lower(): getattr(module, key) for key in module.__all__}
-    probe = torch.tensor([[-1.0, 0.5]])
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.device("cpu"):  # also for a model on "meta"
+            probe = torch.tensor([[-1.0, 0.5]])
             warnings.simplefilter("ignore")  # Softmax warns that it acts on a whole dimension
             activation = kinds[name.lower()]().eval()
             whole, part = activation(probe), activation(probe[:, :1])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class StandardNormal(nn.Module):
-    """N(0, I) in `latent_dim` dimensions.
+    """N(0, I) in `latent_dim` dimensions, on `device` and of `dtype` (torch's defaults).
 
     Source: "Auto-encoding variational Bayes", arXiv 1312.6114.
     """
@@ -16,11 +16,17 @@ class StandardNormal(nn.Module):
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, latent_dim: int) -> None:
+    def __init__(
+        self,
+        latent_dim: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         # Buffers move with the model from device to device.
-        self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
-        self.register_buffer("scale", torch.ones(latent_dim), persistent=False)
+        loc = torch.zeros(latent_dim, device=device, dtype=dtype)
+        self.register_buffer("loc", loc, persistent=False)
+        self.register_buffer("scale", torch.ones_like(loc), persistent=False)
 
     def forward(self) -> Distribution:
         return Normal(self.loc, self.scale).to_event(1)

@@ -17,8 +17,13 @@ from pyro.distributions import Distribution, Normal
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from .bounds import soft_clamp
 from .interface import register
 from .likelihoods import Likelihood
+
+# log σ(x) keeps every bit between ± this. Two units further is the limit: at e^−14, a draw of z in
+# float32 is a few roundings from its mean, and at e^14, p(x|z) of an outlier is finite.
+LOG_SCALE = 12.0
 
 
 class VAE(nn.Module):
@@ -55,7 +60,8 @@ class VAE(nn.Module):
     def posterior(self, x: Tensor) -> Distribution:
         """q(z|x): x (..., *data_shape) → batch (...), event (Z,)."""
         loc, log_scale = self.encoder(x).chunk(2, dim=-1)
-        return Normal(loc, log_scale.exp()).to_event(1)
+        scale = soft_clamp(log_scale, -LOG_SCALE, LOG_SCALE, width=2.0).exp()
+        return Normal(loc, scale).to_event(1)
 
     def model(self, x: Tensor) -> None:
         """p(x, z), with x (B, *data_shape) observed. Sites "z" and "x" in one plate "data"."""

@@ -123,7 +123,7 @@ class _Replaced(MeanField):
                 objective = objective + site["log_prob_sum"]
                 continue
             q = guide_sites.pop(name)
-            weights = torch.ones(q["fn"].batch_shape).to(q["value"])
+            weights = q["value"].new_ones(q["fn"].batch_shape)
             weights = scale_and_mask(weights, q["scale"], q["mask"])
             if _counts(q, weights):
                 penalty = self.penalty(site["fn"], q["fn"], q["value"], weights, data)
@@ -239,7 +239,8 @@ class MaximumMeanDiscrepancy(_Replaced):
         weights = weights.movedim(data, -1)
         share = weights / weights.sum(-1, keepdim=True)  # of each row in q(z)
         pairs = share.unsqueeze(-1) * share.unsqueeze(-2)
-        others = pairs * (1 - torch.eye(pairs.shape[-1]).to(pairs))
+        identity = torch.eye(pairs.shape[-1], dtype=pairs.dtype, device=pairs.device)
+        others = pairs * (1 - identity)
         count = others.sum((-2, -1))
         spread = 2 * p.variance.reshape(*p.batch_shape, -1).sum(-1).mean().detach()
         between = (pairs * self._kernel(own, prior, spread)).sum((-2, -1))
@@ -252,7 +253,7 @@ class MaximumMeanDiscrepancy(_Replaced):
         """(…, B, D), (…, B', D) → (…, B, B')."""
         distances = (a.unsqueeze(-2) - b.unsqueeze(-3)).square().sum(-1)
         scales = [s * spread for s in self.SCALES]
-        return sum((c / (c + distances) for c in scales), torch.zeros(()).to(distances))
+        return sum((c / (c + distances) for c in scales), distances.new_zeros(()))
 
 
 class _ScaledLatents(Messenger):

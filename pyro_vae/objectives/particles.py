@@ -236,7 +236,9 @@ def _common_scale(sites: list[dict[str, Any]], rows: torch.Size) -> Tensor:
                 f"{sites[0]['name']!r} has {_brief(first)}, {site['name']!r} has {_brief(other)}. "
                 f"Use the objective trace for annealed KLs and latents outside a subsampled plate"
             )
-    scale = torch.as_tensor(first)
+    if not isinstance(first, Tensor):
+        return torch.tensor(first, dtype=torch.float32, device="cpu")
+    scale = first
     if scale.dim() == 0:
         return scale
     if scale.dim() > len(rows) or any(
@@ -257,7 +259,7 @@ def _row_sums(trace: Trace, shape: torch.Size) -> Tensor:
     """(K, N) sums of the log-densities of all sites, without scale."""
     trace = prune_subsample_sites(trace)
     trace.compute_log_prob()
-    total = torch.zeros(())
+    total = torch.zeros((), dtype=torch.float32, device="cpu")
     for site in sample_sites(trace).values():
         log_prob = scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])
         summed = [d for d in range(-log_prob.dim(), 0) if shape[d] == 1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -32,6 +33,7 @@ PLANS = [(4, 4, 15), (4, 3, 13), (3, 3, 13), (3, 2, 11), (2, 2, 11), (2, 1, 9), 
 # With at most two latents, one sheet shows the whole space.
 WHOLE = [(2, 1, 41), (2, 1, 33), (2, 1, 25), (2, 1, 17), (2, 1, 9), (2, 1, 5)]
 
+DECODED_VALUES = 2**28  # in all, which takes some seconds
 MAX_PIXELS = 64  # a side of a tile; larger images are reduced
 THUMBNAIL_BYTES = 400_000  # of the thumbnails of all runs on a page
 
@@ -78,7 +80,11 @@ def explore(vae: VAE | Autoencoder, codes: Codes, budget: int) -> Explorer:
         latents = order[:num_latents]
         anchors = _of_several_classes(codes, num_anchors)
         grid = _grid(vae, codes.means[:, latents], side)
-        most = budget if plan != plans[-1] else math.inf
+        last = plan == plans[-1]
+        num_points = num_anchors * math.comb(num_latents, 2) * side**2
+        if num_points * codes.x[0].numel() > DECODED_VALUES and not last:
+            continue
+        most = math.inf if last else budget
         drawn, span = _sheets(vae, codes, latents, grid, anchors, most)
         if drawn:
             break
@@ -151,25 +157,25 @@ def _sheets(
     device = next(vae.parameters()).device
     side = grid.shape[1]
 
-    def decoded(key: tuple[int, int, int]) -> Tensor:
-        """Means of p(x|z) on a plane, row by row of its second latent."""
+    def decoded(key: tuple[int, int, int]) -> Iterator[Tensor]:
+        """Means of p(x|z) on a plane, row by row of its second latent, some at once."""
         anchor, first, second = key
         rows = side if first != second else 1
         z = torch.as_tensor(codes.means[anchors[anchor]]).repeat(rows, side, 1)
         z[..., latents[second]] = torch.as_tensor(grid[second])[:rows, None]
         z[..., latents[first]] = torch.as_tensor(grid[first])
         parts = z.flatten(0, 1).to(device).split(rows_at_once(codes.x[0].numel(), device))
-        return torch.cat([vae.likelihood(part).mean for part in parts])
+        return (vae.likelihood(part).mean for part in parts)
 
     pairs = list(combinations(range(len(latents)), 2)) or [(0, 0)]
     keys = [(m, *pair) for m in range(len(anchors)) for pair in pairs]
     span = (0.0, 1.0)
     if codes.x.ndim != 4:  # one scale for all rows of a table
-        shown = [to_display(vae, decoded(key)) for key in keys]
+        shown = [to_display(vae, part) for key in keys for part in decoded(key)]
         span = float(min(part.min() for part in shown)), float(max(part.max() for part in shown))
     drawn: dict[tuple[int, int, int], bytes] = {}
     for key in keys:
-        drawn[key] = sheet(tiles(vae, decoded(key), span), side)
+        drawn[key] = sheet(np.concatenate([tiles(vae, p, span) for p in decoded(key)]), side)
         if sum(map(len, drawn.values())) > budget:
             return {}, span
     return drawn, span

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..config import read_config
+from ..data.images import UNREADABLE
 from ..data.splits import Splits
 from ..diagnostics.findings import number
 from ..evidence.evaluation import ACTIVE_VARIANCE
@@ -59,7 +60,7 @@ CAPTIONS = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture: the text of an SVG or, if that is empty, an image's URL.
+    """A picture: the text of an SVG or, if that is empty, an image's URL; neither if it is missing.
 
     Its alternative text is the caption, unless `alt` is given.
     """
@@ -306,8 +307,13 @@ def _trust(run: Path, checkpoint: Checkpoint) -> Trust:
     pictures = []
     for path in sorted((run / "figures").glob("diagnose_*.png")):
         name = path.stem.removeprefix("diagnose_")
-        with Image.open(path) as image:
-            pictures.append(Picture(CAPTIONS.get(name, name), src=_webp(image, 80)))
+        caption, src = CAPTIONS.get(name, name), ""
+        try:
+            with Image.open(path) as image:
+                src = _webp(image, 80)
+        except UNREADABLE as error:
+            caption = f"{caption} (missing: {path.name} cannot be read, {error})"
+        pictures.append(Picture(caption, src=src))
     if state == (checkpoint.history[-1]["step"], checkpoint.fingerprint):
         return Trust(words, "", "", findings, pictures, evidence)
     stale = (

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import Config
 from ..data.splits import Splits
-from ..files import write_atomically
+from ..files import printable, write_atomically
 from ..plots import run as figures
 from ..plots.codes import Codes
 from ..training.checkpoint import Checkpoint
@@ -54,7 +54,7 @@ def _distinct(paths: Sequence[Path]) -> list[str]:
         names = [str(path) for path in paths]
     if len(set(names)) < len(names):
         names = [f"{name} ({k})" for k, name in enumerate(names, 1)]
-    return [name.encode(errors="replace").decode() for name in names]
+    return [printable(name) for name in names]
 
 
 def _curves(runs: Sequence[Overview], row: str) -> Picture:

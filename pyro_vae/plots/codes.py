@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,9 +16,10 @@ from ..models.vae import VAE
 from .run import Plane
 
 # Points in a figure, enough to see every cluster; fewer with t-SNE, where 1,000 points take as long
-# as one or two epochs, and 2,000 as long as ten.
+# as one or two epochs, and 2,000 as long as ten. Fewer of large images, too: their pixels are kept.
 MAX_POINTS = 2000
 MAX_TSNE_POINTS = 1000
+MAX_VALUES = 2**28
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def latent_codes(vae: VAE | Autoencoder, splits: Splits, seed: int) -> Codes:
         used += [splits.validation, splits.train]
     latent_dim = vae.posterior(first_rows(splits.test, vae, 1, seed)).mean.shape[-1]
     most = MAX_POINTS if latent_dim <= 2 else MAX_TSNE_POINTS
+    most = max(2, min(most, MAX_VALUES // math.prod(splits.spec.shape)))
     batches = [x for split in used for x in split.fixed(vae.likelihood_module.units, seed, most)]
     means = torch.cat([vae.posterior(x).mean for x in batches])[:most].cpu().numpy()
     labels = None

@@ -16,9 +16,12 @@ from ..data.splits import Splits
 from ..memory import rows_at_once
 from ..models.autoencoder import Autoencoder
 from ..models.vae import VAE
-from ..randomness import random_states
+from ..randomness import one_thread, random_states
 from . import run as figures
+from . import tiles
 from .codes import Codes, first_rows
+
+MOST_PIXELS = 200**2  # of an image, more than a tile shows
 
 
 def to_display(vae: VAE | Autoencoder, x: Tensor) -> np.ndarray:
@@ -33,6 +36,21 @@ def to_display(vae: VAE | Autoencoder, x: Tensor) -> np.ndarray:
         mean, reach = likelihood.mean.mean(), 3 * likelihood.std
         x = ((x - mean + reach) / (2 * reach)).clamp(0, 1)
     return x.cpu().numpy()
+
+
+@one_thread()
+@torch.no_grad()
+def _decoded(vae: VAE | Autoencoder, z: Tensor) -> np.ndarray:
+    """z (..., Z) → means of p(x|z) for display, a few rows at once; large images are reduced."""
+    rows = rows_at_once(math.prod(vae.likelihood_module.spec.shape), z.device)
+    parts = z.flatten(0, -2).split(rows)
+    means = np.concatenate([_reduced(to_display(vae, vae.likelihood(p).mean)) for p in parts])
+    return means.reshape(*z.shape[:-1], *means.shape[1:])
+
+
+def _reduced(values: np.ndarray) -> np.ndarray:
+    """Images (N, C, H, W) at the size of a tile; rows of tables as they are."""
+    return tiles.reduced(values, MOST_PIXELS) if values.ndim == 4 else values
 
 
 @torch.no_grad()
@@ -56,7 +74,7 @@ def draw_reconstructions(
     vae: VAE | Autoencoder, splits: Splits, folder: Path, name: str, epoch: int, seed: int
 ) -> None:
     """Write the figure of `reconstructions` as FOLDER/NAME.png."""
-    figures.save(reconstructions(vae, splits, epoch, seed), folder / f"{name}.png")
+    figures.save_all({name: reconstructions(vae, splits, epoch, seed)}, folder)
 
 
 def draw_run(
@@ -69,13 +87,12 @@ def draw_run(
 ) -> None:
     """Write all figures of a run except the reconstructions, as FOLDER/*.png."""
     drawn = run_figures(vae, splits, history, seed)
-    names = [figures.plain(name) for name in splits.class_names]
+    names = [figures.short(name, 24) for name in splits.class_names]
     title = _title(splits, codes.title)
     drawn["latent"] = figures.latent_scatter(codes.planes, codes.labels, names, title)
     if isinstance(vae, VAE) and vae.prior().event_shape[0] == 2:
         drawn["manifold"] = _manifold(vae, splits)
-    for name, figure in drawn.items():
-        figures.save(figure, folder / f"{name}.png")
+    figures.save_all(drawn, folder)
 
 
 def reconstructions(vae: VAE | Autoencoder, splits: Splits, epoch: int, seed: int) -> Figure:
@@ -83,7 +100,7 @@ def reconstructions(vae: VAE | Autoencoder, splits: Splits, epoch: int, seed: in
     x = first_rows(splits.validation, vae, 24, seed)
     title = f"validation {splits.spec.row}s and reconstructions after epoch {epoch}"
     originals, decoded = to_display(vae, x), to_display(vae, vae.reconstruct(x))
-    return figures.reconstructions(originals, decoded, _title(splits, title))
+    return tiles.reconstructions(originals, decoded, _title(splits, title))
 
 
 def run_figures(
@@ -97,9 +114,9 @@ def run_figures(
         curves = figures.elbo_curves(history, _title(splits, "training"), splits.spec.row)
         drawn = {"elbo": curves, "interpolations": _interpolations(vae, splits, seed)}
         if isinstance(vae, VAE):
-            mean = generate_images(vae, 100 if splits.spec.is_image else 24)[0]
+            z = vae.prior().sample((100 if splits.spec.is_image else 24,))
             title = _title(splits, "means of p(x|z) at draws of z from the prior")
-            drawn["samples"] = figures.image_grid(figures.in_rows(to_display(vae, mean)), title)
+            drawn["samples"] = tiles.image_grid(tiles.in_rows(_decoded(vae, z)), title)
     return drawn
 
 
@@ -114,11 +131,12 @@ def _interpolations(vae: VAE | Autoencoder, splits: Splits, seed: int) -> Figure
     lines = torch.stack(
         [torch.lerp(a, b, weights) for a, b in zip(means[::2], means[1::2], strict=True)]
     )
-    decoded = to_display(vae, vae.likelihood(lines).mean)
-    ends = to_display(vae, x).reshape(rows, 2, *splits.spec.shape)
+    decoded = _decoded(vae, lines)
+    ends = _reduced(to_display(vae, x))
+    ends = ends.reshape(rows, 2, *ends.shape[1:])
     values = np.concatenate([ends[:, :1], decoded, ends[:, 1:]], axis=1)
     title = f"test {splits.spec.row}s and the decoded lines between their means"
-    return figures.image_grid(values, _title(splits, title))
+    return tiles.image_grid(values, _title(splits, title))
 
 
 @torch.no_grad()
@@ -128,10 +146,10 @@ def _manifold(vae: VAE, splits: Splits) -> Figure:
     quantiles = (torch.arange(side) + 0.5) / side
     line = torch.special.ndtri(quantiles).to(next(vae.parameters()).device)
     second, first = torch.meshgrid(line, line, indexing="ij")
-    decoded = vae.likelihood(torch.stack([first, second], dim=-1)).mean
+    decoded = _decoded(vae, torch.stack([first, second], dim=-1))
     title = _title(splits, "means of p(x|z) over the latent plane")
-    return figures.manifold(to_display(vae, decoded), quantiles.numpy(), title)
+    return tiles.manifold(decoded, quantiles.numpy(), title)
 
 
 def _title(splits: Splits, text: str) -> str:
-    return f"{figures.plain(splits.name)}: {text}"
+    return f"{figures.short(splits.name, 40)}: {text}"

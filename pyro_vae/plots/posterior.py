@@ -44,19 +44,19 @@ def weight_tails(
     """Reliability of importance weights: k̂ and effective sample size of each row.
 
     Args:
-        pareto_k: (B,); −∞ is drawn below all others.
+        pareto_k: (B,); −∞ is drawn below all others, ∞ and NaN above.
         effective_sample_size: (B,), 1 to K.
         num_samples: K.
         threshold: k̂ below which K samples are reliable.
     """
-    endless = np.isneginf(pareto_k)
-    finite = [0.0, threshold, 1.0, *pareto_k[~endless]]
+    below, above = np.isneginf(pareto_k), ~(pareto_k < np.inf)
+    finite = [0.0, threshold, 1.0, *pareto_k[~below & ~above]]
     low, high = min(finite), max(finite)
     margin = 0.08 * (high - low)
-    at_infinity = [low - 2 * margin] if endless.any() else []
-    bottom, top = min([low, *at_infinity]) - margin, high + margin
-    drawn = np.where(endless, low - 2 * margin, pareto_k)
-    good, meaningless = pareto_k < threshold, pareto_k > 1
+    ends = [low - 2 * margin] * bool(below.any()), [high + 2 * margin] * bool(above.any())
+    bottom, top = min([low, *ends[0]]) - margin, max([high, *ends[1]]) + margin
+    drawn = np.where(below, low - 2 * margin, np.where(above, high + 2 * margin, pareto_k))
+    good, meaningless = pareto_k < threshold, ~(pareto_k <= 1)
     regions = (
         (bottom, threshold, GOOD, f"good, below {threshold:.2f}", good),
         (threshold, 1, DOUBTFUL, "doubtful", ~good & ~meaningless),
@@ -71,8 +71,9 @@ def weight_tails(
     left.scatter(np.arange(1, len(drawn) + 1), np.sort(drawn), **look)
     right.scatter(effective_sample_size / num_samples, drawn, **look)
     ticks = [t for t in MaxNLocator(6).tick_values(low, high) if low <= t <= high]
-    endings = ["$-\\infty$"] * len(at_infinity)
-    left.set_yticks([*at_infinity, *ticks], [*endings, *(f"${t:.4g}$" for t in ticks)])
+    endings = ["$-\\infty$"] * len(ends[0]), ["$\\infty$"] * len(ends[1])
+    labels = [*endings[0], *(f"${t:.4g}$" for t in ticks), *endings[1]]
+    left.set_yticks([*ends[0], *ticks, *ends[1]], labels)
     left.set(ylim=(bottom, top), ylabel="Pareto $\\hat k$", xlabel="rows, in order of $\\hat k$")
     left.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     right.set(xscale="log", xlim=(0.8 / num_samples, 1.25))

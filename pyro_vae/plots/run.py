@@ -1,7 +1,8 @@
 """Figures of a run, and the style that all figures share: arrays in, matplotlib Figure out.
 
-Images come as arrays (..., C, H, W) of intensities in [0, 1]; rows of tables as (..., D), drawn as
-profiles. `save` and `svg` write a figure.
+`save`, `save_all` and `svg` write a figure. Figures are made and drawn with matplotlib's defaults
+and `STYLE`. The user's matplotlibrc and style have no effect: they may need LaTeX or fonts that are
+missing, or turn images upside down.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ import re
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.style as style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from ..files import printable
 
 STYLE: Any = {
     "font.size": 9,
@@ -31,9 +36,9 @@ STYLE: Any = {
     "axes.edgecolor": "0.4",
     "legend.frameon": False,
     "savefig.dpi": 200,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "pyro_vae",
 }
-# Without interpolation an SVG holds the pixels unchanged.
-TILES: Any = {"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "none"}
 TRAIN, VALIDATION = "#2a6f97", "#d1495b"
 GREY = "0.72"
 GUIDE: Any = {"color": "0.35", "linewidth": 0.7}
@@ -47,17 +52,44 @@ TERMS = {
     "kl": "KL$(q(z|x)\\,\\|\\,p(z))$",
 }
 
-styled = matplotlib.rc_context(STYLE)  # decorates a function that draws
+styled = style.context(STYLE, after_reset=True)  # decorates a function that draws
 
-Curve = tuple[str, str, Sequence[dict[str, Any]], str]
+Curve = tuple[str, Any, Sequence[dict[str, Any]], str]
+
+
+class StyledFigure(Figure):
+    """A figure that keeps its style when it is drawn, which makes more ticks and finds fonts."""
+
+    draw = styled(Figure.draw)
+    savefig = styled(Figure.savefig)
+
+
+def save_all(figures: Mapping[str, Figure], folder: Path) -> None:
+    """Write figures as FOLDER/NAME.png.
+
+    A figure that cannot be written, since the disk is full or a font damaged, is left out with a
+    warning. An earlier file of its name is removed, which would show something else.
+    """
+    for name, figure in figures.items():
+        path = folder / f"{name}.png"
+        try:
+            save(figure, path)
+        except (OSError, MemoryError, RuntimeError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            warnings.warn(f"the picture {path} is missing: {reason}", stacklevel=2)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, atomically."""
+    """Write a figure as PNG, atomically.
+
+    Raises:
+        OSError: the disk is full or the folder not writable.
+    """
     temporary = path.with_name(f".{path.name}.part")
     try:
-        with matplotlib.rc_context(STYLE):
-            figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -69,9 +101,8 @@ def svg(figure: Figure) -> str:
     Figures on one page share the identifiers of equal parts.
     """
     buffer = io.StringIO()
-    style = {**STYLE, "svg.fonttype": "none", "svg.hashsalt": "pyro_vae"}
     nothing = dict.fromkeys(["Creator", "Date", "Format", "Type"])
-    with matplotlib.rc_context(style), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the page's font may have it
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
@@ -81,7 +112,7 @@ def svg(figure: Figure) -> str:
 
 def plain(text: str) -> str:
     """Escape user-supplied text: matplotlib parses `$` as mathematics and hides labels in `_`."""
-    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+    return (" " if text.startswith("_") else "") + printable(text).replace("$", r"\$")
 
 
 def short(text: str, most: int) -> str:
@@ -93,7 +124,7 @@ def new_figure(
     width: float, height: float, title: str = "", shown: int = 0, count: int = 0
 ) -> Figure:
     """An empty figure, size in inches. The title states how many of `count` things are shown."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = StyledFigure(figsize=(width, height), layout="constrained")
     if shown < count:
         title = f"{title} ({shown} of {count} shown)".strip()
     lines = textwrap.wrap(title, int(12 * width), break_long_words=False, break_on_hyphens=False)
@@ -140,48 +171,6 @@ def dot_size(count: int) -> float:
     return float(np.clip(3000 / count, 2, 12))
 
 
-def image_grid(values: np.ndarray, title: str = "") -> Figure:
-    """A grid of images or profiles: (rows, columns, *shape)."""
-    rows, columns = values.shape[:2]
-    figure = new_figure(0.65 * columns + 0.4, 0.65 * rows * _aspect(values) + 0.6, title)
-    _draw_tiles(figure, values)
-    return figure
-
-
-def reconstructions(originals: np.ndarray, decoded: np.ndarray, title: str = "") -> Figure:
-    """Originals (N, *shape) in odd rows, each with its reconstruction below it."""
-    columns = min(len(originals), 12 if originals.ndim == 4 else 6)
-    pairs = np.stack([in_rows(originals, columns), in_rows(decoded, columns)], axis=1)
-    values = pairs.reshape(-1, *pairs.shape[2:])
-    labels = ["original", "decoded"] * len(pairs)
-    height = 0.65 * len(values) * _aspect(values) + 0.6
-    figure = new_figure(0.65 * columns + 1.2, height, title)
-    _draw_tiles(figure, values, labels)
-    return figure
-
-
-def manifold(values: np.ndarray, quantiles: np.ndarray, title: str = "") -> Figure:
-    """Decoded grid of a 2-D latent space.
-
-    Args:
-        values: (n, n, *shape): rows follow the second latent, upwards; columns the first.
-        quantiles: (n,) of the prior, the points of the grid.
-    """
-    side = len(quantiles)
-    if values.ndim != 5:
-        return image_grid(values[::-1], title)
-    figure = new_figure(6.5, 6.5 * _aspect(values) + 0.5)
-    axes = figure.add_subplot()
-    axes.set_title(title)
-    mosaic = _mosaic(values[::-1], gap=1)
-    axes.imshow(mosaic, **TILES, extent=(0, side, 0, side), aspect="auto")
-    ticks = np.unique(np.linspace(0, side - 1, 5).round().astype(int))
-    for axis, name in ((axes.xaxis, "$z_1$"), (axes.yaxis, "$z_2$")):
-        axis.set_ticks(ticks + 0.5, [f"{quantiles[i]:.2f}" for i in ticks])
-        axis.set_label_text(f"{name}, quantile of the prior")
-    return figure
-
-
 @styled
 def elbo_curves(history: Sequence[dict[str, Any]], title: str = "", row: str = "row") -> Figure:
     """ELBO, reconstruction and KL over epochs, for train and validation.
@@ -210,13 +199,16 @@ def compare_curves(histories: Mapping[str, Sequence[dict[str, Any]]], row: str =
         histories: lines of metrics.jsonl by the run's name.
         row: the word for a datum.
     """
-    figure = new_figure(10.1, 3.2)
+    count = len(histories)
+    figure = new_figure(10.1, min(3.0 + 0.2 * math.ceil(count / 4), 10.0))
+    many = matplotlib.colormaps["turbo"]
+    colours = [f"C{k}" if count <= 10 else many(k / (count - 1)) for k in range(count)]
     for axes, term in zip(figure.subplots(1, len(TERMS)), TERMS, strict=True):
-        runs = enumerate(histories.items())
-        curves = [(plain(run), f"C{k}", lines, f"validation_{term}") for k, (run, lines) in runs]
+        runs = zip(histories.items(), colours, strict=True)
+        curves = [(short(run, 40), c, lines, f"validation_{term}") for (run, lines), c in runs]
         _draw_curves(axes, term, row, curves)
     handles = figure.axes[1].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=min(4, len(histories)))
+    figure.legend(*handles, loc="outside lower center", ncols=min(4, count))
     return figure
 
 
@@ -284,58 +276,3 @@ def latent_scatter(
     elif labels is not None:
         figure.colorbar(drawn, ax=figure.axes, label=f"label (of {len(class_names)})")
     return figure
-
-
-def in_rows(values: np.ndarray, columns: int = 0) -> np.ndarray:
-    """(N, *shape) → (rows, columns, *shape), padded with NaN, which is not drawn.
-
-    By default there are about as many rows as columns.
-    """
-    columns = columns or math.ceil(math.sqrt(len(values)))
-    rows = -(-len(values) // columns)
-    filled = np.full((rows * columns, *values.shape[1:]), np.nan, dtype=np.float32)
-    filled[: len(values)] = values
-    return filled.reshape(rows, columns, *values.shape[1:])
-
-
-def _aspect(values: np.ndarray) -> float:
-    """Height over width of one tile."""
-    return values.shape[-2] / values.shape[-1] if values.ndim == 5 else 1.0
-
-
-def _mosaic(values: np.ndarray, gap: int) -> np.ndarray:
-    """(rows, columns, C, H, W) → one image: (height, width), NaN in the gaps, or RGBA."""
-    rows, _, channels, height, _ = values.shape
-    room = [(0, 0)] * 3 + [(0, gap)] * 2
-    padded = np.pad(values.astype(float), room, constant_values=np.nan)
-    sheet = padded.transpose(0, 3, 1, 4, 2).reshape(rows * (height + gap), -1, channels)
-    sheet = sheet[:-gap, :-gap]
-    if channels == 1:
-        return sheet[..., 0]
-    opaque = np.isfinite(sheet[..., :1]).astype(float)
-    return np.concatenate([np.nan_to_num(sheet).clip(0, 1), opaque], axis=-1)
-
-
-def _draw_tiles(figure: Figure, values: np.ndarray, row_labels: Sequence[str] = ()) -> None:
-    rows, columns = values.shape[:2]
-    if values.ndim == 5:
-        height, width = values.shape[-2:]
-        gap = max(1, round(min(height, width) / 14))
-        axes = figure.add_subplot()
-        axes.imshow(_mosaic(values, gap), **TILES)
-        axes.set_xticks([])
-        centres = [i * (height + gap) + height / 2 - 0.5 for i in range(rows)] if row_labels else []
-        axes.set_yticks(centres, row_labels)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        return
-    low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    for i in range(rows):
-        for j in range(columns):
-            axes = figure.add_subplot(rows, columns, i * columns + j + 1)
-            axes.plot(values[i, j], color=TRAIN, linewidth=0.8)
-            axes.set_ylim(low, high + 1e-9)
-            axes.set_xticks([])
-            axes.set_yticks([])
-            if row_labels and j == 0:
-                axes.set_ylabel(row_labels[i], fontsize=7)

@@ -1,28 +1,40 @@
 """Checkpoints: files that restore a model, or the state of a training, without running code.
 
 A checkpoint is a dictionary of plain values and tensors, written by `torch.save` and read with
-`weights_only=True`. It contains the config and the shape of the data, so it is self-contained.
+`weights_only=True`. It contains the config and the shape of the data, so it is self-contained, and
+a digest of every value, so that damage is noticed.
 """
 
 from __future__ import annotations
 
 import io
-import pickle
+import warnings
 import zipfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ..config import VERSION, Config, InputError
 from ..data.splits import DataSpec, Splits
 from ..models.autoencoder import Autoencoder
 from ..models.build import build_blank
 from ..models.vae import VAE
+from ..randomness import usual_settings
+from .records import check_tensor, unpack
 
 FORMAT = "pyro_vae checkpoint"
-FORMAT_VERSION = 1
+# Version 1 has no digests.
+FORMAT_VERSION = 2
+
+# Fields of `DataSpec` that checkpoints of version 0.1 do not have.
+SPEC_OPTIONS = ("columns", "offset", "scale")
 
 
 @dataclass(frozen=True)
@@ -55,25 +67,24 @@ def serialize(
 ) -> bytes:
     """Return the bytes of a checkpoint file."""
     spec = splits.spec
-    buffer = io.BytesIO()
-    torch.save(
-        {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "pyro_vae": VERSION,
-            "config": config.to_dict(),
-            "data": {
-                "shape": list(spec.shape),
-                "max_value": spec.max_value,
-                "discrete": spec.discrete,
-                "fingerprint": splits.fingerprint,
-            },
-            "weights": vae.state_dict(),
-            "training": training,
-            "history": history,
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "pyro_vae": VERSION,
+        "config": config.to_dict(),
+        "data": {
+            "shape": list(spec.shape),
+            "max_value": spec.max_value,
+            "discrete": spec.discrete,
+            "fingerprint": splits.fingerprint,
+            **{name: getattr(spec, name) for name in SPEC_OPTIONS},
         },
-        buffer,
-    )
+        "weights": vae.state_dict(),
+        "training": training,
+        "history": history,
+    }
+    buffer = io.BytesIO()
+    torch.save({**content, "digests": _digests(_leaves(content))}, buffer)
     return buffer.getvalue()
 
 
@@ -99,30 +110,48 @@ def load_checkpoint(run: str | Path, which: str = "best") -> Checkpoint:
     path = Path(run)
     if not path.is_file():
         path = _find(path, which)
-    content = _read(path)
-    version = content.get("format_version")
-    if version != FORMAT_VERSION:
-        raise InputError(
-            f"{path} was written by pyro_vae {content.get('pyro_vae')} in format {version}; this "
-            f"is {VERSION}, which reads format {FORMAT_VERSION}. Install that, or train again"
-        )
-    try:
-        config = Config.from_dict(content["config"])
-        data = content["data"]
-        spec = DataSpec(tuple(data["shape"]), data["max_value"], data["discrete"])
-        vae = build_blank(config.model, spec)
-        vae.load_state_dict(content["weights"])
-        fingerprint, history = data["fingerprint"], content["history"]
-        training = content["training"]
-        if not isinstance(history, list) or not isinstance(training, dict | None):
-            raise TypeError("history or training state have the wrong type")
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{path} is inconsistent: {first_line}. It is damaged, or from another version than "
-            f"{VERSION}"
-        ) from None
-    return Checkpoint(vae.eval(), config, fingerprint, training, history, path)
+    with usual_settings():
+        content = _read(path)
+        try:
+            return _restore(content, path)
+        except (
+            KeyError,
+            TypeError,
+            AttributeError,
+            ValueError,
+            OverflowError,
+            RuntimeError,
+        ) as error:
+            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(
+                f"{path} is inconsistent: {first_line}. It is damaged, or from another version "
+                f"than {VERSION}"
+            ) from None
+
+
+def _restore(content: dict[str, Any], path: Path) -> Checkpoint:
+    """The checkpoint with this content. Sizes are checked before memory is taken."""
+    config, data = Config.from_dict(content["config"]), content["data"]
+    options = {name: data[name] for name in SPEC_OPTIONS if name in data}
+    spec = DataSpec(tuple(data["shape"]), data["max_value"], data["discrete"], **options)
+    weights, training, history = (content[name] for name in ("weights", "training", "history"))
+    blank = build_blank(config.model, spec, "meta")
+    expected = blank.state_dict()
+    if set(weights) != set(expected):
+        names = ", ".join(sorted(map(str, set(weights) ^ set(expected))))
+        raise InputError(f"the weights do not suit the config, in {names}")
+    for name, value in expected.items():
+        check_tensor(name, weights[name], value.shape, value.dtype)
+    if training is not None:
+        unpack(training, list(blank.parameters()))
+    if not isinstance(history, list) or not all(isinstance(line, dict) for line in history):
+        raise InputError("the history expects a list of dictionaries")
+    if content["format_version"] > 1:
+        _check_digests(content)
+    vae = build_blank(config.model, spec)
+    vae.load_state_dict(weights)
+    training = tree_map_only(Tensor, Tensor.clone, training)  # out of the mapped file
+    return Checkpoint(vae.eval(), config, data["fingerprint"], training, history, path)
 
 
 def _find(run: Path, which: str) -> Path:
@@ -141,29 +170,79 @@ def _find(run: Path, which: str) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Read the dictionary in a checkpoint file; only plain values and tensors are unpickled."""
+    """Read and verify the dictionary in a checkpoint file.
+
+    Only plain values and tensors are unpickled. The tensors are parts of the file, mapped into
+    memory.
+    """
     try:
-        # torch.load does not verify the archive's checksums.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise InputError(f"{path} is damaged: {damaged} in it fails its checksum")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError as error:
+        file = path.open("rb")
+    except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-        RuntimeError,
-        OSError,
-        EOFError,
-        KeyError,
-        NotImplementedError,
-    ):
+    try:
+        with file, zipfile.ZipFile(file) as archive:
+            compressed = [x.filename for x in archive.infolist() if x.compress_type]
+            damaged = archive.testzip() if not compressed else compressed[0]
+        # torch.load does not verify the archive's checksums. Without mmap, it trusts sizes in it.
+        content = None
+        if damaged is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about kinds of tensors that are refused below
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # on damaged bytes, zipfile, pickle and torch raise errors of any type
         raise InputError(
             f"{path} is not a checkpoint of pyro_vae, or it is damaged; use another checkpoint of "
             f"the run, or train again"
         ) from None
+    if damaged is not None:
+        raise InputError(f"{path} is damaged: {damaged[:40]!r} in it fails its checksum")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path} is a file of another program, not a checkpoint of pyro_vae")
+    version = content.get("format_version")
+    if version not in (1, FORMAT_VERSION):
+        raise InputError(
+            f"{path} was written by pyro_vae {content.get('pyro_vae')} in format {version}; "
+            f"this is {VERSION}, which reads formats 1 to {FORMAT_VERSION}. Install that, or train "
+            f"again"
+        )
     return content
+
+
+def _check_digests(content: dict[str, Any]) -> None:
+    """Check that all values are those that were saved.
+
+    Raises:
+        InputError: a value is another, is missing, or has been added.
+    """
+    expected = content["digests"]
+    found = _digests(_leaves({k: v for k, v in content.items() if k != "digests"}), len(expected))
+    for name in [*expected, *found]:
+        if found.get(name) != expected.get(name):
+            raise InputError(f"{name} is not as it was saved")
+
+
+def _digests(leaves: Iterable[tuple[str, Any]], limit: int | None = None) -> dict[str, str]:
+    """Digests of the first `limit` leaves and one more, by name."""
+    one_more = None if limit is None else limit + 1
+    return {name: _digest(value) for name, value in islice(leaves, one_more)}
+
+
+def _digest(value: Any) -> str:
+    """A digest of a tensor's dtype, shape and bytes, or of a plain value."""
+    if not isinstance(value, Tensor):
+        return blake2b(repr(value).encode(), digest_size=16).hexdigest()
+    if value.nbytes > value.untyped_storage().nbytes():  # of which a copy could be any size
+        raise InputError(f"a tensor of shape {tuple(value.shape)} holds fewer values than that")
+    digest = blake2b(f"{value.dtype} {tuple(value.shape)}".encode(), digest_size=16)
+    digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Names and values of all tensors and plain values in nested dictionaries and sequences."""
+    if isinstance(tree, dict | list | tuple):
+        parts = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        for key, part in parts:
+            yield from _leaves(part, f"{name}/{key}" if name else str(key))
+    else:
+        yield name, tree

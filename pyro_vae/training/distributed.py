@@ -12,8 +12,10 @@ the request to stop.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,12 +23,20 @@ import torch.distributed as dist
 from pyro.infer import SVI
 from torch import Tensor
 
+from . import stop as stops
+
 # Number of terms summed over the rows of a step: loss, reconstruction and KL.
 TERMS = 3
 
+# Seconds to wait for the other ranks: for their part of a step; for the work of a single rank, such
+# as a download, the validation or a file; and after a request to stop.
+STEP_SECONDS = 120.0
+WORK_SECONDS = 1800.0
+STOP_SECONDS = 10.0
+
 
 class LostRank(ConnectionError):
-    """Another process of the training has failed."""
+    """Another process of the training has failed or does not answer."""
 
 
 def rank() -> int:
@@ -39,6 +49,11 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def is_first() -> bool:
+    """Whether this process, alone or among those of torchrun, is the first. Before they join."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
+
+
 @contextmanager
 def processes(device: torch.device) -> Iterator[None]:
     """Join the process group if torchrun started this process."""
@@ -49,10 +64,9 @@ def processes(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     with _others():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    # Not after an error: it would wait for messages to a rank that does not answer.
+    dist.destroy_process_group()
 
 
 def part(index: Tensor) -> Tensor:
@@ -103,7 +117,7 @@ def sum_tensors(tensors: list[Tensor]) -> None:
     """
     flat = torch.cat([t.flatten() for t in tensors])
     with _others():
-        dist.all_reduce(flat)
+        _wait(dist.all_reduce(flat, async_op=True), STEP_SECONDS)
     parts = flat.split([t.numel() for t in tensors])
     torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
 
@@ -116,6 +130,7 @@ def agree(value: Any) -> Any:
     """
     values = [value]
     if world() > 1:
+        meet()
         with _others():
             dist.broadcast_object_list(values)
     return values[0]
@@ -129,6 +144,7 @@ def anyone(flag: bool) -> bool:
     """
     flags = [flag] * world()
     if world() > 1:
+        meet()
         with _others():
             dist.all_gather_object(flags, flag)
     return any(flags)
@@ -141,6 +157,7 @@ def share(tensors: list[Tensor]) -> None:
     Raises:
         LostRank: another rank has failed.
     """
+    meet()
     with _others():
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
@@ -151,15 +168,44 @@ def first_here() -> Iterator[None]:
     """Run the block in one process per machine first; the others then find its files."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if world() > 1 and not first:
-        _wait()
+        meet()
     yield
     if world() > 1 and first:
-        _wait()
+        meet()
 
 
-def _wait() -> None:
+def meet() -> None:
+    """Wait for all ranks.
+
+    Raises:
+        LostRank: another rank has failed.
+    """
     with _others():
-        dist.barrier()
+        _wait(dist.barrier(async_op=True), WORK_SECONDS)
+
+
+def _wait(work: dist.Work, seconds: float) -> None:
+    """Wait for a message. Handlers of signals run meanwhile, about once a second."""
+    if dist.get_backend() != "gloo":  # NCCL has a watchdog of its own
+        work.wait()
+        return
+    until, is_stopping = time.monotonic() + seconds, False
+    while not _arrives(work):
+        if stops.requested() and not is_stopping:
+            until, is_stopping = min(until, time.monotonic() + STOP_SECONDS), True
+        if time.monotonic() > until:
+            raise LostRank("another process of this training does not answer")
+
+
+def _arrives(work: dist.Work) -> bool:
+    """Whether a message arrives within a second."""
+    try:
+        work.wait(timedelta(seconds=1))
+    except RuntimeError:
+        if not work.is_completed():
+            return False
+        work.wait()  # raises if the message has failed, rather than been late
+    return True
 
 
 @contextmanager

@@ -22,7 +22,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
 from pyro.infer import ELBO, SVI
 from torch import Tensor
@@ -33,11 +32,13 @@ from ..config import FitConfig, InputError, resolve_epochs
 from ..data.splits import Split, Splits
 from ..evidence.evaluation import elbo_terms
 from ..models.autoencoder import Autoencoder
+from ..models.interface import UNREGISTERED, uncompiled
 from ..models.vae import VAE
 from ..objectives.registry import objective
 from ..options import KL_WEIGHTED
-from ..randomness import OwnState, derive
+from ..randomness import OwnState, derive, usual_settings
 from . import distributed, schedules
+from .checks import check_model, check_particles, check_trained
 from .records import Diverged, Position, Progress, Record, Sums, pack, unpack
 from .terms import ElboTerms
 
@@ -105,11 +106,14 @@ def iterate(
         InputError: the batch is larger than the training set, the model does not fit the data, or
             the objective needs the whole batch in one process.
     """
-    run = _setup(vae, splits, config, seed)
-    position, sums = Position(), Sums()
-    if state is not None:
-        position, sums, run.own.random, moments = unpack(state)
-        run.optimizer.optimizer.load_state_dict(moments)
+    vae = uncompiled(vae)
+    with usual_settings():
+        run = _setup(vae, splits, config, seed)
+        position, sums = Position(), Sums()
+        if state is not None:
+            adam = run.optimizer.optimizer
+            position, sums, run.own.random, moments = unpack(state, run.optimizer.parameters)
+            adam.load_state_dict({**adam.state_dict(), "state": moments})
     try:
         while position.epoch < run.epochs and not _is_stale(position, config):
             position, sums, stopped = _epoch(run, position, sums, on_step)
@@ -144,12 +148,14 @@ class _Run:
 
 def _setup(vae: VAE | Autoencoder, splits: Splits, config: FitConfig, seed: int) -> _Run:
     epochs = resolve_epochs(config, len(splits.train))
+    check_particles(config, splits.train)
     alone = distributed.world() == 1
     if not alone and config.objective in WHOLE_BATCH:
         raise InputError(
             f"--objective {config.objective} needs the whole batch in one process; run a "
             f"single process, or choose another objective"
         )
+    check_model(vae, splits)
     optimizer = OneOptimizer(
         torch.optim.Adam(vae.parameters(), lr=config.learning_rate, fused=True)
     )
@@ -191,11 +197,13 @@ def _check(vae: VAE | Autoencoder, splits: Splits, loss: ELBO) -> None:
     own = OwnState(_device(vae), seed=0)
     x = next(splits.train.fixed(vae.likelihood_module.units, 0, CHECKED_ROWS))
     try:
-        with own.active(), _settings("highest", own.device, validate=True):
+        with _active(own, validate=True):
             loss.loss(vae.model, vae.guide, x)
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"model and data do not fit together: {reason}") from None
+    with _active(own):
+        check_trained(vae, x)
 
 
 def _epoch(
@@ -215,9 +223,9 @@ def _epoch(
     run.vae.train()
     for index in _batches(run, position):
         started = time.perf_counter()
-        weights = _set_schedules(run, position.step, len(index))
         svi = run.svi if len(index) == config.batch_size else run.svi_of_rest
-        with run.own.active(), _settings(config.precision, run.device):
+        with _active(run.own, config.precision):
+            weights = _set_schedules(run, position.step, len(index))
             try:
                 if alone:
                     loss, *terms = svi.step(train.take(index, units), **weights)
@@ -264,7 +272,7 @@ def _end_of_epoch(run: _Run, position: Position, sums: Sums) -> tuple[Position, 
     run.vae.eval()
     found = None
     if distributed.rank() == 0:
-        terms = elbo_terms(run.vae, run.splits.validation, run.seed)
+        terms = _validate(run, note=position.epoch == 0)
         found = (*terms, position.seconds + time.perf_counter() - started)
     reconstruction, kl, seconds = distributed.agree(found)
     elbo = None if kl is None else reconstruction - kl
@@ -284,11 +292,30 @@ def _end_of_epoch(run: _Run, position: Position, sums: Sums) -> tuple[Position, 
         kl=train_kl,
         validation_reconstruction=reconstruction,
         validation_kl=kl,
-        learning_rate=run.optimizer.optimizer.param_groups[0]["lr"],
+        learning_rate=schedules.learning_rate(
+            run.config, position.step - 1, run.epochs * run.steps_per_epoch
+        ),
         images_per_second=sums.rate,
         is_best=is_best,
         state=_state(run, position, Sums()),
     )
+
+
+def _validate(run: _Run, note: bool) -> tuple[float, float | None]:
+    """Mean reconstruction and KL of the validation rows, nats; NaN if the model overflows.
+
+    `note`: see `elbo_terms`.
+    """
+    vae, split = run.vae, run.splits.validation
+    try:
+        with usual_settings(run.device):
+            return elbo_terms(vae, split, run.seed, note=note)
+    except ValueError:  # Pyro rejects parameters of a distribution that are not finite
+        with usual_settings(run.device, validate=False):
+            rows = split.fixed(vae.likelihood_module.units, run.seed)
+            if all(vae.reconstruct(x).isfinite().all() for x in rows):
+                raise
+        return math.nan, None if isinstance(vae, Autoencoder) else math.nan
 
 
 def _progress(run: _Run, position: Position, sums: Sums) -> Progress:
@@ -335,24 +362,17 @@ def run_mode(config: FitConfig, train: Split) -> Mode:
 
 
 @contextmanager
-def _settings(precision: str, device: torch.device, validate: bool = False) -> Iterator[None]:
-    """Set Pyro's and torch's global settings during a step.
+def _active(own: OwnState, precision: str = "highest", validate: bool = False) -> Iterator[None]:
+    """The context of a step. Other threads wait until its end.
 
     Pyro's validation of shapes and supports takes a tenth of a step, so `_check` runs it once. Its
-    warning about a loss that is not finite is replaced by the error `Diverged`.
+    warning about a loss that is not finite is replaced by the error `Diverged`, that about frozen
+    parameters by one of `check_trained`.
     """
-    before = torch.get_float32_matmul_precision()
-    with (
-        pyro.validation_enabled(validate),
-        warnings.catch_warnings(),
-        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
-    ):
-        warnings.filterwarnings("ignore", message="Encountered NaN")
-        try:
-            torch.set_float32_matmul_precision("highest" if precision == "bf16" else precision)
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
+    with usual_settings(own.device, precision, validate), own.active(), warnings.catch_warnings():
+        for message in ("Encountered NaN", UNREGISTERED):
+            warnings.filterwarnings("ignore", message=message)
+        yield
 
 
 def _device(vae: VAE | Autoencoder) -> torch.device:

@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..config import InputError
 
 
@@ -84,20 +87,77 @@ def pack(position: Position, sums: Sums, random: Any, optimizer: Any) -> dict[st
     }
 
 
-def unpack(state: dict[str, Any]) -> tuple[Position, Sums, Any, dict[str, Any]]:
-    """Inverse of `pack`: position, sums, random state, the optimizer's state dict.
+def unpack(
+    state: dict[str, Any], parameters: Sequence[Tensor]
+) -> tuple[Position, Sums, dict[str, Tensor], dict[int, dict[str, Tensor]]]:
+    """Inverse of `pack`, for a model with these parameters.
+
+    Returns:
+        Position, sums, random states, and the moments of each parameter, by its number.
 
     Raises:
-        InputError: the state has other entries.
+        InputError: the state has other entries, or a value does not suit the parameters.
     """
     names = [field.name for field in dataclasses.fields(Position)]
-    expected = [*names, "random", "sums", "optimizer"]
-    if set(state) != set(expected):
-        raise InputError(
-            f"a training's state expects {', '.join(expected)}; got {', '.join(state)}"
-        )
-    position = Position(**{name: state[name] for name in names})
-    return position, Sums(**state["sums"]), state["random"], state["optimizer"]
+    _check_names("a training's state", state, [*names, "random", "sums", "optimizer"])
+    _check_names("its sums", state["sums"], [field.name for field in dataclasses.fields(Sums)])
+    position, sums = Position(**{name: state[name] for name in names}), Sums(**state["sums"])
+    for name, value in (dataclasses.asdict(position) | dataclasses.asdict(sums)).items():
+        is_count = isinstance(getattr(Position, name, 0.0), int)
+        at_start = name == "best" and value == -math.inf
+        if type(value) not in ((int,) if is_count else (int, float)) or not (
+            at_start or (math.isfinite(value) and (value >= 0 or not is_count))
+        ):
+            raise InputError(f"a training's {name} expects a finite number; got {value!r}")
+    random = state["random"]
+    try:
+        torch.Generator().set_state(random["cpu"])
+    except (TypeError, KeyError, AttributeError, RuntimeError):
+        raise InputError("a training's random state is not one of torch's generator") from None
+    return position, sums, random, _moments(state["optimizer"], parameters)
+
+
+def _moments(optimizer: Any, parameters: Sequence[Tensor]) -> dict[int, dict[str, Tensor]]:
+    """Adam's moments in its state dict; its settings are those of the run."""
+    _check_names("the state of an optimizer", optimizer, ["state", "param_groups"])
+    moments, numbers = optimizer["state"], list(range(len(parameters)))
+    try:
+        found = [group["params"] for group in optimizer["param_groups"]]
+    except (KeyError, TypeError):
+        found = []
+    if found != [numbers] or not isinstance(moments, dict) or not {*moments} <= {*numbers}:
+        raise InputError(f"the state of an optimizer expects {len(parameters)} parameters")
+    for i, values in moments.items():
+        _check_names(f"the moments of parameter {i}", values, ["step", "exp_avg", "exp_avg_sq"])
+        for name, value in values.items():
+            shape = torch.Size() if name == "step" else parameters[i].shape
+            check_tensor(f"{name} of parameter {i}", value, shape, torch.float32)
+    return moments
+
+
+def _check_names(what: str, values: Any, expected: Sequence[str]) -> None:
+    is_dictionary = isinstance(values, dict)
+    if not is_dictionary or set(values) != set(expected):
+        found = ", ".join(map(str, values)) if is_dictionary else type(values).__name__
+        raise InputError(f"{what} expects {', '.join(expected)}; got {found}")
+
+
+def check_tensor(name: str, value: Any, shape: torch.Size, dtype: torch.dtype) -> None:
+    """Check a tensor that was read from a file.
+
+    Raises:
+        InputError: its type, shape or memory layout is another, or a value is not finite.
+    """
+    expected = f"{name} expects {str(dtype).removeprefix('torch.')} of shape {tuple(shape)}"
+    if not isinstance(value, Tensor):
+        raise InputError(f"{expected}; got {type(value).__name__}")
+    if (value.layout, value.dtype, value.shape) != (torch.strided, dtype, shape):
+        found = " ".join(str(x).removeprefix("torch.") for x in (value.layout, value.dtype))
+        raise InputError(f"{expected}; got {found} of shape {tuple(value.shape)}")
+    if value.is_meta or value.nbytes > value.untyped_storage().nbytes():
+        raise InputError(f"{expected}; got fewer values than that")
+    if not value.isfinite().all():
+        raise InputError(f"{name} expects finite values; got NaN or infinity")
 
 
 @dataclass(frozen=True)

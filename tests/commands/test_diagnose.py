@@ -11,6 +11,7 @@ import torch
 
 from pyro_vae import diagnose, train
 from pyro_vae.diagnostics import suite as studies
+from pyro_vae.files import to_json
 from pyro_vae.plots import run as figures
 
 NAMES = [
@@ -141,7 +142,7 @@ def test_other_data(copy, capsys, tmp_path, undrawn):
     assert json.loads(capsys.readouterr().out)["data"] == "mine"
     np.save(path, load_digits().images[:3, None].astype(np.uint8))
     assert diagnose.main(arguments) == 2
-    assert "at least 4 held-out rows; mine has 3" in capsys.readouterr().err
+    assert "at least 5 held-out rows; mine has 3" in capsys.readouterr().err
 
 
 def test_mistakes(copy, capsys, tmp_path):
@@ -200,4 +201,4 @@ def test_on_cuda(copy, capsys):
 
 def test_json_has_no_number_that_is_none():
     values = {"a": [1.0, float("nan")], "b": {"c": (float("inf"), 2, "x", True)}}
-    assert diagnose._plain(values) == {"a": [1.0, None], "b": {"c": [None, 2, "x", True]}}
+    assert json.loads(to_json(values)) == {"a": [1.0, None], "b": {"c": [None, 2, "x", True]}}

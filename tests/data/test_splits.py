@@ -91,6 +91,20 @@ def test_values_beyond_single_precision(tmp_path):
         load_data(save(tmp_path, np.array([[0.0], [1e300], [2.0], [3.0]])))
 
 
+def test_ranges_are_told_with_enough_digits(tmp_path):
+    for values, text in (
+        ([[0.00019, 0.5], [0.25, 1.0000001], [0.5, 0.5]], "real values from 0.00019 to 1.0000001"),
+        ([[0.0, 1.0], [0.25, 0.5], [0.5, 0.5]], "real values from 0 to 1"),
+        ([[1e9, 1e9 + 0.5], [1e9, 1e9], [1e9, 1e9]], "from 1000000000 to 1000000000.5"),
+        ([[-3, 16], [5, 7], [1, 1]], "integers from -3 to 16"),
+        ([[0.1, 0.2], [0.1, 0.1], [0.1, 0.1]], "real values from 0.1 to 0.2"),
+    ):
+        assert load_data(np.array(values)).describe().endswith(text)
+    path = save(tmp_path, np.array([[0.00019, 0.5], [0.25, 1.0000001], [0.5, 0.5]]))
+    with pytest.raises(InputError, match=r"ranges from 0\.00019 to 1.0000001"):
+        load_data(DataConfig(path, max_value=1))
+
+
 def test_units(tmp_path):
     path = save(tmp_path, np.array([[0, 51], [255, 102], [3, 4]], np.uint8))
     spec = load_data(path).spec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import all_likelihoods, batch, example_vae
 from scipy import stats
 from torch.distributions import kl_divergence
 
+import pyro_vae
 from pyro_vae import memory as chunks
 from pyro_vae.diagnostics import refinement
 from pyro_vae.diagnostics.refinement import elbo, gaps, refine
@@ -266,3 +268,14 @@ def test_bad_arguments():
         refine(vae, x, num_steps=0)
     with pytest.raises(ValueError, match="num_samples expects an integer of at least 1; got 0"):
         elbo(vae, vae.posterior(x), x, 0)
+
+
+def test_a_row_beyond_float32_is_named():
+    splits = pyro_vae.load_data(np.random.default_rng(0).normal(size=(40, 3)))
+    config = pyro_vae.ModelConfig(hidden=(4,), latent_dim=2, likelihood="gaussian")
+    vae = pyro_vae.build(config, splits)
+    x = splits.train.take(torch.arange(5), "real")
+    refine(vae, x, num_steps=3)
+    x[3, 1] = 1e30
+    with pytest.raises(pyro_vae.InputError, match=r"row 3 of these 5 \(counted from 0\)"):
+        refine(vae, x, num_steps=3)

@@ -1125,7 +1125,10 @@ KINDS = {  # the number of planes, and of anchors
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in ("colour", "plain"))) for n in KINDS],
+)
 def test_the_explorer_shows_the_decoder(name, browser, runs, views, pages):
     """By the pointer, by the keyboard, on another plane and at another anchor."""
     with opened(browser, pages(name)) as page:

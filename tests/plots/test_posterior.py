@@ -370,7 +370,7 @@ def test_panels_with_nothing_below_have_labels():
     assert shown == [False] * 3 + [True] * 4
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(11, marks=pytest.mark.slow), 30])
+@pytest.mark.parametrize("count", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (11, 30))])
 def test_any_name_can_be_drawn(count, tmp_path):
     """Among them such as would be mathematics, or run into the next panel."""
     labels = [f"_${j}^$ {'long ' * 20}" for j in range(count)]

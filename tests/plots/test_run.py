@@ -13,7 +13,7 @@ from pyro_vae.data.splits import DataSpec
 from pyro_vae.models.likelihoods import LIKELIHOODS
 from pyro_vae.models.priors import StandardNormal
 from pyro_vae.models.vae import VAE
-from pyro_vae.plots import codes
+from pyro_vae.plots import codes, tiles
 from pyro_vae.plots import from_model as gallery
 from pyro_vae.plots import run as figures
 
@@ -37,23 +37,23 @@ def picture(figure) -> np.ndarray:
 
 def test_grid_keeps_rows_and_columns():
     values = np.arange(6).reshape(2, 3, 1, 1, 1) / 10 * np.ones((1, 4, 4))
-    sheet = picture(figures.image_grid(values))
+    sheet = picture(tiles.image_grid(values))
     assert sheet.shape == (9, 14)
     assert [sheet[0, 0], sheet[0, 5], sheet[0, 10], sheet[5, 0]] == [0.0, 0.1, 0.2, 0.3]
 
 
 def test_what_does_not_fill_a_row_is_kept():
     values = np.full((7, 1, 4, 4), 0.5)
-    rows = figures.in_rows(values, 3)
+    rows = tiles.in_rows(values, 3)
     assert rows.shape == (3, 3, 1, 4, 4)
     assert np.isfinite(rows).all(axis=(2, 3, 4)).sum() == 7
-    assert (picture(figures.image_grid(rows)) == 0.5).sum() == 7 * 16
-    assert figures.in_rows(values).shape[:2] == (3, 3)
+    assert (picture(tiles.image_grid(rows)) == 0.5).sum() == 7 * 16
+    assert tiles.in_rows(values).shape[:2] == (3, 3)
 
 
 def test_reconstructions_stand_below_their_originals():
     originals = np.arange(14).reshape(14, 1, 1, 1) / 20 * np.ones((4, 4))
-    figure = figures.reconstructions(originals, originals + 0.3)
+    figure = tiles.reconstructions(originals, originals + 0.3)
     sheet = picture(figure)
     assert sheet[0, 5] == pytest.approx(1 / 20)
     assert sheet[5, 5] == pytest.approx(1 / 20 + 0.3)
@@ -121,10 +121,3 @@ def test_any_number_of_classes(classes, tmp_path):
     figures.save(figure, tmp_path / "a.png")
     assert matplotlib.image.imread(tmp_path / "a.png").std() > 0.02
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
-
-
-def test_tables_are_profiles(tmp_path):
-    values = np.random.default_rng(0).standard_normal((5, 7))
-    figure = figures.reconstructions(values, values)
-    assert len(figure.axes) == 10
-    figures.save(figure, tmp_path / "a.png")

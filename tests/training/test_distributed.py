@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +25,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import batch, example_splits, example_vae, wait_for_epoch
+from forks import Forks
 from pyro.distributions import Normal
 from pyro.infer import SVI
 from torch import Tensor
@@ -206,7 +207,7 @@ def _checks(folder: Path, rank: int) -> dict[str, Any]:
     hook = vae.decoder.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
     fit(vae, splits, FitConfig(epochs=1, batch_size=80, compile="off"))
     hook.remove()
-    found["z"] = seen[1].detach()  # seen[0]: the check before the first step
+    found["z"] = seen[2].detach()  # two are of the checks before the first step
 
     vae, splits = small(folder)
     config = FitConfig(
@@ -473,6 +474,63 @@ def test_the_first_rank_decides(found):
     assert [rank["agreed"] for rank in found] == [{"rank": 0}, {"rank": 0}]
 
 
+# --- waiting --------------------------------------------------------------------------------------
+
+
+class Work:
+    """A message that is late by some waits, and then arrives or fails."""
+
+    def __init__(self, late: int, fails: bool = False, completes_late: bool = False) -> None:
+        self.late, self.fails, self.completes_late, self.waits = late, fails, completes_late, 0
+
+    def is_completed(self) -> bool:
+        return self.waits >= self.late if self.completes_late else self.waits > self.late
+
+    def wait(self, timeout: Any = None) -> None:
+        self.waits += 1
+        if self.waits <= self.late:
+            raise RuntimeError("Operation timed out!")
+        if self.fails:
+            raise RuntimeError("Connection closed by peer")
+
+
+@pytest.fixture
+def gloo(monkeypatch):
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+
+
+@pytest.mark.usefixtures("gloo")
+def test_a_message_is_waited_for_and_its_failure_is_noticed():
+    """A gradient that has not been summed is never taken for one that has."""
+    for late in (0, 3):
+        for completes_late in (False, True):  # in the moment in which the wait ends
+            work = Work(late, completes_late=completes_late)
+            distributed._wait(work, 100)
+            assert work.waits == late + 1
+            with pytest.raises(RuntimeError, match="closed by peer"):
+                distributed._wait(Work(late, True, completes_late), 100)
+
+
+@pytest.mark.usefixtures("gloo")
+def test_a_message_that_does_not_come_is_given_up(monkeypatch):
+    with pytest.raises(distributed.LostRank, match="does not answer"):
+        distributed._wait(Work(10**9), 0.01)
+    monkeypatch.setattr(distributed, "STOP_SECONDS", 0.01)
+    monkeypatch.setattr(distributed.stops, "requested", lambda: True)
+    with pytest.raises(distributed.LostRank, match="does not answer"):
+        distributed._wait(Work(10**9), 1000)
+
+
+def test_the_first_process_is_known_before_they_join(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("RANK", "1")  # of another launcher: the process is alone
+    assert distributed.is_first()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert not distributed.is_first()
+    monkeypatch.setenv("RANK", "0")
+    assert distributed.is_first()
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 NETWORK = ["--hidden", "16", "--latent-dim", "2", "--batch-size", "128", "--compile", "off"]
@@ -494,19 +552,10 @@ def torchrun(*arguments: str) -> subprocess.Popen:
     )
 
 
-def pair(*arguments: str) -> list[subprocess.Popen]:
-    """Two ranks as torchrun starts them, without it, to see how each of them ends. No pictures."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "none"}
-    return [
-        launched(
-            *(__file__, "train", *arguments),
-            **{**shared, "RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": "2"},
-        )
-        for i in (0, 1)
-    ]
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    with Forks() as server:
+        yield server
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -568,39 +617,41 @@ def test_one_process_goes_on_with_the_run_of_two(whole):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_resumed_is_the_uninterrupted_one(network, whole, tmp_path):
+def test_an_interrupted_run_resumed_is_the_uninterrupted_one(network, forks, whole, tmp_path):
     """Ctrl-C that reaches the ranks twice, from the terminal and from torchrun, is one."""
     run = tmp_path / "run"
-    ranks = pair("--out", str(run), *network, "--epochs", str(EPOCHS))
+    # Long before its end, however busy the machine is.
+    command = ["--out", run, *network, "--epochs", EPOCHS]
+    ranks = forks.ranks(*command, logs=tmp_path, pause=2)
     wait_for_epoch(run, 2)
     for process in ranks + ranks:
-        process.send_signal(signal.SIGINT)
-    (out, err), _ = ended(*ranks)
-    assert [rank.returncode for rank in ranks] == [128 + signal.SIGINT, 0], err
-    assert out.count("stopped; continue with") == 1
-    assert err == ""
-    assert 2 <= len(metrics(run)) < EPOCHS
+        process.kill(signal.SIGINT)
+    assert [rank.wait() for rank in ranks] == [128 + signal.SIGINT, 0], ranks[0].text()
+    assert ranks[0].text().count("stopped; continue with") == 1
+    assert "error" not in ranks[0].text() + ranks[1].text()
+    assert len(metrics(run)) == 2
 
-    ranks = pair("--resume", str(run))
-    outputs = ended(*ranks)
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    assert outputs[1] == ("", "")
+    (tmp_path / "again").mkdir()
+    ranks = forks.ranks("--resume", run, logs=tmp_path / "again")
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].text()
+    assert ranks[1].text() == ""
     assert metrics(run) == metrics(whole[0])[:EPOCHS]
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_rank_that_is_killed_ends_the_run_with_its_last_step_kept(network, tmp_path, capsys):
+def test_a_rank_that_is_killed_ends_the_run_with_its_last_step_kept(network, forks, tmp_path):
     """The run was begun by one process, and is taken to its end by one."""
     run = tmp_path / "run"
     assert train.main(["--out", str(run), *network, "--epochs", "1"]) == 0
-    first, second = pair("--resume", str(run), "--epochs", "4000", "--device", "cpu")
+    resume = ["--resume", run, "--epochs", 4000, "--device", "cpu"]
+    first, second = forks.ranks(*resume, logs=tmp_path)
     wait_for_epoch(run, 4)
-    second.send_signal(signal.SIGKILL)
-    (_, err), _ = ended(first, second)
-    assert first.returncode == 1
-    (line,) = [line for line in err.splitlines() if "error" in line]
+    second.kill(signal.SIGKILL)
+    assert first.wait() == 1
+    (line,) = [line for line in first.text().splitlines() if "error" in line]
     assert f"continue with the same command and --resume {run}" in line
-    assert "Traceback" not in err
+    assert "Traceback" not in first.text()
+    assert second.wait() == -9
 
     last = load_checkpoint(run, "last")
     lines = metrics(run)
@@ -656,15 +707,17 @@ def test_a_rank_lost_at_the_end_of_an_epoch_costs_no_line(network, tmp_path, mon
     assert [line["epoch"] for line in metrics(run)] == [1, 2, 3]
 
 
-def test_a_mistake_is_told_and_ends_all(network, tmp_path):
+def test_a_mistake_is_told_and_ends_all(network, forks, tmp_path):
     """Found by the first rank alone, while the second is about to train."""
-    (tmp_path / "notes.txt").write_text("mine")
-    ranks = pair("--out", str(tmp_path), *network, "--epochs", "2")
-    (_, err), _ = ended(*ranks)
-    assert [rank.returncode != 0 for rank in ranks] == [True, True]
-    (line,) = err.splitlines()
-    assert line.startswith(f"error: --out {tmp_path} exists and is not empty")
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    ranks = forks.ranks("--out", folder, *network, "--epochs", 2, logs=tmp_path)
+    assert [rank.wait() for rank in ranks] == [2, 1]
+    (line,) = ranks[0].text().splitlines()
+    assert line.startswith(f"error: --out {folder} exists and is not empty")
+    assert ranks[1].text().startswith("error: rank 1: another process of this training has failed")
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
 def test_data_that_differ_between_ranks_leave_an_old_run_as_it_was(found):
@@ -701,8 +754,4 @@ def test_two_gpus(network, tmp_path):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "train":
-        with pytest.MonkeyPatch.context() as patch:
-            _draw_nothing(patch)
-            sys.exit(train.main(sys.argv[2:]))
     _main(Path(sys.argv[1]), int(sys.argv[2]))

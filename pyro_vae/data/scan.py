@@ -1,0 +1,164 @@
+"""One pass over all values, and the range and precision of the data that follow from it.
+
+scan        range, type, fingerprint; NaN and infinities are errors
+spec        largest possible value, or offset and scale of unbounded data, from the training rows
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import InputError
+from .precision import column_name, offset_and_scale
+from .source import Source
+from .splits import CHUNK, DataSpec, interval
+
+# The largest integer up to which float32 holds all, and a value that no float64 column may exceed,
+# since differences must be finite.
+MAX_COUNT = 2**24
+MAX_VALUE = 1e307
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+# Values read at most to choose offset and scale.
+SAMPLED_VALUES = 2**22
+
+# Data whose values all are below this may be real values of a small unit, not parts of 1.
+LEAST_SHARE = 1e-3
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The results of one pass over all values, as attributes of `Splits`."""
+
+    low: float
+    high: float
+    integral: bool
+    fingerprint: str
+
+    def describe(self) -> str:
+        """Type and range of the values, for example "integers from 0 to 16"."""
+        kind = "integers" if self.integral else "real values"
+        return f"{kind} from {interval(self.low, self.high)}"
+
+
+def scan_values(source: Source) -> Scan:
+    low, high, integral, bad = np.inf, -np.inf, True, 0
+    first: tuple[int, ...] = ()
+    digest = hashlib.blake2b(repr((source.values.shape, str(source.values.dtype))).encode())
+    for start, chunk in _chunks(source.values):
+        digest.update(chunk.tobytes())
+        if chunk.dtype.kind == "f":
+            wrong = ~(np.abs(chunk) <= min(MAX_VALUE, float(np.finfo(chunk.dtype).max)))
+            if wrong.any():
+                first = first or _place(wrong, start)
+                bad += int(wrong.sum())
+                continue
+            integral = integral and bool((chunk == np.rint(chunk)).all())
+        low, high = min(low, float(chunk.min())), max(high, float(chunk.max()))
+    if bad:
+        raise _not_usable(source, bad, first, "1e307")
+    if source.values.dtype.kind == "f" and max(-low, high) > 2**53:
+        integral = False  # all numbers of this size are integers in float64
+    return Scan(low, high, integral, digest.hexdigest())
+
+
+def _chunks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """The rows in order, and the index of the first row of each chunk."""
+    for start in range(0, len(values), 4 * CHUNK):
+        yield start, np.ascontiguousarray(values[start : start + 4 * CHUNK])
+
+
+def _place(wrong: np.ndarray, start: int) -> tuple[int, ...]:
+    """Index of the first true value, whose row is counted from `start`."""
+    row, *place = np.argwhere(wrong)[0].tolist()
+    return (start + row, *place)
+
+
+def _not_usable(source: Source, count: int, first: tuple[int, ...], limit: str) -> InputError:
+    column = f", {column_name(source.columns, first[1])}" if source.columns else ""
+    arrays = " (of all arrays in order)" if source.num_test or source.num_validation else ""
+    place = f"row {first[0]}{arrays} at {first[1:]}"
+    axes = " (channel, row, column of pixels)" if len(first) == 4 else ""
+    return InputError(
+        f"{source.name} holds {count} value{'s' * (count > 1)} that are NaN, infinite or beyond "
+        f"{limit}, the first in {place}{axes}{column} (counted from 0); "
+        f"remove or impute them"
+    )
+
+
+def check_float32(source: Source, spec: DataSpec) -> None:
+    """Check that x is finite in float32.
+
+    Raises:
+        InputError: a value is too far from the others.
+    """
+    bad = 0
+    first: tuple[int, ...] = ()
+    for start, chunk in _chunks(source.values):
+        x = spec.to_units(torch.from_numpy(chunk.astype(np.float64)), "real")
+        wrong = ~torch.isfinite(x).numpy()
+        if wrong.any():
+            first = first or _place(wrong, start)
+            bad += int(wrong.sum())
+    if bad:
+        beyond = "3e38" if spec.offset is None else "3e38 times the scale of their column"
+        raise _not_usable(source, bad, first, beyond)
+
+
+def choose_spec(source: Source, max_value: int | None, scan: Scan, train: Tensor) -> DataSpec:
+    """Shape, range, offset and scale of the data, the latter two from the training rows."""
+    low, high, integral = scan.low, scan.high, scan.integral
+    limit = max_value or source.max_value
+    if limit is not None and not 0 <= low <= high <= limit:
+        raise InputError(
+            f"--max-value {limit} expects values from 0 to {limit}; {source.name} ranges from "
+            f"{interval(low, high)}"
+        )
+    if limit is not None and limit > MAX_COUNT:
+        raise InputError(
+            f"--max-value expects at most {MAX_COUNT}, up to which float32 holds all integers; got "
+            f"{limit}. Drop it: the data are then real values"
+        )
+    if limit is None and integral and low >= 0 and 1 < high <= 255:
+        # uint8 is the type of 8-bit images, even if their largest value is below 255.
+        limit = 255 if source.values.dtype == np.uint8 else int(high)
+    if limit is None and integral and low >= 0 and high <= 1:
+        limit = 1
+    shares = limit is None and low >= 0 and LEAST_SHARE < high <= 1
+    units = None
+    if not integral or limit is None:
+        sample = _sample(source, train)
+        units = offset_and_scale(sample, source.columns, source.name)
+    # Values that float32 would lose are no shares, but a column with a small spread may be one.
+    if shares and (units is None or not any(units[0])):
+        limit, units = 1, None
+    if limit is not None and units is not None and any(units[0]):
+        column = int(np.flatnonzero(units[0])[0])
+        where = column_name(source.columns, column) + " of " if source.values.ndim == 2 else ""
+        raise InputError(
+            f"--max-value {limit}: float32 loses the spread of {where}{source.name} in a range of "
+            f"0 to {limit}; drop the flag"
+        )
+    offset, scale = (None, None) if limit is not None or units is None else units
+    return DataSpec(
+        tuple(source.values.shape[1:]),
+        limit,
+        discrete=integral and limit is not None,
+        columns=source.columns,
+        offset=offset,
+        scale=scale,
+    )
+
+
+def _sample(source: Source, train: Tensor) -> np.ndarray:
+    """Training rows at even distances, as columns (M, D), or (M, 1) for images."""
+    step = max(1, len(train) * math.prod(source.values.shape[1:]) // SAMPLED_VALUES)
+    rows = source.values[train[::step].numpy()]
+    return rows.reshape(-1, 1) if rows.ndim > 2 else rows
