@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,6 +26,9 @@ from .splits import CHUNK, DataSpec, interval
 MAX_COUNT = 2**24
 MAX_VALUE = 1e307
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+# A value this many times as far from the median as three quarters of all is noted.
+EXTREME = 1e6
 
 # Values read at most to choose offset and scale.
 SAMPLED_VALUES = 2**22
@@ -132,7 +136,7 @@ def choose_spec(source: Source, max_value: int | None, scan: Scan, train: Tensor
     if limit is None and integral and low >= 0 and high <= 1:
         limit = 1
     shares = limit is None and low >= 0 and LEAST_SHARE < high <= 1
-    units = None
+    units, sample = None, np.empty((0, 0))
     if not integral or limit is None:
         sample = _sample(source, train)
         units = offset_and_scale(sample, source.columns, source.name)
@@ -147,6 +151,8 @@ def choose_spec(source: Source, max_value: int | None, scan: Scan, train: Tensor
             f"0 to {limit}; drop the flag"
         )
     offset, scale = (None, None) if limit is not None or units is None else units
+    if limit is None:
+        _note_extreme(sample, source)
     return DataSpec(
         tuple(source.values.shape[1:]),
         limit,
@@ -154,6 +160,26 @@ def choose_spec(source: Source, max_value: int | None, scan: Scan, train: Tensor
         columns=source.columns,
         offset=offset,
         scale=scale,
+    )
+
+
+def _note_extreme(sample: np.ndarray, source: Source) -> None:
+    """Warn of a value that alone decides the standard deviation of its column."""
+    values = sample.astype(np.float64)
+    distance = np.abs(values - np.median(values, axis=0))
+    usual = np.quantile(distance, 0.75, axis=0)
+    ratio = (distance / np.where(usual > 0, usual, np.inf)).max(0)
+    column = int(ratio.argmax())
+    if not ratio[column] > EXTREME:
+        return
+    value = values[distance[:, column].argmax(), column]
+    place = np.argwhere(source.values == value)[0]
+    where = column_name(source.columns, column) if source.values.ndim == 2 else f"at {place[1:]}"
+    warnings.warn(
+        f"row {place[0]} of {source.name} (counted from 0) holds {value:g} in {where}, "
+        f"{ratio[column]:.0e} times as far from the median as most values. It alone decides the "
+        f"standard deviation, by which the model scales its input: check it",
+        stacklevel=4,
     )
 
 

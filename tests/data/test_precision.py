@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -135,6 +136,7 @@ def test_ordinary_data_keep_their_numbers():
     assert splits.train.values.data_ptr() == single.ctypes.data
 
 
+@pytest.mark.filterwarnings("ignore:row 0 of array")
 def test_one_far_row_does_not_choose_the_offset():
     """The median and the quartiles follow the bulk."""
     values = table() + 1e9
@@ -318,3 +320,22 @@ def test_data_of_an_old_run_are_stored_as_then(tmp_path):
     assert splits.spec == old
     x = splits.whole().take(torch.arange(64), "real").numpy()
     assert np.array_equal(x, values.astype(np.float32))
+
+
+def test_a_value_that_decides_the_standard_deviation_is_named():
+    values = table(60)
+    usual = np.quantile(np.abs(values - np.median(values, 0)), 0.75, axis=0)
+    values[7, 1] = np.median(values[:, 1]) + 0.9e6 * usual[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_data(values, seed=1)
+    values[7, 1] = np.median(values[:, 1]) - 1.1e6 * usual[1]
+    assert 7 in load_rows(values)
+    with pytest.warns(UserWarning, match=r"row 7 of array .*holds -.* in column 1 .*1e\+06 times"):
+        load_data(values, seed=1)
+
+
+def load_rows(values):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return load_data(values, seed=1).train.rows.tolist()
