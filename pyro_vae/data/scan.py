@@ -164,7 +164,7 @@ def choose_spec(source: Source, max_value: int | None, scan: Scan, train: Tensor
 
 
 def _note_extreme(sample: np.ndarray, source: Source) -> None:
-    """Warn of a value that alone decides the standard deviation of its column."""
+    """Warn of values so far out that they decide the standard deviation of their column."""
     values = sample.astype(np.float64)
     distance = np.abs(values - np.median(values, axis=0))
     usual = np.quantile(distance, 0.75, axis=0)
@@ -177,8 +177,8 @@ def _note_extreme(sample: np.ndarray, source: Source) -> None:
     where = column_name(source.columns, column) if source.values.ndim == 2 else f"at {place[1:]}"
     warnings.warn(
         f"row {place[0]} of {source.name} (counted from 0) holds {value:g} in {where}, "
-        f"{ratio[column]:.0e} times as far from the median as most values. It alone decides the "
-        f"standard deviation, by which the model scales its input: check it",
+        f"{ratio[column]:.0e} times as far from the median as most values. Such values decide "
+        f"the standard deviation, by which the model scales its input: check them",
         stacklevel=4,
     )
 
