@@ -168,7 +168,8 @@ def _note_extreme(sample: np.ndarray, source: Source) -> None:
     values = sample.astype(np.float64)
     distance = np.abs(values - np.median(values, axis=0))
     usual = np.quantile(distance, 0.75, axis=0)
-    ratio = (distance / np.where(usual > 0, usual, np.inf)).max(0)
+    with np.errstate(over="ignore"):  # infinite is far as well
+        ratio = (distance / np.where(usual > 0, usual, np.inf)).max(0)
     column = int(ratio.argmax())
     if not ratio[column] > EXTREME:
         return
