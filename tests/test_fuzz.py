@@ -14,7 +14,7 @@ import re
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas
@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 import pyro_vae
 from pyro_vae import encode, evaluate, generate, train
-from pyro_vae.options import OBJECTIVE_OPTIONS
+from pyro_vae.options import OBJECTIVE_OPTIONS, Objective
 from pyro_vae.training.records import Diverged
 
 EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
@@ -83,18 +83,7 @@ OPTIONS = {
     "free_bits": ([5e-324, 1.0, 1e38], NUMBERS),
     "mmd_weight": ([5e-324, 1.0, 1e38], NUMBERS),
 }
-OBJECTIVES = ["trace", "mean-field", "stl", "score-function", "score-baseline", "iwae", "dreg"]
-OBJECTIVES += [
-    "renyi",
-    "miwae",
-    "ciwae",
-    "piwae",
-    "wake-sleep",
-    "beta",
-    "free-bits",
-    "beta-tc",
-    "mmd",
-]
+OBJECTIVES = get_args(Objective)
 
 
 @st.composite

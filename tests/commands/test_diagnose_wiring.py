@@ -332,10 +332,7 @@ def test_mistaken_flags(folder, stub, capsys):
     ):
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
-            try:
-                status = diagnose.main(["run", *flags])
-            except SystemExit as exit:
-                status = exit.code
+            status = diagnose.main(["run", *flags])
         output = capsys.readouterr()
         assert status == 2, flags
         assert "Traceback" not in output.err + output.out
