@@ -16,6 +16,15 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from .families import (
+    DiagonalGuide,
+    Guide,
+    NormalPrior,
+    Prior,
+    check_families,
+    family_flag,
+    family_of,
+)
 from .options import (
     KL_WEIGHTED,
     OBJECTIVE_OPTIONS,
@@ -26,8 +35,7 @@ from .options import (
     check_number,
     check_objective,
     check_path,
-    hints_of,
-    typed,
+    structure,
 )
 
 VERSION = "0.1.0"
@@ -105,8 +113,15 @@ class ModelConfig(Typed):
             and the reconstruction loss only, as a baseline.
         architecture: Encoder and decoder networks: mlp for any data, conv (strided) for images.
         latent_dim: Number of latent dimensions Z.
+        guide: q(z|x). diagonal: a Gaussian with independent latents. full: a Gaussian with full
+            covariance. flow (transforms=3 hidden=64): a normalizing flow after such a Gaussian.
+            mixture (components=5): of Gaussians with independent latents.
+        prior: p(z). normal: N(0, I). mixture (components=100): of Gaussians. vamp
+            (components=100): of posteriors of pseudo-inputs, arXiv 1705.07120. flow (transforms=3
+            hidden=128): a masked autoregressive flow.
         hidden: Sizes of the encoder's hidden layers; the decoder reverses them. Units for mlp;
             channels for conv, where each layer halves height and width.
+        encoder_hidden: Sizes of the encoder's hidden layers, if they are not those of the decoder.
         activation: Name of an activation in torch.nn: SiLU, ReLU, Tanh, Softplus, GELU, …
         likelihood: p(x|z). bernoulli: binary data; grey images are binarized at random at each
             access. continuous-bernoulli: values in [0, 1]. binomial: counts. gaussian: real values,
@@ -116,16 +131,21 @@ class ModelConfig(Typed):
     kind: Annotated[Literal["vae", "ae"], tyro.conf.arg(name="model")] = "vae"
     architecture: Literal["mlp", "conv"] = "mlp"
     latent_dim: int = 20
+    guide: Annotated[Guide, family_flag(Guide, "--guide")] = DiagonalGuide()  # noqa: RUF009 (frozen)
+    prior: Annotated[Prior, family_flag(Prior, "--prior")] = NormalPrior()  # noqa: RUF009 (frozen)
     hidden: Annotated[
         tuple[int, ...] | None, auto("INT ...", "512 256 for mlp, 32 64 for conv")
     ] = None
+    encoder_hidden: Annotated[tuple[int, ...] | None, auto("INT ...", "those of --hidden")] = None
     activation: str = "SiLU"
     likelihood: Annotated[Likelihood, auto(None, "chosen by the data")] = "auto"
 
     def __post_init__(self) -> None:
+        for name, hint in (("guide", Guide), ("prior", Prior)):
+            object.__setattr__(self, name, family_of(getattr(self, name), hint, f"--{name}"))
         super().__post_init__()
         check_integer("latent-dim", self.latent_dim)
-        for size in self.hidden or ():
+        for size in (*(self.hidden or ()), *(self.encoder_hidden or ())):
             check_integer("hidden", size)
         if self.architecture == "conv" and self.hidden == ():
             raise InputError("--architecture conv expects at least one layer in --hidden; got none")
@@ -253,7 +273,12 @@ class Config(Typed):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integer("seed", self.seed, 0)
+        model = self.model
+        check_families(self.fit.objective, model.guide, model.prior, model.latent_dim)
         if self.model.kind == "ae":
+            for name in ("guide", "prior"):
+                if getattr(model, name) != getattr(ModelConfig, name):
+                    raise InputError(f"--{name} has no effect on --model ae; drop it")
             for name in ("objective", "num_particles", "kl_warmup", *_option_names()):
                 if getattr(self.fit, name) != getattr(FitConfig, name):
                     flag = name.replace("_", "-")
@@ -273,7 +298,7 @@ class Config(Typed):
         Raises:
             InputError: an unknown setting, or a value of the wrong type or out of range.
         """
-        return _structure(cls, values, "")
+        return structure(cls, values)
 
 
 # Named settings of published experiments, for --preset.
@@ -361,23 +386,3 @@ def resolve_epochs(config: FitConfig, num_train: int) -> int:
             f"rows; lower it"
         )
     return config.epochs or max(1, round(2500 / math.ceil(num_train / config.batch_size)))
-
-
-def _structure(cls: type, values: Any, where: str) -> Any:
-    if not isinstance(values, dict):
-        raise InputError(f"{where or 'the config'} expects settings by name; got {values!r}")
-    hints = hints_of(cls)
-    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
-    if unknown:
-        raise InputError(
-            f"unknown setting {where}{unknown[0]}; it was written by another version of pyro_vae "
-            f"(this is {VERSION}) or by hand"
-        )
-    settings = {}
-    for name, value in values.items():
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            settings[name] = _structure(hint, value, f"{where}{name}.")  # type: ignore[arg-type]
-        else:
-            settings[name] = typed(value, hint, f"{where}{name}")
-    return cls(**settings)

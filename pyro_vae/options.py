@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from functools import cache
@@ -164,6 +165,36 @@ class Typed:
     def __post_init__(self) -> None:
         for name, hint in hints_of(type(self)).items():  # type: ignore[arg-type]
             object.__setattr__(self, name, typed(getattr(self, name), hint, name))
+
+
+def structure(cls: type, values: Any, where: str = "") -> Any:
+    """A dataclass from nested dictionaries. Missing settings take their defaults.
+
+    Args:
+        where: prefix of the settings' names in messages.
+
+    Raises:
+        InputError: an unknown setting, or a value of the wrong type or out of range.
+    """
+    if not isinstance(values, dict):
+        raise InputError(f"{where or 'the config'} expects settings by name; got {values!r}")
+    hints = hints_of(cls)
+    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+    if unknown:
+        raise InputError(
+            f"unknown setting {where}{unknown[0]}; it was written by another version of pyro_vae "
+            f"or by hand"
+        )
+    settings = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if all(map(dataclasses.is_dataclass, get_args(hint) or [int])):
+            settings[name] = value  # of a union, which the class itself resolves
+        elif dataclasses.is_dataclass(hint):
+            settings[name] = structure(hint, value, f"{where}{name}.")  # type: ignore[arg-type]
+        else:
+            settings[name] = typed(value, hint, f"{where}{name}")
+    return cls(**settings)
 
 
 def check_objective(name: str, num_particles: int, options: dict[str, Any]) -> None:

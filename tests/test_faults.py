@@ -403,7 +403,7 @@ TABLE: dict[Callable[[], None], list[Fault]] = {
     check_elbo_of_the_exact_guide_is_the_evidence: [
       Fault("prior's sd 1.1",                       "models.priors.StandardNormal.forward",
             "Normal(self.loc, self.scale)",                "Normal(self.loc, 1.1 * self.scale)"),
-      Fault("posterior's scale taken as variance",  "models.vae.VAE.posterior",
+      Fault("posterior's scale taken as variance",  "models.posteriors.scale_of",
             "width=2.0).exp()",                            "width=2.0).exp().sqrt()"),
       Fault("variance for the noise's scale",       "models.likelihoods.GaussianLikelihood.forward",
             "MIN_SCALE + log_scale.exp()",                 "MIN_SCALE + (2 * log_scale).exp()"),
@@ -418,7 +418,7 @@ TABLE: dict[Callable[[], None], list[Fault]] = {
     check_objectives_and_their_gradients_are_the_closed_form: [
       Fault("β on the likelihood too",          "objectives.elbos._ScaledLatents._pyro_sample",
             "if is_latent(msg):",                          "if True:"),
-      Fault("encoder's mean detached",              "models.vae.VAE.posterior",
+      Fault("encoder's mean detached",              "models.posteriors.DiagonalGaussian.forward",
             "Normal(loc,",                                 "Normal(loc.detach(),"),
       Fault("particles averaged outside the log", "objectives.importance_weighted._bound",
             "log_w.logsumexp(dim) - math.log",             "log_w.mean(dim) - 0 * math.log")],

@@ -13,8 +13,8 @@ PACKAGE = Path(pyro_vae.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
-def test_at_most_16_files_at_the_top():
-    assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 16
+def test_at_most_18_files_at_the_top():
+    assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 18
 
 
 def test_no_module_above_400_lines_and_no_function_above_60():

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor
+from torch.distributions import biject_to
 
 from ..memory import Callback, ignore
 from ..models.interface import PyroModel, held_fixed
@@ -129,11 +130,13 @@ def _chain(
 ) -> tuple[Tensor, int]:
     """Draws (S, B, Z) of one chain, and the number of its divergent transitions."""
     with held_fixed(vae):
+        prior = vae.prior()
+        start = biject_to(prior.support).inv(prior.sample((len(x),)))  # unconstrained, as NUTS is
         chain = MCMC(
             NUTS(vae.model),
             num_samples=num_samples,
             warmup_steps=num_warmup,
-            initial_params={vae.latent: vae.prior().sample((len(x),))},
+            initial_params={vae.latent: start},
             hook_fn=lambda *_: on_sample(1),
             disable_progbar=True,
         )

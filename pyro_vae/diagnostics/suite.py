@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from ..data.splits import Split, Units
 from ..evidence.annealing import anneal
+from ..evidence.evaluation import mean_kl
 from ..evidence.importance import importance_sample, reliable_k, upper_bound
 from ..memory import rows_at_once
 from ..models.vae import VAE
@@ -136,7 +136,7 @@ def _weights(vae: VAE, x: Tensor, effort: Effort, on_chunk: Callable[[int], obje
     num_samples = effort.importance_samples
     evidence = importance_sample(vae, x, num_samples, on_chunk, with_pareto_k=True)
     with torch.no_grad():
-        kl = kl_divergence(vae.posterior(x), vae.prior()).double()
+        kl = mean_kl(vae.posterior(x), vae.prior(), evidence)
     k, size = _array(evidence.pareto_k), _array(evidence.effective_sample_size)
     limit = reliable_k(num_samples)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import Distribution, kl_divergence
 
 from ..data.precision import column_name
 from ..data.splits import Split
@@ -111,7 +111,7 @@ class Evaluation:
         elbo: reconstruction − kl.
         reconstruction: E_q[log p(x|z)] over `num_samples` draws of z; for an autoencoder log p(x|z)
             at the code of x.
-        kl: KL(q(z|x) ‖ p(z)), in closed form.
+        kl: KL(q(z|x) ‖ p(z)), in closed form, or over the same draws if there is none.
         log_evidence: importance-sampled log p(x).
         standard_error: of the mean log p(x), with the rows as a sample of their population.
         monte_carlo_error: of the mean log p(x) of these rows, from the importance weights.
@@ -202,10 +202,18 @@ def evaluate(
 def _terms(vae: VAE, x: Tensor, evidence: Evidence) -> tuple[Tensor, ...]:
     """log p(x), log p(x|z), KL, error, k̂ (if missing, KL), (B,) each; posterior mean (B, Z)."""
     posterior = vae.posterior(x)
-    kl = kl_divergence(posterior, vae.prior()).double()
+    kl = mean_kl(posterior, vae.prior(), evidence)
     tail = kl if evidence.pareto_k is None else evidence.pareto_k
     terms = (evidence.log_evidence, evidence.reconstruction, kl, evidence.standard_error, tail)
     return (*terms, posterior.mean.double())
+
+
+def mean_kl(posterior: Distribution, prior: Distribution, evidence: Evidence) -> Tensor:
+    """KL(q(z|x) ‖ p(z)) (B,), float64, nats: in closed form, or over the draws of `evidence`."""
+    try:
+        return kl_divergence(posterior, prior).double()
+    except NotImplementedError:
+        return evidence.reconstruction - evidence.elbo
 
 
 def _joined(parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:

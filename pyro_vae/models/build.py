@@ -8,13 +8,15 @@ from itertools import pairwise
 import torch
 
 from ..config import DEFAULT_HIDDEN, InputError, ModelConfig
-from ..data.splits import DataSpec, Splits, moments
+from ..data.splits import DataSpec, Splits, Units, moments
+from ..families import FlowGuide, FlowPrior, MixturePrior, VampPrior
 from ..memory import check_memory
 from ..randomness import derive, random_states, usual_settings
 from .autoencoder import Autoencoder
 from .likelihoods import LIKELIHOODS, Likelihood
 from .networks import Decoder, Encoder
-from .priors import StandardNormal
+from .posteriors import num_features, posterior_family
+from .priors import Vamp, prior_family
 from .vae import VAE
 
 
@@ -37,7 +39,18 @@ def build(config: ModelConfig, splits: Splits, seed: int = 0) -> VAE | Autoencod
         mean, std = moments(splits.train, units)
         likelihood = LIKELIHOODS[name](splits.spec, mean, std)
         with random_states(torch.device("cpu"), derive(seed, "weights")):
-            return _assemble(config, likelihood)
+            model = _assemble(config, likelihood)
+            if isinstance(model, VAE) and isinstance(model.prior_module, Vamp):
+                _start_at_rows(model.prior_module, splits, "unit" if units == "binary" else units)
+    return model
+
+
+def _start_at_rows(prior: Vamp, splits: Splits, units: Units) -> None:
+    """Set the pseudo-inputs to training rows, chosen at random."""
+    order = torch.randperm(len(splits.train), device="cpu")
+    rows = splits.train.take(order[torch.arange(len(prior.rows)) % len(order)], units)
+    with torch.no_grad():
+        prior.rows.copy_((rows.cpu() - prior.mean) / prior.std)
 
 
 def build_blank(config: ModelConfig, spec: DataSpec, device: str = "cpu") -> VAE | Autoencoder:
@@ -63,17 +76,47 @@ def build_blank(config: ModelConfig, spec: DataSpec, device: str = "cpu") -> VAE
 def _assemble(config: ModelConfig, likelihood: Likelihood) -> VAE | Autoencoder:
     hidden = DEFAULT_HIDDEN[config.architecture] if config.hidden is None else config.hidden
     shape, is_conv = likelihood.spec.shape, config.architecture == "conv"
-    sizes = [shape[0] if is_conv else math.prod(shape), *hidden, config.latent_dim]
-    count = 2 * sum(below * above for below, above in pairwise(sizes))
-    check_memory(count, f"{count:,} weights", "lower --hidden or --latent-dim")
-    network = (config.architecture, shape, hidden, config.activation)
-    num_features = config.latent_dim * (1 if config.kind == "ae" else 2)
+    encoder_hidden = hidden if config.encoder_hidden is None else config.encoder_hidden
+    _check_size(config, shape[0] if is_conv else math.prod(shape), encoder_hidden, hidden)
+    latent_dim, guide = config.latent_dim, config.guide
+    size = latent_dim if config.kind == "ae" else num_features(guide, latent_dim)
+    moments = (likelihood.mean, likelihood.std)
     bounded = likelihood.units != "real"
-    encoder = Encoder(*network, num_features, likelihood.mean, likelihood.std, bounded)
-    decoder = Decoder(*network, config.latent_dim, likelihood.initial_bias())
+    network = (config.architecture, shape, encoder_hidden, config.activation)
+    encoder = Encoder(*network, size, *moments, bounded)
+    network = (config.architecture, shape, hidden, config.activation)
+    decoder = Decoder(*network, latent_dim, likelihood.initial_bias())
     if config.kind == "ae":
         return Autoencoder(encoder, decoder, likelihood)
-    return VAE(StandardNormal(config.latent_dim), encoder, decoder, likelihood)
+    family = posterior_family(guide, latent_dim)
+    prior = prior_family(config.prior, latent_dim, *moments)
+    return VAE(prior, encoder, decoder, likelihood, family)
+
+
+def _check_size(
+    config: ModelConfig, data_dim: int, encoder_hidden: tuple[int, ...], hidden: tuple[int, ...]
+) -> None:
+    """Check that the weights fit in memory, before any are made."""
+    latent_dim, prior = config.latent_dim, config.prior
+    features = num_features(config.guide, latent_dim)
+    stacks = [[data_dim, *encoder_hidden, features], [data_dim, *hidden, latent_dim]]
+    count = sum(below * above for sizes in stacks for below, above in pairwise(sizes))
+    for family in (config.guide, prior):
+        if isinstance(family, FlowGuide | FlowPrior):
+            widths = [
+                2 * max(latent_dim, family.hidden),
+                family.hidden,
+                family.hidden,
+                23 * latent_dim,
+            ]
+            count += family.transforms * sum(a * b for a, b in pairwise(widths))
+    if isinstance(prior, MixturePrior | VampPrior):
+        count += prior.components * max(data_dim, latent_dim * (latent_dim + 3) // 2)
+    check_memory(
+        count,
+        f"{count:,} weights",
+        "lower --hidden or --latent-dim, or the options of --guide or --prior",
+    )
 
 
 def _check(likelihood: str, splits: Splits) -> None:

@@ -1,7 +1,7 @@
 """The variational autoencoder as a Pyro program.
 
     model   z ~ p(z)                x ~ p(x|z) = likelihood(decoder(z))
-    guide   z ~ q(z|x) = N(μ(x), diag σ(x)²),  μ, log σ = encoder(x)
+    guide   z ~ q(z|x) = N(μ(x), diag σ(x)²),  μ, log σ = encoder(x), or of another family
 
     log p(x) ≥ ELBO = E_q[log p(x|z)] − KL(q(z|x) ‖ p(z)) = reconstruction − KL
 
@@ -13,17 +13,13 @@ from __future__ import annotations
 
 import pyro
 import torch
-from pyro.distributions import Distribution, Normal
+from pyro.distributions import Distribution
 from torch import Tensor, nn
-from torch.distributions import kl_divergence
 
-from .bounds import soft_clamp
 from .interface import register
 from .likelihoods import Likelihood
-
-# log σ(x) keeps every bit between ± this. Two units further is the limit: at e^−14, a draw of z in
-# float32 is a few roundings from its mean, and at e^14, p(x|z) of an outlier is finite.
-LOG_SCALE = 12.0
+from .posteriors import DiagonalGaussian, kl
+from .priors import Vamp
 
 
 class VAE(nn.Module):
@@ -32,25 +28,35 @@ class VAE(nn.Module):
     Source: "Auto-encoding variational Bayes", arXiv 1312.6114.
 
     Args:
-        prior: module without arguments → p(z), batch (), event (Z,).
-        encoder: module x (..., *data_shape) → (..., 2Z): means and log standard deviations.
+        prior: module without arguments → p(z), batch (), event (Z,), or `priors.Vamp`.
+        encoder: module x (..., *data_shape) → features (..., F) of q(z|x).
         decoder: module z (..., Z) → input of `likelihood`.
         likelihood: module decoder output → p(x|z), batch (...), event `data_shape`.
+        family: module features (..., F) → q(z|x), batch (...), event (Z,), see `posteriors`. By
+            default a diagonal Gaussian, of F = 2Z means and log standard deviations.
     """
 
     latent = "z"
 
     def __init__(
-        self, prior: nn.Module, encoder: nn.Module, decoder: nn.Module, likelihood: Likelihood
+        self,
+        prior: nn.Module,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        likelihood: Likelihood,
+        family: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.prior_module = prior
         self.encoder = encoder
         self.decoder = decoder
         self.likelihood_module = likelihood
+        self.family = DiagonalGaussian() if family is None else family
 
     def prior(self) -> Distribution:
         """p(z): batch (), event (Z,)."""
+        if isinstance(self.prior_module, Vamp):
+            return self.prior_module(self.posterior)
         return self.prior_module()
 
     def likelihood(self, z: Tensor) -> Distribution:
@@ -59,9 +65,7 @@ class VAE(nn.Module):
 
     def posterior(self, x: Tensor) -> Distribution:
         """q(z|x): x (..., *data_shape) → batch (...), event (Z,)."""
-        loc, log_scale = self.encoder(x).chunk(2, dim=-1)
-        scale = soft_clamp(log_scale, -LOG_SCALE, LOG_SCALE, width=2.0).exp()
-        return Normal(loc, scale).to_event(1)
+        return self.family(self.encoder(x))
 
     def model(self, x: Tensor) -> None:
         """p(x, z), with x (B, *data_shape) observed. Sites "z" and "x" in one plate "data"."""
@@ -75,6 +79,7 @@ class VAE(nn.Module):
     def guide(self, x: Tensor) -> None:
         """q(z|x), for x (B, *data_shape)."""
         register("encoder", self.encoder)
+        register("family", self.family)
         with pyro.plate("data", len(x), dim=-1):
             pyro.sample("z", self.posterior(x))
 
@@ -84,11 +89,11 @@ class VAE(nn.Module):
 
         Returns:
             reconstruction (B,): log p(x|z) at one draw of z from q(z|x), nats.
-            kl (B,): KL(q(z|x) ‖ p(z)) in closed form, nats.
+            kl (B,): KL(q(z|x) ‖ p(z)) in closed form, or at the same draw if there is none, nats.
         """
         posterior = self.posterior(x)
-        reconstruction = self.likelihood(posterior.sample()).log_prob(x)
-        return reconstruction, kl_divergence(posterior, self.prior())
+        z = posterior.sample()
+        return self.likelihood(z).log_prob(x), kl(posterior, self.prior(), z.unsqueeze(0))
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:

@@ -65,8 +65,9 @@ class Explorer:
 def explore(vae: VAE | Autoencoder, codes: Codes, budget: int) -> Explorer:
     """Decode the planes of the latents whose means vary most, around codes of several classes.
 
-    The latents of a VAE range from −3 to 3, which covers 99.7% of the prior, or more widely if the
-    middle 98% of some means do; those of an autoencoder range over the middle 98% of its codes.
+    The latents of a VAE range over 3 standard deviations of the prior to each side of its mean, or
+    more widely if the middle 98% of some means do; those of an autoencoder range over the middle
+    98% of its codes.
 
     Args:
         vae: the model.
@@ -79,7 +80,7 @@ def explore(vae: VAE | Autoencoder, codes: Codes, budget: int) -> Explorer:
         num_latents, num_anchors, side = plan
         latents = order[:num_latents]
         anchors = _of_several_classes(codes, num_anchors)
-        grid = _grid(vae, codes.means[:, latents], side)
+        grid = _grid(vae, codes.means[:, latents], latents, side)
         last = plan == plans[-1]
         num_points = num_anchors * math.comb(num_latents, 2) * side**2
         if num_points * codes.x[0].numel() > DECODED_VALUES and not last:
@@ -134,12 +135,16 @@ def _of_several_classes(codes: Codes, count: int) -> list[int]:
     return sorted(firsts.tolist())[:count]
 
 
-def _grid(vae: VAE | Autoencoder, means: np.ndarray, side: int) -> np.ndarray:
-    """(L, n) values of each latent."""
+@torch.no_grad()
+def _grid(vae: VAE | Autoencoder, means: np.ndarray, latents: list[int], side: int) -> np.ndarray:
+    """(L, n) values of each latent, for means (N, L) of these."""
     low, high = np.percentile(means, [1, 99], axis=0)
     if isinstance(vae, VAE):
-        high = np.full_like(high, max(3, high.max(), -low.min()))
-        low = -high
+        prior = vae.prior()
+        moments = (prior.mean, prior.variance.sqrt())
+        centre, scale = (v.cpu().numpy()[latents].astype(low.dtype) for v in moments)
+        reach = max(3, ((high - centre) / scale).max(), ((centre - low) / scale).max())
+        low, high = centre - reach * scale, centre + reach * scale
     high = np.maximum(high, low + 0.01 * (1 + abs(low)))  # of codes that are all equal
     return np.linspace(low, high, side, axis=1).astype(np.float32)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from pyro.distributions import Distribution, Independent, Normal
 from torch import Tensor
 
 from ..data.splits import Splits
@@ -22,6 +23,7 @@ from . import tiles
 from .codes import Codes, first_rows
 
 MOST_PIXELS = 200**2  # of an image, more than a tile shows
+QUANTILE_DRAWS = 10_000  # from a prior without quantiles in closed form
 
 
 def to_display(vae: VAE | Autoencoder, x: Tensor) -> np.ndarray:
@@ -141,14 +143,22 @@ def _interpolations(vae: VAE | Autoencoder, splits: Splits, seed: int) -> Figure
 
 @torch.no_grad()
 def _manifold(vae: VAE, splits: Splits) -> Figure:
-    """The decoder's means on a grid of quantiles of the standard normal prior."""
+    """The decoder's means on a grid of quantiles of the two latents under the prior."""
     side = 16 if splits.spec.is_image else 6
     quantiles = (torch.arange(side) + 0.5) / side
-    line = torch.special.ndtri(quantiles).to(next(vae.parameters()).device)
-    second, first = torch.meshgrid(line, line, indexing="ij")
+    lines = _quantiles(vae.prior(), quantiles.to(next(vae.parameters()).device))
+    second, first = torch.meshgrid(lines[1], lines[0], indexing="ij")
     decoded = _decoded(vae, torch.stack([first, second], dim=-1))
     title = _title(splits, "means of p(x|z) over the latent plane")
     return tiles.manifold(decoded, quantiles.numpy(), title)
+
+
+def _quantiles(prior: Distribution, levels: Tensor) -> Tensor:
+    """Quantiles (Z, n) of each latent at levels (n,), from draws if there is no closed form."""
+    if isinstance(prior, Independent) and isinstance(prior.base_dist, Normal):
+        return prior.base_dist.icdf(levels.unsqueeze(-1)).T
+    with random_states(levels.device, seed=0):
+        return torch.quantile(prior.sample((QUANTILE_DRAWS,)), levels, dim=0).T
 
 
 def _title(splits: Splits, text: str) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from ..capture.captured import Observer
 from ..models.autoencoder import Autoencoder
+from ..models.posteriors import kl
 from ..models.vae import VAE
 
 
@@ -39,6 +39,7 @@ class ElboTerms(Observer):
         reconstruction = likelihood.log_prob(x).sum()
         if isinstance(self.vae, Autoencoder):
             return (reconstruction,)
-        q = self.sites["z"][0]
-        kl = kl_divergence(q, self.vae.prior()).reshape(-1, len(x))
-        return reconstruction, kl.mean(0).sum()
+        q, z = self.sites["z"]
+        # With particles, the batch of q is (K, B).
+        divergence = kl(q, self.vae.prior(), z.unsqueeze(0)).reshape(-1, len(x))
+        return reconstruction, divergence.mean(0).sum()

@@ -26,6 +26,7 @@ from pyro_vae import (
 )
 from pyro_vae.cli import RunArguments, choose_device, open_run, parse, refuse_existing
 from pyro_vae.config import PRESETS
+from pyro_vae.families import FlowGuide, MixturePrior
 from pyro_vae.memory import check_memory
 from pyro_vae.options import check_integer
 
@@ -41,7 +42,10 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "model.kind": ("ae", "ae"),
     "model.architecture": ("conv", "conv"),
     "model.latent_dim": ("3", 3),
+    "model.guide": ("flow transforms=2", FlowGuide(transforms=2)),
+    "model.prior": ("mixture components=7 covariance=full", MixturePrior("mixture", 7, "full")),
     "model.hidden": ("5 6 7", (5, 6, 7)),
+    "model.encoder_hidden": ("8 9", (8, 9)),
     "model.activation": ("Tanh", "Tanh"),
     "model.likelihood": ("gaussian", "gaussian"),
     "fit.objective": ("iwae", "iwae"),

@@ -1,0 +1,217 @@
+"""Families of guides q(z|x) and priors p(z): names, options, and what works together.
+
+Imports no torch. `models.posteriors` and `models.priors` hold the distributions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import tyro
+
+from .options import InputError, Typed, hints_of, shown
+
+MAX_OPTION = 2**20
+
+# Families of guide and prior that an objective expects, and why; others take all.
+OBJECTIVE_FAMILIES: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
+    "mean-field": (("diagonal", "full"), ("normal",), "its KL has a closed form there only"),
+    "free-bits": (("diagonal",), ("normal",), "it bounds the KL of each independent latent"),
+    "beta-tc": (
+        ("diagonal",),
+        ("normal", "mixture", "vamp", "flow"),
+        "it needs the density of each independent latent",
+    ),
+    "mmd": (
+        ("diagonal", "full", "flow", "mixture"),
+        ("normal", "flow"),
+        "it trains the prior through draws from it",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Family(Typed):
+    """A family of distributions and its options.
+
+    Attributes:
+        family: its name.
+    """
+
+    family: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in vars(self).items():
+            if isinstance(value, int) and not 1 <= value <= MAX_OPTION:
+                raise InputError(f"expected {name} from 1 to {MAX_OPTION}; got {shown(value)}")
+
+
+@dataclass(frozen=True)
+class DiagonalGuide(Family):
+    """A Gaussian with independent latents."""
+
+    family: Literal["diagonal"] = "diagonal"
+
+
+@dataclass(frozen=True)
+class FullGuide(Family):
+    """A Gaussian with full covariance."""
+
+    family: Literal["full"] = "full"
+
+
+@dataclass(frozen=True)
+class FlowGuide(Family):
+    """A normalizing flow after a Gaussian with full covariance.
+
+    Attributes:
+        transforms: number of coupling layers.
+        hidden: units of each of the two hidden layers of their networks.
+    """
+
+    family: Literal["flow"] = "flow"
+    transforms: int = 3
+    hidden: int = 64
+
+
+@dataclass(frozen=True)
+class MixtureGuide(Family):
+    """A mixture of Gaussians with independent latents.
+
+    Attributes:
+        components: number of Gaussians.
+    """
+
+    family: Literal["mixture"] = "mixture"
+    components: int = 5
+
+
+@dataclass(frozen=True)
+class NormalPrior(Family):
+    """N(0, I)."""
+
+    family: Literal["normal"] = "normal"
+
+
+@dataclass(frozen=True)
+class MixturePrior(Family):
+    """A mixture of Gaussians.
+
+    Attributes:
+        components: number of Gaussians.
+        covariance: diagonal or full, that of each Gaussian.
+    """
+
+    family: Literal["mixture"] = "mixture"
+    components: int = 100
+    covariance: Literal["diagonal", "full"] = "diagonal"
+
+
+@dataclass(frozen=True)
+class VampPrior(Family):
+    """A mixture of posteriors of pseudo-inputs.
+
+    Attributes:
+        components: number of pseudo-inputs.
+    """
+
+    family: Literal["vamp"] = "vamp"
+    components: int = 100
+
+
+@dataclass(frozen=True)
+class FlowPrior(Family):
+    """A masked autoregressive flow.
+
+    Attributes:
+        transforms: number of autoregressive layers.
+        hidden: units of each of the two hidden layers of their networks.
+    """
+
+    family: Literal["flow"] = "flow"
+    transforms: int = 3
+    hidden: int = 128
+
+
+Guide = DiagonalGuide | FullGuide | FlowGuide | MixtureGuide
+Prior = NormalPrior | MixturePrior | VampPrior | FlowPrior
+
+
+def families_of(hint: Any) -> dict[str, type[Family]]:
+    """The families in a union of them, by name; none if it is another type."""
+    options = get_args(hint)
+    if not all(isinstance(option, type) and issubclass(option, Family) for option in options):
+        return {}
+    return {option.family: option for option in options}
+
+
+def family_of(value: Any, hint: Any, where: str) -> Family:
+    """A family: as it is, by its name, or by a dictionary of its name and options.
+
+    Raises:
+        InputError: there is no such family, or it has no such option.
+    """
+    if isinstance(value, Family):
+        return value
+    options = dict(value) if isinstance(value, dict) else {"family": value}
+    known = families_of(hint)
+    name = options.get("family")
+    if not isinstance(name, str) or name not in known:
+        raise InputError(f"{where} expects one of {', '.join(known)}; got {shown(name)}")
+    cls: Any = known[name]
+    own = [option for option in hints_of(cls) if option != "family"]
+    for option in options:
+        if option not in hints_of(cls):
+            has = f"it has {' and '.join(own)}" if own else "it has no options"
+            raise InputError(f"{where} {name} has no option {shown(option)}; {has}")
+    try:
+        return cls(**options)
+    except InputError as error:
+        raise InputError(f"{where} {name}: {error}") from None
+
+
+def check_families(objective: str, guide: Guide, prior: Prior, latent_dim: int) -> None:
+    """Check that guide, prior and objective work together.
+
+    Raises:
+        InputError: they do not.
+    """
+    if latent_dim < 2 and (guide.family == "mixture" or prior.family == "flow"):
+        flag = "--guide mixture" if guide.family == "mixture" else "--prior flow"
+        raise InputError(f"{flag} expects --latent-dim of at least 2; got {latent_dim}")
+    if prior.family == "vamp" and guide.family not in ("diagonal", "full"):
+        raise InputError(
+            f"--prior vamp expects --guide diagonal or full, whose posteriors are its components; "
+            f"got {guide.family}. Use --prior mixture"
+        )
+    guides, priors, reason = OBJECTIVE_FAMILIES.get(objective, ((), (), ""))
+    for flag, family, allowed in (("guide", guide, guides), ("prior", prior, priors)):
+        if allowed and family.family not in allowed:
+            raise InputError(
+                f"--objective {objective} expects --{flag} {' or '.join(allowed)}, since "
+                f"{reason}; got {family.family}. Use --objective trace"
+            )
+
+
+def family_flag(hint: Any, flag: str) -> Any:
+    """Flag of a family: its name, and options as NAME=VALUE."""
+
+    def read(texts: list[str]) -> Any:
+        pairs = [text.partition("=")[::2] for text in texts[1:]]
+        options = {k: int(v) if v.isascii() and v.isdigit() else v for k, v in pairs}
+        return family_of({**options, "family": texts[0] if texts else None}, hint, flag)
+
+    def text(value: Any) -> list[str]:
+        options = dataclasses.asdict(value)
+        return [options.pop("family"), *(f"{name}={v}" for name, v in options.items())]
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"{{{','.join(families_of(hint))}}} [OPTION=VALUE ...]",
+        instance_from_str=read,
+        is_instance=lambda value: True,
+        str_from_instance=text,
+    )

@@ -1,0 +1,176 @@
+"""Families of q(z|x): modules features (..., F) → distribution, batch (...), event (Z,).
+
+    diagonal   N(μ, diag σ²)                     F = 2 Z
+    full       N(μ, L Lᵀ), L lower triangular     F = 2 Z + Z (Z − 1) / 2
+    flow       μ + L T⁻¹(ε; h), ε ~ N(0, I)      F = 2 Z + Z (Z − 1) / 2 + H
+    mixture    Σₖ πₖ N(μₖ, diag σₖ²)             F = K (2 Z + 1)
+
+The encoder computes the features. L = diag σ · (I + lower). Each σ is bounded
+smoothly, see `scale_of`.
+"""
+
+from __future__ import annotations
+
+import torch
+from pyro.distributions import (
+    Distribution,
+    Independent,
+    MixtureOfDiagNormals,
+    MultivariateNormal,
+    Normal,
+)
+from torch import Tensor, nn
+from torch.distributions import kl_divergence, register_kl
+
+from ..families import DiagonalGuide, FlowGuide, FullGuide, Guide, MixtureGuide
+from .bounds import soft_clamp
+from .flows import FlowDistribution, coupling_flow, even_normals
+
+# log σ(x) keeps every bit between ± this. Two units further is the limit: at e^−14, a draw of z in
+# float32 is a few roundings from its mean, and at e^14, p(x|z) of an outlier is finite.
+LOG_SCALE = 12.0
+
+
+class DiagonalGaussian(nn.Module):
+    """N(μ, diag σ²): independent latents.
+
+    Source: "Auto-encoding variational Bayes", arXiv 1312.6114.
+    """
+
+    def forward(self, features: Tensor) -> Distribution:
+        loc, log_scale = features.chunk(2, dim=-1)
+        return Normal(loc, scale_of(log_scale)).to_event(1)
+
+
+class FullGaussian(nn.Module):
+    """N(μ, L Lᵀ): correlated latents."""
+
+    place: Tensor
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        num_lower = latent_dim * (latent_dim - 1) // 2
+        self.sizes = [latent_dim, latent_dim, num_lower]
+        # Entry (i, j) of L is the feature of this number; the last one is 0.
+        place = torch.full((latent_dim, latent_dim), num_lower)
+        rows, columns = torch.tril_indices(latent_dim, latent_dim, -1, device=place.device)
+        place[rows, columns] = torch.arange(num_lower, device=place.device)
+        self.register_buffer("place", place, persistent=False)
+
+    def forward(self, features: Tensor) -> Distribution:
+        loc, scale_tril = self.moments(features)
+        return MultivariateNormal(loc, scale_tril=scale_tril)
+
+    def moments(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (..., Z) and Cholesky factor of the covariance (..., Z, Z)."""
+        loc, log_scale, lower = features.split(self.sizes, dim=-1)
+        entries = torch.nn.functional.pad(lower, (0, 1))[..., self.place]
+        factor = entries + torch.ones_like(loc).diag_embed()
+        return loc, scale_of(log_scale).unsqueeze(-1) * factor
+
+
+class Flow(nn.Module):
+    """A coupling flow after a Gaussian with full covariance, which it is at first.
+
+    Source: "Neural spline flows", arXiv 1906.04032.
+    """
+
+    normals: Tensor
+
+    def __init__(self, latent_dim: int, transforms: int, hidden: int) -> None:
+        super().__init__()
+        self.gaussian = FullGaussian(latent_dim)
+        self.sizes = [sum(self.gaussian.sizes), hidden]
+        self.transform = coupling_flow(latent_dim, hidden, transforms, hidden)
+        self.register_buffer("normals", even_normals(latent_dim), persistent=False)
+
+    def forward(self, features: Tensor) -> Distribution:
+        gaussian, context = features.split(self.sizes, dim=-1)
+        transform = self.transform(context)
+        return FlowDistribution(transform, *self.gaussian.moments(gaussian), self.normals)
+
+
+class Mixture(nn.Module):
+    """Σₖ πₖ N(μₖ, diag σₖ²): several modes, or correlated latents.
+
+    Draws have pathwise gradients: "Pathwise derivatives for multivariate distributions", arXiv
+    1806.01856.
+    """
+
+    def __init__(self, components: int) -> None:
+        super().__init__()
+        self.components = components
+
+    def forward(self, features: Tensor) -> Distribution:
+        logits = features[..., : self.components]
+        parts = features[..., self.components :].unflatten(-1, (self.components, -1))
+        loc, log_scale = parts.chunk(2, dim=-1)
+        return _Mixture(loc, scale_of(log_scale), logits)
+
+
+class _Mixture(MixtureOfDiagNormals):
+    """Pyro's mixture, with its moments, and with draws of any sample shape."""
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        if len(sample_shape) == 0:
+            return super().rsample()
+        return self.expand(torch.Size(sample_shape) + self.batch_shape).rsample()
+
+    @property
+    def mean(self) -> Tensor:
+        return (self.probs.unsqueeze(-1) * self.locs).sum(-2)
+
+    @property
+    def variance(self) -> Tensor:
+        away = self.locs - self.mean.unsqueeze(-2)
+        return (self.probs.unsqueeze(-1) * (self.coord_scale.square() + away.square())).sum(-2)
+
+
+def num_features(guide: Guide, latent_dim: int) -> int:
+    """Number of features F of a family."""
+    if isinstance(guide, MixtureGuide):
+        return guide.components * (2 * latent_dim + 1)
+    lower = 0 if isinstance(guide, DiagonalGuide) else latent_dim * (latent_dim - 1) // 2
+    return 2 * latent_dim + lower + (guide.hidden if isinstance(guide, FlowGuide) else 0)
+
+
+def posterior_family(guide: Guide, latent_dim: int) -> nn.Module:
+    """The module of a family, with new weights."""
+    if isinstance(guide, FullGuide):
+        return FullGaussian(latent_dim)
+    if isinstance(guide, FlowGuide):
+        return Flow(latent_dim, guide.transforms, guide.hidden)
+    return Mixture(guide.components) if isinstance(guide, MixtureGuide) else DiagonalGaussian()
+
+
+def scale_of(log_scale: Tensor) -> Tensor:
+    """Standard deviations, bounded smoothly to e^±14."""
+    return soft_clamp(log_scale, -LOG_SCALE, LOG_SCALE, width=2.0).exp()
+
+
+def kl(q: Distribution, p: Distribution, z: Tensor) -> Tensor:
+    """KL(q ‖ p) of each row (...), nats: in closed form if there is one, else its mean over draws.
+
+    Args:
+        q: batch (...).
+        p: batch () or (...).
+        z: (S, ..., Z), draws from q.
+    """
+    try:
+        return kl_divergence(q, p)
+    except NotImplementedError:
+        return (q.log_prob(z) - p.log_prob(z)).mean(0)
+
+
+@register_kl(MultivariateNormal, Independent)
+def _kl_full_independent(q: MultivariateNormal, p: Independent) -> Tensor:
+    """KL(N(m, L Lᵀ) ‖ Πⱼ N(μⱼ, sⱼ²))."""
+    base = p.base_dist
+    if not isinstance(base, Normal) or p.event_shape != q.event_shape or base.event_shape:
+        raise NotImplementedError
+    # With L in units of s, the covariance of p is the identity.
+    factor = q.scale_tril / base.scale.unsqueeze(-1)
+    away = (q.loc - base.loc) / base.scale
+    log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    size = q.event_shape.numel()
+    return (factor.square().sum((-2, -1)) + away.square().sum(-1) - size) / 2 - log_det
