@@ -114,7 +114,7 @@ class ModelConfig(Typed):
         architecture: Encoder and decoder networks: mlp for any data, conv (strided) for images.
         latent_dim: Number of latent dimensions Z.
         guide: q(z|x). diagonal: a Gaussian with independent latents. full: a Gaussian with full
-            covariance. flow (transforms=3 hidden=64): a normalizing flow after such a Gaussian.
+            covariance. flow (transforms=4 hidden=64): a normalizing flow after such a Gaussian.
             mixture (components=5): of Gaussians with independent latents.
         prior: p(z). normal: N(0, I). mixture (components=100): of Gaussians. vamp
             (components=100): of posteriors of pseudo-inputs, arXiv 1705.07120. flow (transforms=3

@@ -73,7 +73,7 @@ class FlowGuide(Family):
     """
 
     family: Literal["flow"] = "flow"
-    transforms: int = 3
+    transforms: int = 4
     hidden: int = 64
 
 
@@ -179,8 +179,9 @@ def check_families(objective: str, guide: Guide, prior: Prior, latent_dim: int) 
     Raises:
         InputError: they do not.
     """
-    if latent_dim < 2 and (guide.family == "mixture" or prior.family == "flow"):
-        flag = "--guide mixture" if guide.family == "mixture" else "--prior flow"
+    several = guide.family in ("mixture", "flow")
+    if latent_dim < 2 and (several or prior.family == "flow"):
+        flag = f"--guide {guide.family}" if several else "--prior flow"
         raise InputError(f"{flag} expects --latent-dim of at least 2; got {latent_dim}")
     if prior.family == "vamp" and guide.family not in ("diagonal", "full"):
         raise InputError(

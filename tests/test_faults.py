@@ -506,7 +506,7 @@ TABLE: dict[Callable[[], None], list[Fault]] = {
       Fault("KL of the wrong sign, training",     "training.records.Sums.means",
             "reconstruction - kl",                         "reconstruction + kl"),
       Fault("KL the other way, ELBO terms",         "models.vae.VAE.elbo_terms",
-            "(posterior, self.prior())",                   "(self.prior(), posterior)"),
+            "kl(posterior, self.prior()",                   "kl(self.prior(), posterior"),
       Fault("posterior's mean for a draw",          "models.vae.VAE.elbo_terms",
             "posterior.sample()",                          "posterior.mean"),
       Fault("particles summed",                   "training.terms.ElboTerms.observed",

@@ -107,7 +107,7 @@ def _check_size(
                 2 * max(latent_dim, family.hidden),
                 family.hidden,
                 family.hidden,
-                23 * latent_dim,
+                2 * latent_dim,
             ]
             count += family.transforms * sum(a * b for a, b in pairwise(widths))
     if isinstance(prior, MixturePrior | VampPrior):

@@ -72,7 +72,7 @@ class FullGaussian(nn.Module):
 class Flow(nn.Module):
     """A coupling flow after a Gaussian with full covariance, which it is at first.
 
-    Source: "Neural spline flows", arXiv 1906.04032.
+    Source: "Density estimation using Real NVP", arXiv 1605.08803.
     """
 
     normals: Tensor

@@ -195,7 +195,10 @@ def flat(values: dict[str, Any]) -> dict[str, str]:
     """Nested settings → flag → value."""
     found: dict[str, str] = {}
     for name, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and "family" in value:
+            options = [f"{key}={option}" for key, option in value.items() if key != "family"]
+            found[name] = " ".join([value["family"], *options])
+        elif isinstance(value, dict):
             found |= flat(value)
         else:
             found[name] = " ".join(map(str, value)) if isinstance(value, list) else str(value)
