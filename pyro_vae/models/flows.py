@@ -6,8 +6,8 @@
 T is a composition of autoregressive transforms. It begins as the identity, so that a new flow is
 the Gaussian N(μ, L Lᵀ).
 
-Source: "Density estimation using Real NVP", arXiv 1605.08803; "Masked autoregressive flow for density
-estimation", arXiv 1705.07057.
+Source: "Density estimation using Real NVP", arXiv 1605.08803; "Masked autoregressive flow for
+density estimation", arXiv 1705.07057.
 """
 
 from __future__ import annotations
