@@ -21,6 +21,7 @@ from .families import (
     Guide,
     NormalPrior,
     Prior,
+    TrainedGuide,
     check_families,
     family_flag,
     family_of,
@@ -131,7 +132,7 @@ class ModelConfig(Typed):
     kind: Annotated[Literal["vae", "ae"], tyro.conf.arg(name="model")] = "vae"
     architecture: Literal["mlp", "conv"] = "mlp"
     latent_dim: int = 20
-    guide: Annotated[Guide, family_flag(Guide, "--guide")] = DiagonalGuide()  # noqa: RUF009 (frozen)
+    guide: Annotated[Guide, family_flag(TrainedGuide, "--guide")] = DiagonalGuide()  # noqa: RUF009 (frozen)
     prior: Annotated[Prior, family_flag(Prior, "--prior")] = NormalPrior()  # noqa: RUF009 (frozen)
     hidden: Annotated[
         tuple[int, ...] | None, auto("INT ...", "512 256 for mlp, 32 64 for conv")

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import tyro
 
-from .options import InputError, Typed, hints_of, shown
+from .options import InputError, Typed, check_integer, check_number, hints_of, shown
 
 MAX_OPTION = 2**20
 
@@ -90,6 +90,18 @@ class MixtureGuide(Family):
 
 
 @dataclass(frozen=True)
+class LaplaceGuide(Family):
+    """A Laplace approximation with learned corrections; for `refit`.
+
+    Attributes:
+        hidden: units of the correction's hidden layers.
+    """
+
+    family: Literal["laplace"] = "laplace"
+    hidden: int = 256
+
+
+@dataclass(frozen=True)
 class NormalPrior(Family):
     """N(0, I)."""
 
@@ -136,8 +148,44 @@ class FlowPrior(Family):
     hidden: int = 128
 
 
-Guide = DiagonalGuide | FullGuide | FlowGuide | MixtureGuide
+TrainedGuide = DiagonalGuide | FullGuide | FlowGuide | MixtureGuide  # with the model
+Guide = TrainedGuide | LaplaceGuide
 Prior = NormalPrior | MixturePrior | VampPrior | FlowPrior
+
+
+@dataclass(frozen=True)
+class RefitConfig(Typed):
+    """Training of a new guide, with the model held fixed.
+
+    Attributes:
+        guide: q(z|x), as in train, or laplace (hidden=256): a Laplace approximation with learned
+            corrections.
+        encoder_hidden: Sizes of the hidden layers of a new encoder. By default, the trained encoder
+            goes on, with a new last layer.
+        simulated: Weight of rows simulated from the model, 0 to 1. The rest is the ELBO over
+            training rows.
+        steps: Number of steps.
+        batch_size: Number of rows of each kind per step.
+        learning_rate: Maximum learning rate of Adam.
+    """
+
+    guide: Guide = LaplaceGuide()
+    encoder_hidden: tuple[int, ...] | None = None
+    simulated: float = 0.5
+    steps: int = 1500
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "guide", family_of(self.guide, Guide, "--guide"))
+        super().__post_init__()
+        for name in ("steps", "batch_size"):
+            check_integer(name.replace("_", "-"), getattr(self, name))
+        for size in self.encoder_hidden or ():
+            check_integer("encoder-hidden", size)
+        check_number("learning-rate", self.learning_rate)
+        if not 0 <= self.simulated <= 1:
+            raise InputError(f"--simulated expects 0 to 1; got {self.simulated}")
 
 
 def families_of(hint: Any) -> dict[str, type[Family]]:

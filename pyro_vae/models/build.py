@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..config import DEFAULT_HIDDEN, InputError, ModelConfig
 from ..data.splits import DataSpec, Splits, Units, moments
-from ..families import FlowGuide, FlowPrior, MixturePrior, VampPrior
+from ..families import FlowGuide, FlowPrior, Guide, LaplaceGuide, MixturePrior, VampPrior
 from ..memory import check_memory
 from ..randomness import derive, random_states, usual_settings
 from .autoencoder import Autoencoder
+from .laplace import Laplace
 from .likelihoods import LIKELIHOODS, Likelihood
 from .networks import Decoder, Encoder
-from .posteriors import num_features, posterior_family
+from .posteriors import Mixture, num_features, posterior_family
 from .priors import Vamp, prior_family
 from .vae import VAE
 
@@ -73,6 +77,73 @@ def build_blank(config: ModelConfig, spec: DataSpec, device: str = "cpu") -> VAE
         return _assemble(config, LIKELIHOODS[config.likelihood](spec, mean, std))
 
 
+def new_guide(vae: VAE, guide: Guide, encoder_hidden: tuple[int, ...] | None, seed: int = 0) -> VAE:
+    """A copy of a model with a new guide.
+
+    Args:
+        vae: the model, which is not changed.
+        guide: the family of the new guide.
+        encoder_hidden: sizes of a new encoder's hidden layers; None for a copy of the old encoder
+            with a new last layer, which keeps the weights that both families share.
+        seed: seed of new weights. Torch's global random state does not change.
+
+    Raises:
+        InputError: the model is no `VAE`, or a subclass with distributions of its own.
+    """
+    if not isinstance(vae, VAE):
+        raise InputError(f"a new guide expects a VAE; got {type(vae).__name__}")
+    own = [n for n in ("prior", "likelihood", "model") if getattr(type(vae), n) != getattr(VAE, n)]
+    if own:
+        raise InputError(
+            f"a new guide expects the model of VAE; {type(vae).__name__} has its own {own[0]}"
+        )
+    likelihood, latent_dim = copy.deepcopy(vae.likelihood_module), vae.prior().event_shape[0]
+    prior = copy.deepcopy(vae.prior_module)
+    if isinstance(prior, Vamp):
+        prior = prior.as_mixture(vae.encoder, vae.family)
+    with random_states(torch.device("cpu"), derive(seed, "new guide")):
+        family = _family(guide, latent_dim)
+        if encoder_hidden is None and isinstance(vae.encoder, Encoder):
+            encoder = copy.deepcopy(vae.encoder)
+            encoder.layers[-1] = _new_head(vae, family, num_features(guide, latent_dim))
+        else:
+            encoder = _new_encoder(vae, encoder_hidden, num_features(guide, latent_dim))
+    new = VAE(prior, encoder, copy.deepcopy(vae.decoder), likelihood, family)
+    return new.to(likelihood.mean.device)
+
+
+def _new_head(vae: VAE, family: nn.Module, size: int) -> nn.Linear:
+    """A last layer of the encoder, with the weights of the means and scales that both have."""
+    encoder: Any = vae.encoder
+    old = encoder.layers[-1]
+    latent_dim = vae.prior().event_shape[0]
+    head = nn.Linear(old.in_features, size)
+    # Leading features: none, the means, or the means and scales
+    leading = [
+        {Mixture: 0, Laplace: 1}.get(type(part), 2) * latent_dim for part in (vae.family, family)
+    ]
+    kept = min(leading)
+    with torch.no_grad():
+        head.weight[:kept] = old.weight[:kept]
+        head.bias[:kept] = old.bias[:kept]
+    return head
+
+
+def _new_encoder(vae: VAE, hidden: tuple[int, ...] | None, size: int) -> Encoder:
+    """An encoder with new weights, of the same kind as that of the model if it is an `Encoder`."""
+    old, likelihood = vae.encoder, vae.likelihood_module
+    kind = (old.architecture, old.activation) if isinstance(old, Encoder) else ("mlp", "SiLU")
+    hidden = DEFAULT_HIDDEN[kind[0]] if hidden is None else hidden
+    moments, bounded = (likelihood.mean, likelihood.std), likelihood.units != "real"
+    return Encoder(kind[0], likelihood.spec.shape, hidden, kind[1], size, *moments, bounded)
+
+
+def _family(guide: Guide, latent_dim: int) -> nn.Module:
+    if isinstance(guide, LaplaceGuide):
+        return Laplace(latent_dim, guide.hidden)
+    return posterior_family(guide, latent_dim)
+
+
 def _assemble(config: ModelConfig, likelihood: Likelihood) -> VAE | Autoencoder:
     hidden = DEFAULT_HIDDEN[config.architecture] if config.hidden is None else config.hidden
     shape, is_conv = likelihood.spec.shape, config.architecture == "conv"
@@ -88,7 +159,7 @@ def _assemble(config: ModelConfig, likelihood: Likelihood) -> VAE | Autoencoder:
     decoder = Decoder(*network, latent_dim, likelihood.initial_bias())
     if config.kind == "ae":
         return Autoencoder(encoder, decoder, likelihood)
-    family = posterior_family(guide, latent_dim)
+    family = _family(guide, latent_dim)
     prior = prior_family(config.prior, latent_dim, *moments)
     return VAE(prior, encoder, decoder, likelihood, family)
 

@@ -55,6 +55,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.data_shape, self.bounded = tuple(data_shape), bounded
+        self.architecture, self.activation = architecture, activation
         self.register_buffer("mean", mean.clone())
         self.register_buffer("std", std.clone())
         layers: list[nn.Module] = []

@@ -31,7 +31,7 @@ from ..families import (
     VampPrior,
 )
 from .flows import FlowDistribution, autoregressive_flow, even_normals
-from .posteriors import num_features, posterior_family
+from .posteriors import FullGaussian, num_features, posterior_family
 
 # Variance of the means of a new mixture. Its own is then about 1, as that of N(0, I).
 SPREAD = 0.5
@@ -113,10 +113,11 @@ class Vamp(nn.Module):
         return _mixture(self.logits, posterior(self.pseudo_inputs))
 
     @torch.no_grad()
-    def as_mixture(self, encoder: nn.Module, guide: DiagonalGuide | FullGuide) -> Mixture:
+    def as_mixture(self, encoder: nn.Module, family: nn.Module) -> Mixture:
         """The same prior as Gaussians that do not depend on the encoder any more."""
         features = encoder(self.pseudo_inputs)
-        mixture = Mixture(self.latent_dim, len(self.rows), guide.family).to(features.device)
+        covariance = "full" if isinstance(family, FullGaussian) else "diagonal"
+        mixture = Mixture(self.latent_dim, len(self.rows), covariance).to(features.device)
         mixture.features.copy_(features)
         mixture.logits.copy_(self.logits)
         return mixture

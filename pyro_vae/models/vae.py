@@ -17,6 +17,7 @@ from pyro.distributions import Distribution
 from torch import Tensor, nn
 
 from .interface import register
+from .laplace import Laplace
 from .likelihoods import Likelihood
 from .posteriors import DiagonalGaussian, kl
 from .priors import Vamp
@@ -65,7 +66,10 @@ class VAE(nn.Module):
 
     def posterior(self, x: Tensor) -> Distribution:
         """q(z|x): x (..., *data_shape) → batch (...), event (Z,)."""
-        return self.family(self.encoder(x))
+        features = self.encoder(x)
+        if isinstance(self.family, Laplace):
+            return self.family(features, x, self)
+        return self.family(features)
 
     def model(self, x: Tensor) -> None:
         """p(x, z), with x (B, *data_shape) observed. Sites "z" and "x" in one plate "data"."""

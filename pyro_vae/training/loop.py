@@ -197,12 +197,12 @@ def _check(vae: VAE | Autoencoder, splits: Splits, loss: ELBO) -> None:
     own = OwnState(_device(vae), seed=0)
     x = next(splits.train.fixed(vae.likelihood_module.units, 0, CHECKED_ROWS))
     try:
-        with _active(own, validate=True):
+        with active(own, validate=True):
             loss.loss(vae.model, vae.guide, x)
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"model and data do not fit together: {reason}") from None
-    with _active(own):
+    with active(own):
         check_trained(vae, x)
 
 
@@ -224,7 +224,7 @@ def _epoch(
     for index in _batches(run, position):
         started = time.perf_counter()
         svi = run.svi if len(index) == config.batch_size else run.svi_of_rest
-        with _active(run.own, config.precision):
+        with active(run.own, config.precision):
             weights = _set_schedules(run, position.step, len(index))
             try:
                 if alone:
@@ -362,7 +362,7 @@ def run_mode(config: FitConfig, train: Split) -> Mode:
 
 
 @contextmanager
-def _active(own: OwnState, precision: str = "highest", validate: bool = False) -> Iterator[None]:
+def active(own: OwnState, precision: str = "highest", validate: bool = False) -> Iterator[None]:
     """The context of a step. Other threads wait until its end.
 
     Pyro's validation of shapes and supports takes a tenth of a step, so `_check` runs it once. Its

@@ -1,0 +1,189 @@
+"""A new guide for a trained model, which is held fixed.
+
+    svi = SVI(model, vae.guide, optimizer, loss=WithSimulated(…))
+    loss = svi.step(x, x_simulated, z)
+
+The guide is trained on the ELBO of rows of data and on pairs drawn from the model. Half of the rows
+are training rows x; the others are drawn near them, from p(x'|z) with z ~ q(z|x). The ELBO of a row
+needs no label, and there is no limit to such rows, so that the guide overfits the training rows
+less.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from pyro.infer import SVI
+from torch import nn
+
+from ..capture.captured import capture
+from ..capture.optimizer import NonFiniteGradient, OneOptimizer
+from ..data.splits import Split, Splits
+from ..evidence.evaluation import elbo_terms
+from ..families import LaplaceGuide, RefitConfig
+from ..memory import Callback, check_memory, ignore, rows_at_once
+from ..models.build import new_guide
+from ..models.interface import held_fixed, uncompiled
+from ..models.vae import VAE
+from ..objectives.simulated import WithSimulated
+from ..randomness import OwnState, derive, random_states, usual_settings
+from .loop import CAPTURE_FROM, active
+from .records import Diverged
+
+# Share of the rows that are drawn near training rows.
+NEAR = 0.5
+# Largest norm of the gradient of the loss per row, nats.
+CLIP = 20.0
+# Share of the steps over which the learning rate rises.
+WARMUP = 0.05
+NUM_RECORDS = 10
+# Simulated pairs for the score of a record.
+SCORED_PAIRS = 1000
+
+
+@dataclass(frozen=True)
+class RefitRecord:
+    """A refit after some steps. Log-densities are nats per row.
+
+    Attributes:
+        step: number of steps.
+        seconds: since the beginning.
+        validation_elbo: with one draw of z per row, the same at each record.
+        simulated_log_q: mean of log q(z*|x*) over pairs drawn from the model, the same at each
+            record.
+        score: (1 − s) validation_elbo + s simulated_log_q, by which the guide is chosen.
+    """
+
+    step: int
+    seconds: float
+    validation_elbo: float
+    simulated_log_q: float
+    score: float
+
+    def metrics(self) -> dict[str, Any]:
+        """A line of refit.jsonl."""
+        return asdict(self)
+
+
+def refit(
+    vae: VAE,
+    splits: Splits,
+    config: RefitConfig = RefitConfig(),  # noqa: B008 (frozen)
+    seed: int = 0,
+    on_step: Callback = ignore,
+    on_record: Callable[[RefitRecord], object] = lambda record: None,
+) -> VAE:
+    """Train a new guide for the model p(z) p(x|z) of `vae`, which stays as it is.
+
+    Source: "The Helmholtz machine" and its sleep phase, arXiv 1506.02557; see also
+    `objectives.simulated` and `models.laplace`.
+
+    Args:
+        vae: a trained model, on the device on which `splits` deliver their batches. It is not
+            changed.
+        splits: training and validation rows; the test split is not used.
+        config: the family of the new guide, and its training.
+        seed: of new weights, the order of the rows and all draws. Torch's global random state does
+            not change.
+        on_step: called with 1 after each step.
+        on_record: called with each record, about `NUM_RECORDS`.
+
+    Returns:
+        A model with a copy of p(z) p(x|z) and the new guide, in evaluation mode. Of the guides at
+        the records, it is the one with the highest score.
+
+    Raises:
+        Diverged: the loss or its gradient is not finite.
+        InputError: the model is not a `VAE`, or a step needs more memory than the machine has.
+    """
+    vae = uncompiled(vae)
+    with usual_settings():
+        refitted = new_guide(vae, config.guide, config.encoder_hidden, seed)
+        _check_memory(refitted, config)
+    guide = nn.ModuleList([refitted.encoder, refitted.family])
+    own = OwnState(next(vae.parameters()).device, derive(seed, "refit"))
+    optimizer = OneOptimizer(torch.optim.Adam(guide.parameters(), fused=True))
+    optimizer.max_norm = CLIP * config.batch_size
+    mode = "graph" if config.steps >= CAPTURE_FROM else "eager"
+    elbo = capture(WithSimulated(config.simulated, vae.latent), mode)
+    svi = SVI(refitted.model, refitted.guide, optimizer, loss=elbo)
+    best, best_score, started = guide.state_dict(), -math.inf, time.perf_counter()
+    with held_fixed(refitted):
+        guide.requires_grad_(True)
+        for step in range(config.steps):
+            for group in optimizer.optimizer.param_groups:
+                group["lr"] = _learning_rate(config, step)
+            with active(own):
+                _step(svi, refitted, splits.train, config)
+            on_step(1)
+            if step + 1 in _recorded(config.steps):
+                seconds = time.perf_counter() - started
+                record = _record(refitted, splits.validation, config, seed, step + 1, seconds)
+                if record.score > best_score:
+                    best, best_score = copy.deepcopy(guide.state_dict()), record.score
+                on_record(record)
+    guide.load_state_dict(best)
+    return refitted.eval()
+
+
+def _step(svi: SVI, vae: VAE, train: Split, config: RefitConfig) -> None:
+    """A step on training rows, rows near them and simulated pairs."""
+    with torch.no_grad():
+        index = torch.randint(len(train), (config.batch_size,), device="cpu")
+        x = train.take(index, vae.likelihood_module.units)
+        num_near = round(NEAR * len(x))
+        near = vae.likelihood(vae.posterior(x[:num_near]).sample()).sample()
+        z = vae.prior().sample((len(x),))
+        simulated = vae.likelihood(z).sample()
+    try:
+        loss = svi.step(torch.cat([near, x[num_near:]]), simulated, z)
+    except NonFiniteGradient:
+        loss = math.nan
+    if not math.isfinite(loss):
+        raise Diverged(
+            f"the loss of the refit or its gradient is not finite. Likely causes: --learning-rate "
+            f"{config.learning_rate:g} is too high, or the data hold extreme values"
+        )
+
+
+def _record(
+    vae: VAE, validation: Split, config: RefitConfig, seed: int, step: int, seconds: float
+) -> RefitRecord:
+    vae.eval()
+    reconstruction, kl = elbo_terms(vae, validation, seed)
+    with random_states(validation.device, derive(seed, "refit score")), torch.no_grad():
+        z = vae.prior().sample((SCORED_PAIRS,))
+        parts = z.split(rows_at_once(math.prod(validation.spec.shape), z.device))
+        log_q = [vae.posterior(vae.likelihood(part).sample()).log_prob(part) for part in parts]
+    elbo, mean_log_q = reconstruction - (kl or 0.0), torch.cat(log_q).double().mean().item()
+    score = (1 - config.simulated) * elbo + config.simulated * mean_log_q
+    return RefitRecord(step, seconds, elbo, mean_log_q, score)
+
+
+def _recorded(steps: int) -> set[int]:
+    """The steps after which there is a record."""
+    return {math.ceil(steps * (i + 1) / NUM_RECORDS) for i in range(NUM_RECORDS)}
+
+
+def _learning_rate(config: RefitConfig, step: int) -> float:
+    """Rises linearly, then falls to zero as a cosine."""
+    rise = min(1.0, (step + 1) / max(1.0, WARMUP * config.steps))
+    return config.learning_rate * rise * (1 + math.cos(math.pi * step / config.steps)) / 2
+
+
+def _check_memory(vae: VAE, config: RefitConfig) -> None:
+    """Check that the rows of a step fit in memory, and the Jacobians of a Laplace guide."""
+    each = math.prod(vae.likelihood_module.spec.shape)
+    if isinstance(config.guide, LaplaceGuide):
+        each *= vae.prior().event_shape.numel()
+    check_memory(
+        6 * each * config.batch_size,
+        f"the {config.batch_size} rows of a step",
+        "lower --batch-size",
+    )
