@@ -1,12 +1,13 @@
 """The guide of the Laplace approximation, with learned corrections.
 
-    μ₁, h = encoder(x)
+    μ₀, h = encoder(x)
+    μ₁    = μ₀ + P₀⁻¹ ∇₀                    a Newton step, P₀ and ∇₀ at μ₀
     P     = Λ + Jᵀ W J                      precision of the Gauss–Newton approximation at μ₁
     q     = N(μ₁ + δ + B m, (B L)(B L)ᵀ),   B Bᵀ = P⁻¹, B lower triangular
 
 J is the Jacobian of the decoder, W the curvature of −log p(x|z) in the decoder's output, Λ the
-prior's precision and δ = P⁻¹ ∇ log p(x, z), a Newton step of bounded length. A small network maps
-μ₁, ∇ log p(x, z) at μ₁ and h to the shift m and the lower triangular L. For a linear decoder with
+prior's precision, ∇ = ∇ log p(x, z) and δ = P⁻¹ ∇, a Newton step of bounded length. A small network maps
+μ₁, ∇ at μ₁ and h to the shift m and the lower triangular L. For a linear decoder with
 Gaussian noise, q with m = 0 and L = I is the posterior.
 
 The model enters as a constant: the guide is trained with the model held fixed, by
@@ -31,6 +32,8 @@ from .posteriors import FullGaussian
 if TYPE_CHECKING:
     from .vae import VAE
 
+# Newton steps from the encoder's guess to the point where the model is approximated.
+NEWTON_STEPS = 1
 # Length of a Newton step in posterior standard deviations, at most.
 LONGEST_STEP = 3.0
 
@@ -60,16 +63,21 @@ class Laplace(nn.Module):
 
     def forward(self, features: Tensor, x: Tensor, vae: VAE) -> Distribution:
         loc, context = features.split(self.sizes, dim=-1)
+        for _ in range(NEWTON_STEPS):
+            loc = loc + newton_step(*local_shape(vae, x, loc.detach()))
         slope, factor = local_shape(vae, x, loc.detach())
         # The slope may have any size, and is shown at two scales.
         known = [loc, torch.asinh(slope), torch.tanh(slope / 10), context]
         shift, scale_tril = self.gaussian.moments(self.correction(torch.cat(known, -1)))
-        whitened = _apply(factor.mT, slope)
-        length = whitened.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-9)
-        whitened = whitened * (LONGEST_STEP / length).clamp_max(1.0)
-        return MultivariateNormal(
-            loc + _apply(factor, whitened + shift), scale_tril=factor @ scale_tril
-        )
+        loc = loc + newton_step(slope, factor) + _apply(factor, shift)
+        return MultivariateNormal(loc, scale_tril=factor @ scale_tril)
+
+
+def newton_step(slope: Tensor, factor: Tensor) -> Tensor:
+    """B Bᵀ ∇ (..., Z), of at most `LONGEST_STEP` posterior standard deviations."""
+    whitened = _apply(factor.mT, slope)
+    length = whitened.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-9)
+    return _apply(factor, whitened * (LONGEST_STEP / length).clamp_max(1.0))
 
 
 @torch.no_grad()

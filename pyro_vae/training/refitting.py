@@ -22,7 +22,7 @@ import torch
 from pyro.infer import SVI
 from torch import nn
 
-from ..capture.captured import capture
+from ..capture.captured import Mode, capture
 from ..capture.optimizer import NonFiniteGradient, OneOptimizer
 from ..data.splits import Split, Splits
 from ..evidence.evaluation import elbo_terms
@@ -110,7 +110,7 @@ def refit(
     own = OwnState(next(vae.parameters()).device, derive(seed, "refit"))
     optimizer = OneOptimizer(torch.optim.Adam(guide.parameters(), fused=True))
     optimizer.max_norm = CLIP * config.batch_size
-    mode = "graph" if config.steps >= CAPTURE_FROM else "eager"
+    mode: Mode = "graph" if config.steps >= CAPTURE_FROM else "eager"
     elbo = capture(WithSimulated(config.simulated, vae.latent), mode)
     svi = SVI(refitted.model, refitted.guide, optimizer, loss=elbo)
     best, best_score, started = guide.state_dict(), -math.inf, time.perf_counter()
