@@ -9,6 +9,7 @@ from .diagnostics.refinement import gaps, refine
 from .diagnostics.sbc import check_ranks, miscalibration, simulate
 from .evidence.annealing import anneal
 from .evidence.importance import importance_sample, log_evidence, upper_bound
+from .families import RefitConfig
 from .models.autoencoder import Autoencoder
 from .models.build import build
 from .models.linear_gaussian import LinearGaussian
@@ -18,6 +19,7 @@ from .objectives.registry import objective
 from .training.checkpoint import load
 from .training.loop import fit, iterate
 from .training.records import Record
+from .training.refitting import refit
 
 __version__: str
 
@@ -33,6 +35,7 @@ __all__ = [
     "ModelConfig",
     "Program",
     "Record",
+    "RefitConfig",
     "Split",
     "Splits",
     "anneal",
@@ -52,6 +55,7 @@ __all__ = [
     "objective",
     "predictive_check",
     "refine",
+    "refit",
     "simulate",
     "upper_bound",
 ]

@@ -263,6 +263,8 @@ class Config(Typed):
     Attributes:
         seed: Seed of the splits, the initial weights and all random draws.
         device: Device: cpu, cuda, cuda:1, or auto (cuda if available).
+        refit: Whether to end with a refit of the guide, the model held fixed. auto: if it takes
+            less time than the training; it is kept if it raises the validation ELBO.
     """
 
     data: DataConfig = DataConfig()
@@ -270,6 +272,7 @@ class Config(Typed):
     fit: FitConfig = FitConfig()
     seed: int = 0
     device: str = "auto"
+    refit: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -277,6 +280,8 @@ class Config(Typed):
         model = self.model
         check_families(self.fit.objective, model.guide, model.prior, model.latent_dim)
         if self.model.kind == "ae":
+            if self.refit == "on":
+                raise InputError("--refit has no effect on --model ae; drop it")
             for name in ("guide", "prior"):
                 if getattr(model, name) != getattr(ModelConfig, name):
                     raise InputError(f"--{name} has no effect on --model ae; drop it")

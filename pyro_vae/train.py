@@ -343,22 +343,15 @@ def _describe(run: RunFolder) -> None:
 
 
 def _summarize(run: RunFolder) -> None:
-    """Draw the figures, write the report, and print their paths."""
-    from .page.write import write_report
-    from .plots.codes import latent_codes
-    from .plots.from_model import draw_reconstructions, draw_run
+    """Refit the guide, draw the figures, write the report, and print their paths."""
+    from .page.write import redraw
+    from .plots.from_model import draw_reconstructions
     from .training.checkpoint import load_checkpoint
 
     history, figures, seed = run.history, run.path / "figures", run.config.seed
-    device = next(run.vae.parameters()).device
-    last = history[-1]["epoch"]
-    draw_reconstructions(run.vae, run.splits, figures, "reconstructions_last_epoch", last, seed)
-    best = load_checkpoint(run.path)
-    codes = latent_codes(best.vae.to(device), run.splits, seed)
-    draw_run(best.vae, run.splits, history, figures, seed, codes)
-    report = write_report(run.path, best, run.splits, codes)
-
+    last, best = history[-1]["epoch"], load_checkpoint(run.path, "best")
     line = best.history[-1]
+    draw_reconstructions(run.vae, run.splits, figures, "reconstructions_last_epoch", last, seed)
     names = {
         "validation_elbo": "ELBO",
         "validation_reconstruction": "reconstruction",
@@ -369,8 +362,33 @@ def _summarize(run: RunFolder) -> None:
         f"done   {history[-1]['seconds']:.0f} s of training; best epoch {line['epoch']} of {last}"
     )
     print(f"       validation: {terms} nats per row")
+    if run.config.refit != "off":
+        _refit(run, best)
+    report = redraw(run.path, run.splits, next(run.vae.parameters()).device)
     print(f"see    {report}, {figures}/*.png, {run.path / 'metrics.jsonl'}")
     print(f"next   python -m pyro_vae.evaluate {quote(str(run.path))}")
+
+
+def _refit(run: RunFolder, best: Checkpoint) -> None:
+    """Refit the guide of the best model, by default if that is cheap and raises its ELBO."""
+    from .families import RefitConfig
+    from .models.vae import VAE
+    from .refit import refit_run
+    from .training.records import Diverged
+    from .training.refitting import is_cheaper
+
+    config, auto = RefitConfig(), run.config.refit == "auto"
+    model, count = run.config.model, len(run.splits.train)
+    cheap = is_cheaper(config, run.config.fit, count, model.latent_dim)
+    done = (run.path / "checkpoints" / "refitted.pt").is_file()
+    if not isinstance(best.vae, VAE) or done or (auto and not cheap):
+        return
+    try:
+        refit_run(run.path, best, run.splits, config, run.config.seed, only_if_better=auto)
+    except (Diverged, InputError) as error:
+        if not auto:
+            raise
+        print(f"       no refit: {error}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
     q     = N(μ₁ + δ + B m, (B L)(B L)ᵀ),   B Bᵀ = P⁻¹, B lower triangular
 
 J is the Jacobian of the decoder, W the curvature of −log p(x|z) in the decoder's output, Λ the
-prior's precision, ∇ = ∇ log p(x, z) and δ = P⁻¹ ∇, a Newton step of bounded length. A small network maps
-μ₁, ∇ at μ₁ and h to the shift m and the lower triangular L. For a linear decoder with
+prior's precision, ∇ = ∇ log p(x, z) and δ = P⁻¹ ∇, a Newton step of bounded length. A small
+network maps μ₁, ∇ at μ₁ and h to the shift m and the lower triangular L. For a linear decoder with
 Gaussian noise, q with m = 0 and L = I is the posterior.
 
 The model enters as a constant: the guide is trained with the model held fixed, by

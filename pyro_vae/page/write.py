@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config import Config
 from ..data.splits import Splits
 from ..files import printable, write_atomically
 from ..plots import run as figures
-from ..plots.codes import Codes
-from ..training.checkpoint import Checkpoint
+from ..plots.codes import Codes, latent_codes
+from ..plots.from_model import draw_run
+from ..training.checkpoint import Checkpoint, load_checkpoint
 from .render import render
 from .summary import Overview, Picture, flat, overview
 
@@ -22,6 +25,15 @@ def write_report(run: Path, checkpoint: Checkpoint, splits: Splits, codes: Codes
     out = run / "report.html"
     write_page(out, [overview(run, checkpoint, splits, codes, 1)])
     return out
+
+
+def redraw(run: Path, splits: Splits, device: torch.device) -> Path:
+    """Draw the figures of a run's final model and write its page; returns the page."""
+    checkpoint = load_checkpoint(run)
+    history, seed = load_checkpoint(run, "last").history, checkpoint.config.seed
+    codes = latent_codes(checkpoint.vae.to(device), splits, seed)
+    draw_run(checkpoint.vae, splits, history, run / "figures", seed, codes)
+    return write_report(run, checkpoint, splits, codes)
 
 
 def write_page(out: Path, runs: Sequence[Overview]) -> None:

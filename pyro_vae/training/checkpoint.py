@@ -10,8 +10,8 @@ from __future__ import annotations
 import io
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -48,6 +48,7 @@ class Checkpoint:
         training: state for `fit`; None if the file holds only a model.
         history: one metrics dictionary per epoch.
         path: the file.
+        refit: one metrics dictionary per record of a refit; empty if the guide is the trained one.
     """
 
     vae: VAE | Autoencoder
@@ -56,6 +57,7 @@ class Checkpoint:
     training: dict[str, Any] | None
     history: list[dict[str, Any]]
     path: Path
+    refit: list[dict[str, Any]] = field(default_factory=list)
 
 
 def serialize(
@@ -64,6 +66,7 @@ def serialize(
     splits: Splits,
     history: list[dict[str, Any]],
     training: dict[str, Any] | None = None,
+    refit: Sequence[dict[str, Any]] = (),
 ) -> bytes:
     """Return the bytes of a checkpoint file."""
     spec = splits.spec
@@ -82,6 +85,7 @@ def serialize(
         "weights": vae.state_dict(),
         "training": training,
         "history": history,
+        "refit": list(refit),
     }
     buffer = io.BytesIO()
     torch.save({**content, "digests": _digests(_leaves(content))}, buffer)
@@ -92,8 +96,8 @@ def load(run: str | Path) -> VAE | Autoencoder:
     """Load the trained model of a run, on the CPU, in evaluation mode.
 
     Args:
-        run: a run folder, whose checkpoint with the best validation ELBO is loaded, or a checkpoint
-            file.
+        run: a run folder, of which the refitted model is loaded or, if there is none, the
+            checkpoint with the best validation ELBO; or a checkpoint file.
 
     Raises:
         InputError: there is no run, or the file is damaged, of another program or another version.
@@ -101,8 +105,13 @@ def load(run: str | Path) -> VAE | Autoencoder:
     return load_checkpoint(run).vae
 
 
-def load_checkpoint(run: str | Path, which: str = "best") -> Checkpoint:
-    """Load a checkpoint file, or a run folder's checkpoint `which`: best or last.
+def load_checkpoint(run: str | Path, which: str = "final") -> Checkpoint:
+    """Load a checkpoint file, or a checkpoint of a run folder.
+
+    Args:
+        run: the file or the folder.
+        which: final: refitted.pt or, if there is none, best.pt. best: best.pt, the trained model.
+            last: last.pt, with the state of the training.
 
     Raises:
         InputError: there is no run, or the file is damaged, of another program or another version.
@@ -144,14 +153,16 @@ def _restore(content: dict[str, Any], path: Path) -> Checkpoint:
         check_tensor(name, weights[name], value.shape, value.dtype)
     if training is not None:
         unpack(training, list(blank.parameters()))
-    if not isinstance(history, list) or not all(isinstance(line, dict) for line in history):
-        raise InputError("the history expects a list of dictionaries")
+    refit = content.get("refit", [])
+    for lines in (history, refit):
+        if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
+            raise InputError("the history expects a list of dictionaries")
     if content["format_version"] > 1:
         _check_digests(content)
     vae = build_blank(config.model, spec)
     vae.load_state_dict(weights)
     training = tree_map_only(Tensor, Tensor.clone, training)  # out of the mapped file
-    return Checkpoint(vae.eval(), config, data["fingerprint"], training, history, path)
+    return Checkpoint(vae.eval(), config, data["fingerprint"], training, history, path, refit)
 
 
 def _find(run: Path, which: str) -> Path:
@@ -159,13 +170,14 @@ def _find(run: Path, which: str) -> Path:
         raise InputError(
             f"expected a run folder, made by python -m pyro_vae.train; no {run} exists"
         )
-    names = ["best.pt", "last.pt"] if which == "best" else ["last.pt"]
+    names = ["refitted.pt", "best.pt", "last.pt"]
+    names = names[["final", "best", "last"].index(which) :]
     for name in names:
         if (run / "checkpoints" / name).is_file():
             return run / "checkpoints" / name
     raise InputError(
-        f"{run} holds no checkpoints/{names[0]}: it is not a run folder, or the run ended before "
-        f"its first checkpoint"
+        f"{run} holds no checkpoints/{names[-2:][0]}: it is not a run folder, or the run ended "
+        f"before its first checkpoint"
     )
 
 

@@ -15,7 +15,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -24,9 +24,10 @@ from torch import nn
 
 from ..capture.captured import Mode, capture
 from ..capture.optimizer import NonFiniteGradient, OneOptimizer
+from ..config import FitConfig, ModelConfig, resolve_epochs
 from ..data.splits import Split, Splits
 from ..evidence.evaluation import elbo_terms
-from ..families import LaplaceGuide, RefitConfig
+from ..families import LaplaceGuide, MixturePrior, RefitConfig, VampPrior
 from ..memory import Callback, check_memory, ignore, rows_at_once
 from ..models.build import new_guide
 from ..models.interface import held_fixed, uncompiled
@@ -130,6 +131,27 @@ def refit(
                 on_record(record)
     guide.load_state_dict(best)
     return refitted.eval()
+
+
+def refitted_config(model: ModelConfig, config: RefitConfig) -> ModelConfig:
+    """The settings of a model after `refit`. A vamp prior has become a mixture."""
+    prior = model.prior
+    if isinstance(prior, VampPrior):
+        covariance: Any = "full" if model.guide.family == "full" else "diagonal"
+        prior = MixturePrior(components=prior.components, covariance=covariance)
+    hidden = config.encoder_hidden or model.encoder_hidden
+    return replace(model, guide=config.guide, prior=prior, encoder_hidden=hidden)
+
+
+def is_cheaper(config: RefitConfig, training: FitConfig, num_train: int, latent_dim: int) -> bool:
+    """Whether a refit takes less time than the training, by the number of passes of networks."""
+    rows = min(training.batch_size, num_train) * training.num_particles
+    num_steps = resolve_epochs(training, num_train) * math.ceil(num_train / training.batch_size)
+    # Encoder and decoder, forward and backward
+    trained = 6 * rows * num_steps
+    # Rows near the data, rows and pairs; each latent is a pass of the decoder, in each Newton step.
+    each = 2 * latent_dim if isinstance(config.guide, LaplaceGuide) else 6
+    return (2 + NEAR) * config.batch_size * config.steps * each <= trained
 
 
 def _step(svi: SVI, vae: VAE, train: Split, config: RefitConfig) -> None:

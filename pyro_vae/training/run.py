@@ -34,6 +34,7 @@ RUN_FILES = (
     "checkpoints/last.pt",
     "checkpoints",
     "metrics.jsonl",
+    "refit.jsonl",
     "figures",
     "diagnostics.json",
     "report.html",
@@ -262,6 +263,8 @@ class RunFolder:
 
     def _write_best(self) -> None:
         if self._best is not None:
+            # A refit of an older model must not remain the model of this run.
+            (self.path / "checkpoints" / "refitted.pt").unlink(missing_ok=True)
             write_atomically(self.path / "checkpoints" / "best.pt", self._best)
             self._best = None
 
