@@ -137,9 +137,10 @@ def refit_run(
             bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
 
         refitted = refit(vae, splits, config, seed, bar.update, show)
-    best = max(records, key=lambda record: record.score)
-    rose = best.validation_elbo > before
-    numbers = f"validation ELBO {before:.2f} → {best.validation_elbo:.2f} nats per row"
+    final = elbo_terms(refitted, splits.validation, checkpoint.config.seed)
+    after = final[0] - (final[1] or 0)
+    rose = after > before
+    numbers = f"validation ELBO {before:.2f} → {after:.2f} nats per row"
     kept = only_if_better and not rose
     print(
         f"       {time.monotonic() - started:.0f} s; {numbers}"

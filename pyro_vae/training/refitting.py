@@ -14,13 +14,14 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.infer import SVI
-from torch import nn
+from torch import Tensor, nn
 
 from ..capture.captured import Mode, capture
 from ..capture.optimizer import NonFiniteGradient, OneOptimizer
@@ -31,6 +32,7 @@ from ..families import LaplaceGuide, MixturePrior, RefitConfig, VampPrior
 from ..memory import Callback, check_memory, ignore, rows_at_once
 from ..models.build import new_guide
 from ..models.interface import held_fixed, uncompiled
+from ..models.laplace import Laplace
 from ..models.vae import VAE
 from ..objectives.simulated import WithSimulated
 from ..randomness import OwnState, derive, random_states, usual_settings
@@ -44,8 +46,9 @@ CLIP = 20.0
 # Share of the steps over which the learning rate rises.
 WARMUP = 0.05
 NUM_RECORDS = 10
-# Simulated pairs for the score of a record.
+# Simulated pairs for the score of a record, and for the tail of a Laplace guide.
 SCORED_PAIRS = 1000
+TAIL_PAIRS = 4000
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def refit(
             for group in optimizer.optimizer.param_groups:
                 group["lr"] = _learning_rate(config, step)
             with active(own):
-                _step(svi, refitted, splits.train, config)
+                _step(svi, refitted, vae, splits.train, config)
             on_step(1)
             if step + 1 in _recorded(config.steps):
                 seconds = time.perf_counter() - started
@@ -130,6 +133,10 @@ def refit(
                     best, best_score = copy.deepcopy(guide.state_dict()), record.score
                 on_record(record)
     guide.load_state_dict(best)
+    if isinstance(refitted.family, Laplace):
+        refitted.family.set_tail(_radii(refitted, derive(seed, "refit tail")))
+        seconds = time.perf_counter() - started
+        on_record(_record(refitted, splits.validation, config, seed, config.steps, seconds))
     return refitted.eval()
 
 
@@ -154,13 +161,13 @@ def is_cheaper(config: RefitConfig, training: FitConfig, num_train: int, latent_
     return (2 + NEAR) * config.batch_size * config.steps * each <= trained
 
 
-def _step(svi: SVI, vae: VAE, train: Split, config: RefitConfig) -> None:
-    """A step on training rows, rows near them and simulated pairs."""
+def _step(svi: SVI, vae: VAE, trained: VAE, train: Split, config: RefitConfig) -> None:
+    """A step on training rows, rows near them by the trained guide, and simulated pairs."""
     with torch.no_grad():
         index = torch.randint(len(train), (config.batch_size,), device="cpu")
         x = train.take(index, vae.likelihood_module.units)
         num_near = round(NEAR * len(x))
-        near = vae.likelihood(vae.posterior(x[:num_near]).sample()).sample()
+        near = vae.likelihood(trained.posterior(x[:num_near]).sample()).sample()
         z = vae.prior().sample((len(x),))
         simulated = vae.likelihood(z).sample()
     try:
@@ -174,15 +181,35 @@ def _step(svi: SVI, vae: VAE, train: Split, config: RefitConfig) -> None:
         )
 
 
+@torch.no_grad()
+def _radii(vae: VAE, seed: int) -> np.ndarray:
+    """Distances (N,) of simulated z from the mean, in units of the guide's scale."""
+    found = []
+    for x, z in _pairs(vae, TAIL_PAIRS, seed):
+        q: Any = vae.posterior(x)
+        away = (z - q.loc).unsqueeze(-1)
+        whitened = torch.linalg.solve_triangular(q.scale_tril, away, upper=False)
+        found.append(whitened.squeeze(-1).norm(dim=-1))
+    return torch.cat(found).double().cpu().numpy()
+
+
+def _pairs(vae: VAE, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Simulated x (B, *data_shape) and z (B, Z), `count` in all, the same at every call."""
+    device = next(vae.parameters()).device
+    with random_states(device, seed):
+        z = vae.prior().sample((count,))
+        for part in z.split(rows_at_once(math.prod(vae.likelihood_module.spec.shape), device)):
+            yield vae.likelihood(part).sample(), part
+
+
 def _record(
     vae: VAE, validation: Split, config: RefitConfig, seed: int, step: int, seconds: float
 ) -> RefitRecord:
     vae.eval()
     reconstruction, kl = elbo_terms(vae, validation, seed)
-    with random_states(validation.device, derive(seed, "refit score")), torch.no_grad():
-        z = vae.prior().sample((SCORED_PAIRS,))
-        parts = z.split(rows_at_once(math.prod(validation.spec.shape), z.device))
-        log_q = [vae.posterior(vae.likelihood(part).sample()).log_prob(part) for part in parts]
+    pairs = _pairs(vae, SCORED_PAIRS, derive(seed, "refit score"))
+    with torch.no_grad():
+        log_q = [vae.posterior(x).log_prob(z) for x, z in pairs]
     elbo, mean_log_q = reconstruction - (kl or 0.0), torch.cat(log_q).double().mean().item()
     score = (1 - config.simulated) * elbo + config.simulated * mean_log_q
     return RefitRecord(step, seconds, elbo, mean_log_q, score)
