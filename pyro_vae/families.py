@@ -90,15 +90,17 @@ class MixtureGuide(Family):
 
 
 @dataclass(frozen=True)
-class LaplaceGuide(Family):
-    """A Laplace approximation with learned corrections; for `refit`.
+class RefinedGuide(Family):
+    """A Gaussian found for each row by Newton steps from the encoder's guess; for `refit`.
 
     Attributes:
-        hidden: units of the correction's hidden layers.
+        newton: number of steps to the Laplace approximation.
+        sweeps: number of steps from there to the Gaussian of the highest ELBO.
     """
 
-    family: Literal["laplace"] = "laplace"
-    hidden: int = 256
+    family: Literal["refined"] = "refined"
+    newton: int = 3
+    sweeps: int = 3
 
 
 @dataclass(frozen=True)
@@ -149,27 +151,28 @@ class FlowPrior(Family):
 
 
 TrainedGuide = DiagonalGuide | FullGuide | FlowGuide | MixtureGuide  # with the model
-Guide = TrainedGuide | LaplaceGuide
+Guide = TrainedGuide | RefinedGuide
 Prior = NormalPrior | MixturePrior | VampPrior | FlowPrior
 
 
 @dataclass(frozen=True)
 class RefitConfig(Typed):
-    """Training of a new guide, with the model held fixed.
+    """A new guide for a trained model, which is held fixed.
 
     Attributes:
-        guide: q(z|x), as in train, or laplace (hidden=256): a Laplace approximation with learned
-            corrections.
+        guide: q(z|x). refined (newton=3 sweeps=3): a Gaussian found for each row by Newton steps
+            from the encoder's guess, with tails fitted to simulated rows; it needs no training.
+            diagonal, full, flow, mixture: as in train; they are trained as below.
         encoder_hidden: Sizes of the hidden layers of a new encoder. By default, the trained encoder
             goes on, with a new last layer.
-        simulated: Weight of rows simulated from the model, 0 to 1. The rest is the ELBO over
-            training rows.
+        simulated: Weight of log q(z*|x*) over rows simulated from the model, 0 to 1. The rest is
+            the ELBO over training rows.
         steps: Number of steps.
         batch_size: Number of rows of each kind per step.
         learning_rate: Maximum learning rate of Adam.
     """
 
-    guide: Guide = LaplaceGuide()
+    guide: Guide = RefinedGuide()
     encoder_hidden: tuple[int, ...] | None = None
     simulated: float = 0.5
     steps: int = 1500
@@ -184,6 +187,14 @@ class RefitConfig(Typed):
         for size in self.encoder_hidden or ():
             check_integer("encoder-hidden", size)
         check_number("learning-rate", self.learning_rate)
+        if isinstance(self.guide, RefinedGuide):
+            for name in ("encoder_hidden", "simulated", "steps", "batch_size", "learning_rate"):
+                if getattr(self, name) != getattr(RefitConfig, name):
+                    flag = name.replace("_", "-")
+                    raise InputError(
+                        f"--{flag} has no effect on --guide refined, which is not trained; drop "
+                        f"it, or give another --guide"
+                    )
         if not 0 <= self.simulated <= 1:
             raise InputError(f"--simulated expects 0 to 1; got {self.simulated}")
 

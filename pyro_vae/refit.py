@@ -1,9 +1,10 @@
-"""Refit the guide of a run: train q(z|x) anew, with the model p(z) p(x|z) held fixed.
+"""Refit the guide of a run: a new q(z|x), with the model p(z) p(x|z) held fixed.
 
-The guide is trained on the ELBO of training rows, of rows near them, and on rows simulated from the
-model, whose latents are known. By default it becomes a Laplace approximation with learned
-corrections. The result is RUN/checkpoints/refitted.pt, which all commands then use; best.pt keeps
-the trained guide. RUN/refit.jsonl has the records, and figures and report.html are drawn anew.
+By default, the new guide starts from the encoder's guess and finds a Gaussian for each row by some
+Newton steps; its tails are fitted to rows simulated from the model, whose latents are known. With
+another --guide, an encoder is trained on the ELBO of training rows and on simulated rows. The
+result is RUN/checkpoints/refitted.pt, which all commands then use; best.pt keeps the trained guide.
+RUN/refit.jsonl has the records, and figures and report.html are drawn anew.
 
   python -m pyro_vae.refit runs/digits
   python -m pyro_vae.refit runs/digits --guide full --out runs/digits-full
@@ -122,14 +123,15 @@ def refit_run(
     from .evidence.evaluation import elbo_terms
     from .files import to_json, write_atomically
     from .training.checkpoint import serialize
-    from .training.refitting import RefitRecord, refit, refitted_config
+    from .training.refitting import RefitRecord, refit, refitted_config, work
 
     vae: Any = checkpoint.vae.to(splits.train.device)
     reconstruction, kl = elbo_terms(vae, splits.validation, checkpoint.config.seed)
     before, started = reconstruction - (kl or 0), time.monotonic()
-    print(f"refit  guide {config.guide.family}, {config.steps} steps, the model held fixed")
+    print(f"refit  guide {config.guide.family}, the model held fixed")
     records: list[RefitRecord] = []
-    with tqdm(total=config.steps, disable=None, unit="step", dynamic_ncols=True) as bar:
+    total, unit = work(config)
+    with tqdm(total=total, disable=None, unit=unit, dynamic_ncols=True) as bar:
 
         def show(record: RefitRecord) -> None:
             records.append(record)

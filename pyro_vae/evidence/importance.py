@@ -33,6 +33,7 @@ from ..capture.captured import CapturedFunction, Mode
 from ..memory import Callback, check_memory, concatenate, ignore, rows_at_once
 from ..models.interface import LatentModel
 from ..models.log_weights import log_weights
+from ..models.refined import Refined
 from ..randomness import one_thread
 
 # Draws of z for each row in a chunk, at least: the decoder then takes most of the time.
@@ -109,7 +110,8 @@ def importance_sample(
     """
     if num_samples < 1:
         raise ValueError(f"num_samples expects an integer of at least 1; got {num_samples}")
-    if proposal is not None or not isinstance(vae, nn.Module):
+    refined = isinstance(getattr(vae, "family", None), Refined)  # costs as much as many draws
+    if proposal is not None or not isinstance(vae, nn.Module) or refined:
         mode = "eager"  # changes of other objects cannot be detected
     elif mode is None:
         mode = choose_mode(x.numel() * num_samples)

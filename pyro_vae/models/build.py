@@ -8,19 +8,19 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import DEFAULT_HIDDEN, InputError, ModelConfig
 from ..data.splits import DataSpec, Splits, Units, moments
-from ..families import FlowGuide, FlowPrior, Guide, LaplaceGuide, MixturePrior, VampPrior
+from ..families import FlowGuide, FlowPrior, Guide, MixturePrior, RefinedGuide, VampPrior
 from ..memory import check_memory
 from ..randomness import derive, random_states, usual_settings
 from .autoencoder import Autoencoder
-from .laplace import Laplace
 from .likelihoods import LIKELIHOODS, Likelihood
 from .networks import Decoder, Encoder
 from .posteriors import Mixture, num_features, posterior_family
 from .priors import Vamp, prior_family
+from .refined import Refined
 from .vae import VAE
 
 
@@ -104,8 +104,10 @@ def new_guide(vae: VAE, guide: Guide, encoder_hidden: tuple[int, ...] | None, se
     with random_states(torch.device("cpu"), derive(seed, "new guide")):
         family = _family(guide, latent_dim)
         if encoder_hidden is None and isinstance(vae.encoder, Encoder):
-            encoder = copy.deepcopy(vae.encoder)
+            encoder: Any = copy.deepcopy(vae.encoder)
             encoder.layers[-1] = _new_head(vae, family, num_features(guide, latent_dim))
+        elif isinstance(family, Refined):
+            encoder = _PosteriorMean(copy.deepcopy(vae))
         else:
             encoder = _new_encoder(vae, encoder_hidden, num_features(guide, latent_dim))
     new = VAE(prior, encoder, copy.deepcopy(vae.decoder), likelihood, family)
@@ -115,18 +117,29 @@ def new_guide(vae: VAE, guide: Guide, encoder_hidden: tuple[int, ...] | None, se
 def _new_head(vae: VAE, family: nn.Module, size: int) -> nn.Linear:
     """A last layer of the encoder, with the weights of the means and scales that both have."""
     encoder: Any = vae.encoder
-    old = encoder.layers[-1]
-    latent_dim = vae.prior().event_shape[0]
+    old, latent_dim = encoder.layers[-1], vae.prior().event_shape[0]
     head = nn.Linear(old.in_features, size)
-    # Leading features: none, the means, or the means and scales
-    leading = [
-        {Mixture: 0, Laplace: 1}.get(type(part), 2) * latent_dim for part in (vae.family, family)
-    ]
-    kept = min(leading)
+    first, kept = 0, 2 * latent_dim
+    if isinstance(vae.family, Mixture):  # its logits come first; then the means of one component
+        first, kept = vae.family.components, latent_dim
+    if isinstance(family, Mixture):
+        kept = 0
+    kept = min(kept, size)
     with torch.no_grad():
-        head.weight[:kept] = old.weight[:kept]
-        head.bias[:kept] = old.bias[:kept]
+        head.weight[:kept] = old.weight[first : first + kept]
+        head.bias[:kept] = old.bias[first : first + kept]
     return head
+
+
+class _PosteriorMean(nn.Module):
+    """The posterior mean of a model, as the guesses of a refined guide."""
+
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.vae.posterior(x).mean
 
 
 def _new_encoder(vae: VAE, hidden: tuple[int, ...] | None, size: int) -> Encoder:
@@ -139,8 +152,8 @@ def _new_encoder(vae: VAE, hidden: tuple[int, ...] | None, size: int) -> Encoder
 
 
 def _family(guide: Guide, latent_dim: int) -> nn.Module:
-    if isinstance(guide, LaplaceGuide):
-        return Laplace(latent_dim, guide.hidden)
+    if isinstance(guide, RefinedGuide):
+        return Refined(latent_dim, guide.newton, guide.sweeps)
     return posterior_family(guide, latent_dim)
 
 

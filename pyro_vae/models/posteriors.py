@@ -22,7 +22,7 @@ from pyro.distributions import (
 from torch import Tensor, nn
 from torch.distributions import kl_divergence, register_kl
 
-from ..families import DiagonalGuide, FlowGuide, FullGuide, Guide, LaplaceGuide, MixtureGuide
+from ..families import DiagonalGuide, FlowGuide, FullGuide, Guide, MixtureGuide, RefinedGuide
 from .bounds import soft_clamp
 from .flows import FlowDistribution, coupling_flow, even_normals
 
@@ -130,8 +130,8 @@ def num_features(guide: Guide, latent_dim: int) -> int:
     """Number of features F of a family."""
     if isinstance(guide, MixtureGuide):
         return guide.components * (2 * latent_dim + 1)
-    if isinstance(guide, LaplaceGuide):
-        return latent_dim + guide.hidden
+    if isinstance(guide, RefinedGuide):
+        return latent_dim
     lower = 0 if isinstance(guide, DiagonalGuide) else latent_dim * (latent_dim - 1) // 2
     return 2 * latent_dim + lower + (guide.hidden if isinstance(guide, FlowGuide) else 0)
 

@@ -17,10 +17,10 @@ from pyro.distributions import Distribution
 from torch import Tensor, nn
 
 from .interface import register
-from .laplace import Laplace
 from .likelihoods import Likelihood
 from .posteriors import DiagonalGaussian, kl
 from .priors import Vamp
+from .refined import Refined
 
 
 class VAE(nn.Module):
@@ -67,7 +67,7 @@ class VAE(nn.Module):
     def posterior(self, x: Tensor) -> Distribution:
         """q(z|x): x (..., *data_shape) → batch (...), event (Z,)."""
         features = self.encoder(x)
-        if isinstance(self.family, Laplace):
+        if isinstance(self.family, Refined):
             return self.family(features, x, self)
         return self.family(features)
 

@@ -15,6 +15,7 @@ from ..config import FitConfig, InputError
 from ..data.splits import Split, Splits
 from ..memory import check_memory
 from ..models.autoencoder import Autoencoder
+from ..models.refined import Refined
 from ..models.vae import VAE
 
 # Decoded values of a step that would take hours, without any progress to show.
@@ -30,6 +31,11 @@ def check_model(vae: VAE | Autoencoder, splits: Splits) -> None:
     """
     if not isinstance(vae, VAE | Autoencoder):
         raise InputError(f"training expects a VAE or an Autoencoder; got {type(vae).__name__}")
+    if isinstance(getattr(vae, "family", None), Refined):
+        raise InputError(
+            "training expects a guide that can be trained; this model has a refined one: train "
+            "with another, and refit"
+        )
     device = splits.train.device
     for name, value in [*vae.named_parameters(), *vae.named_buffers()]:
         if value.is_inference():

@@ -28,11 +28,11 @@ from ..capture.optimizer import NonFiniteGradient, OneOptimizer
 from ..config import FitConfig, ModelConfig, resolve_epochs
 from ..data.splits import Split, Splits
 from ..evidence.evaluation import elbo_terms
-from ..families import LaplaceGuide, MixturePrior, RefitConfig, VampPrior
+from ..families import MixturePrior, RefinedGuide, RefitConfig, VampPrior
 from ..memory import Callback, check_memory, ignore, rows_at_once
 from ..models.build import new_guide
 from ..models.interface import held_fixed, uncompiled
-from ..models.laplace import Laplace
+from ..models.refined import Refined
 from ..models.vae import VAE
 from ..objectives.simulated import WithSimulated
 from ..randomness import OwnState, derive, random_states, usual_settings
@@ -46,9 +46,9 @@ CLIP = 20.0
 # Share of the steps over which the learning rate rises.
 WARMUP = 0.05
 NUM_RECORDS = 10
-# Simulated pairs for the score of a record, and for the tail of a Laplace guide.
+# Simulated pairs for the score of a record, and for the tails of a refined guide.
 SCORED_PAIRS = 1000
-TAIL_PAIRS = 4000
+TAIL_PAIRS = 2000
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,11 @@ def refit(
 ) -> VAE:
     """Train a new guide for the model p(z) p(x|z) of `vae`, which stays as it is.
 
-    Source: "The Helmholtz machine" and its sleep phase, arXiv 1506.02557; see also
-    `objectives.simulated` and `models.laplace`.
+    A refined guide needs no training: its tails are fitted to rows simulated from the model. The
+    others are trained by SVI, on training rows and on simulated ones.
+
+    Source: "Reweighted wake-sleep", arXiv 1406.2751, for the simulated rows; see also
+    `objectives.simulated` and `models.refined`.
 
     Args:
         vae: a trained model, on the device on which `splits` deliver their batches. It is not
@@ -95,7 +98,7 @@ def refit(
         config: the family of the new guide, and its training.
         seed: of new weights, the order of the rows and all draws. Torch's global random state does
             not change.
-        on_step: called with 1 after each step.
+        on_step: called with the number of steps, or of simulated rows, just done; see `work`.
         on_record: called with each record, about `NUM_RECORDS`.
 
     Returns:
@@ -108,8 +111,34 @@ def refit(
     """
     vae = uncompiled(vae)
     with usual_settings():
-        refitted = new_guide(vae, config.guide, config.encoder_hidden, seed)
-        _check_memory(refitted, config)
+        refitted = new_guide(vae, config.guide, config.encoder_hidden, seed).eval()
+        started = time.perf_counter()
+        if isinstance(refitted.family, Refined):
+            refitted.family.set_tail(_radii(refitted, derive(seed, "refit tail"), on_step))
+            seconds = time.perf_counter() - started
+            on_record(_record(refitted, splits.validation, config, seed, 0, seconds))
+            return refitted
+        _check_memory(config, splits)
+    return _trained(vae, refitted, splits, config, seed, on_step, on_record)
+
+
+def work(config: RefitConfig) -> tuple[int, str]:
+    """How often `refit` calls `on_step` with 1, and the unit."""
+    if isinstance(config.guide, RefinedGuide):
+        return TAIL_PAIRS, "row"
+    return config.steps, "step"
+
+
+def _trained(
+    vae: VAE,
+    refitted: VAE,
+    splits: Splits,
+    config: RefitConfig,
+    seed: int,
+    on_step: Callback,
+    on_record: Callable[[RefitRecord], object],
+) -> VAE:
+    """Train the guide of `refitted` by SVI; see `refit`."""
     guide = nn.ModuleList([refitted.encoder, refitted.family])
     own = OwnState(next(vae.parameters()).device, derive(seed, "refit"))
     optimizer = OneOptimizer(torch.optim.Adam(guide.parameters(), fused=True))
@@ -133,11 +162,7 @@ def refit(
                     best, best_score = copy.deepcopy(guide.state_dict()), record.score
                 on_record(record)
     guide.load_state_dict(best)
-    if isinstance(refitted.family, Laplace):
-        refitted.family.set_tail(_radii(refitted, derive(seed, "refit tail")))
-        seconds = time.perf_counter() - started
-        on_record(_record(refitted, splits.validation, config, seed, config.steps, seconds))
-    return refitted.eval()
+    return refitted
 
 
 def refitted_config(model: ModelConfig, config: RefitConfig) -> ModelConfig:
@@ -154,11 +179,11 @@ def is_cheaper(config: RefitConfig, training: FitConfig, num_train: int, latent_
     """Whether a refit takes less time than the training, by the number of passes of networks."""
     rows = min(training.batch_size, num_train) * training.num_particles
     num_steps = resolve_epochs(training, num_train) * math.ceil(num_train / training.batch_size)
-    # Encoder and decoder, forward and backward
-    trained = 6 * rows * num_steps
-    # Rows near the data, rows and pairs; each latent is a pass of the decoder, in each Newton step.
-    each = 2 * latent_dim if isinstance(config.guide, LaplaceGuide) else 6
-    return (2 + NEAR) * config.batch_size * config.steps * each <= trained
+    trained = 6 * rows * num_steps  # encoder and decoder, forward and backward
+    if isinstance(config.guide, RefinedGuide):
+        newton, sweeps = config.guide.newton + 1, config.guide.sweeps + 1
+        return TAIL_PAIRS * latent_dim * (newton + 6 * sweeps) <= trained
+    return 6 * (2 + NEAR) * config.batch_size * config.steps <= trained
 
 
 def _step(svi: SVI, vae: VAE, trained: VAE, train: Split, config: RefitConfig) -> None:
@@ -182,10 +207,11 @@ def _step(svi: SVI, vae: VAE, trained: VAE, train: Split, config: RefitConfig) -
 
 
 @torch.no_grad()
-def _radii(vae: VAE, seed: int) -> np.ndarray:
+def _radii(vae: VAE, seed: int, on_row: Callback = ignore) -> np.ndarray:
     """Distances (N,) of simulated z from the mean, in units of the guide's scale."""
     found = []
     for x, z in _pairs(vae, TAIL_PAIRS, seed):
+        on_row(len(z))
         q: Any = vae.posterior(x)
         away = (z - q.loc).unsqueeze(-1)
         whitened = torch.linalg.solve_triangular(q.scale_tril, away, upper=False)
@@ -226,13 +252,8 @@ def _learning_rate(config: RefitConfig, step: int) -> float:
     return config.learning_rate * rise * (1 + math.cos(math.pi * step / config.steps)) / 2
 
 
-def _check_memory(vae: VAE, config: RefitConfig) -> None:
-    """Check that the rows of a step fit in memory, and the Jacobians of a Laplace guide."""
-    each = math.prod(vae.likelihood_module.spec.shape)
-    if isinstance(config.guide, LaplaceGuide):
-        each *= vae.prior().event_shape.numel()
-    check_memory(
-        6 * each * config.batch_size,
-        f"the {config.batch_size} rows of a step",
-        "lower --batch-size",
-    )
+def _check_memory(config: RefitConfig, splits: Splits) -> None:
+    """Check that the rows of a step fit in memory."""
+    rows = config.batch_size
+    what = f"the {rows:,} rows of a step"
+    check_memory(6 * math.prod(splits.spec.shape) * rows, what, "lower --batch-size")
