@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import tyro
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .diagnostics.suite import Effort, Study
+    from .models.vae import VAE
 
 
 MIN_ROWS = 5  # the search for holes cross-validates over 5 parts of them
@@ -100,7 +101,7 @@ def _diagnose(arguments: DiagnoseArguments, run: OpenRun, show: bool) -> dict[st
     from .plots.codes import latent_codes
     from .randomness import derive, random_states
 
-    folder = arguments.run
+    folder, vae = arguments.run, cast("VAE", run.vae)
     effort = QUICK if arguments.quick else FULL
     held_out, training, numbers = _rows(run, effort)
     report = _report(run, len(held_out), arguments.quick, effort)
@@ -110,7 +111,7 @@ def _diagnose(arguments: DiagnoseArguments, run: OpenRun, show: bool) -> dict[st
     bar = tqdm(total=100, disable=None, bar_format=style)
     try:
         with bar, random_states(run.device, derive(run.seed, "diagnose")):
-            for study in studies(run.vae, held_out, training, effort, bar.update, numbers):
+            for study in studies(vae, held_out, training, effort, bar.update, numbers):
                 _record(study, report, folder, run)
                 bar.set_postfix({"ELBO": f"{report['details']['elbo']:.2f}"})
             bar.update(100 - bar.n)

@@ -26,9 +26,10 @@ def remedies(
         refitted: whether its guide has been trained anew with the model fixed.
 
     Returns:
-        mend: a better guide: trained anew, of a richer family if a diagonal one or a second try is
-            not enough, or draws row by row.
-        richer: the same, of a richer family if there is one.
+        mend: a guide trained anew; of a richer family if it is diagonal or has been refitted; draws
+            for each row if there is no richer family.
+        or_draws: draws for each row, as an alternative to it.
+        richer: a guide of a richer family, if there is one, or draws for each row.
         recalibrate: factors for the posterior's standard deviations.
         prior: a prior that is not N(0, I), or empty if the run has one.
     """
@@ -37,17 +38,19 @@ def remedies(
     family = RICHER.get(guide) if model.latent_dim > 1 else None
     if prior == "vamp" and family == "flow":  # its components are posteriors, Gaussians
         family = None
-    draws = (
-        "draw from the posterior of each row itself:\n"
-        f"python -m pyro_vae.encode {name} --draws 1000 --out draws.npz\n"
+    refit, draws = (
+        f"python -m pyro_vae.refit {name}",
+        (
+            "draw from the posterior of each row itself:\n"
+            f"python -m pyro_vae.encode {name} --draws 1000 --out draws.npz\n"
+        ),
     )
-    refit = f"python -m pyro_vae.refit {name}"
-    richer = draws
+    richer = ""
     if family is not None:
         kind = {"full": "with correlated latents", "flow": "that need not be Gaussian"}[family]
-        richer = f"fit a guide {kind}, the model held fixed:\n{refit} --guide {family}\nor {draws}"
-    mend = f"fit the guide anew, the model held fixed:\n{refit}\nor {draws}"
-    if refitted or (guide == "diagonal" and family is not None):
+        richer = f"fit a guide {kind}, the model held fixed:\n{refit} --guide {family}\n"
+    mend = f"fit the guide anew, the model held fixed:\n{refit}\n"
+    if refitted or (guide == "diagonal" and richer):
         mend = richer
     others = [
         "mixture",
@@ -55,8 +58,9 @@ def remedies(
         *(["vamp"] if guide in ("diagonal", "full") else []),
     ]
     return {
-        "mend": mend,
-        "richer": richer,
+        "mend": mend or draws,
+        "or_draws": f"or {draws}" if mend else "",
+        "richer": f"{richer}or {draws}" if richer else draws,
         "recalibrate": f"python -m pyro_vae.encode {name} --recalibrate --out codes.npz\n",
         "prior": f"train with --prior {' or '.join(others)}; or " if prior == "normal" else "",
     }

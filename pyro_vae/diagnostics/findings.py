@@ -118,7 +118,7 @@ WEIGHTS = Check(
     "share of rows whose Pareto k is too high to rely on log p(x)",
     (0.1, 0.5),
     "where k is high, q(z|x) lacks mass that p(z|x) has, and log p(x) is underestimated",
-    "report log p(x) as a lower bound, with its number of samples; {mend}",
+    "report log p(x) as a lower bound, with its number of samples; {mend}{or_draws}",
 )
 BOUNDS = Check(
     "log p(x), bounded",
@@ -133,7 +133,7 @@ AMORTIZATION = Check(
     "ELBO of the best {subject} minus the encoder's, nats per row",
     (1.0, 5.0),
     "a posterior fitted to each row alone is better than the encoder's by this much",
-    "{mend}if training and validation ELBO differ, more data or fewer epochs help too",
+    "{mend}{or_draws}if training and validation ELBO differ, more data or fewer epochs help too",
 )
 APPROXIMATION = Check(
     "approximation gap",
@@ -180,7 +180,7 @@ REGIONS = replace(
     name="coverage, regions",
     effect="share of truths inside the joint highest-density {ideal:.0%} regions",
     limits=(0.05, 0.2),
-    advice="{mend}",
+    advice="{mend}{or_draws}",
 )
 LIKELIHOOD_RANKS = Check(
     "use of the data",
@@ -209,7 +209,7 @@ CHAIN_MEANS = Check(
     "root mean square difference of posterior means, in sds of NUTS",
     (0.3, 1.0),
     "the centre of q(z|x) is this far from that of the same row's posterior",
-    "{mend}",
+    "{mend}{or_draws}",
     unreliable="the chains disagree (R-hat above 1.05), run them longer; ",
 )
 CHAIN_WIDTHS = Check(
@@ -247,11 +247,11 @@ HOLES = Check(
 )
 LOCAL = Check(
     "local test",
-    "share of pairs in which a classifier that sees x tells the truth from a draw of q(z|x)",
+    "share of pairs in which a classifier, given x, tells the truth from a draw",
     (0.05, 0.15),
     "given x, q(z|x) differs from p(z|x) by as much as the classifier can tell; `local` in "
     "diagnostics.json has a p-value for each held-out row",
-    "{mend}",
+    "{mend}{or_draws}",
     ideal=0.5,
 )
 

@@ -96,9 +96,10 @@ def local_test(
 
     features = _features(vae)
     truths, draws = _pairs(vae, num_pairs, features, on_chunk)
-    swaps = np.random.default_rng(seed).integers(0, 2, (num_pairs, num_permutations + 1))
-    swaps[:, 0] = 0
-    labels = np.concatenate([0.5 - swaps, swaps - 0.5]).astype(np.float32)
+    shape = (num_pairs, num_permutations + 1)
+    label = np.random.default_rng(seed).integers(0, 2, shape, np.int8).astype(np.float32) - 0.5
+    label[:, 0] = 0.5  # the truth is the truth
+    labels = np.concatenate([label, -label])
     values = np.concatenate([truths, draws])
     scaler = StandardScaler().fit(values)
     ridge = Ridge(PENALTY * len(labels), solver="cholesky").fit(scaler.transform(values), labels)
@@ -139,9 +140,10 @@ def _features(vae: LatentModel) -> Features:
     x = vae.likelihood(vae.prior().sample((FITTED_ROWS,))).sample()
     means = vae.posterior(x).mean
     values = [v.flatten(1).cpu().numpy() for v in (x, means)]
-    components = [
-        PCA(min(COMPONENTS, v.shape[1]), whiten=True, random_state=0).fit(v) for v in values
-    ]
+    with np.errstate(invalid="ignore"):  # shares of no variance, if x or the means are constant
+        components = [
+            PCA(min(COMPONENTS, v.shape[1]), whiten=True, random_state=0).fit(v) for v in values
+        ]
     kept = means.var(0).argsort(descending=True)[:MOST_LATENTS].cpu().numpy()
     first, second = np.triu_indices(len(kept), 1)
 

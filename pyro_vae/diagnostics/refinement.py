@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -236,7 +236,8 @@ def _gaps_of_full(
     reference: Reference = "full Gaussian"
     if not isinstance(encoder, MultivariateNormal):
         reference = "full Gaussian, or q(z|x) where it is better,"
-    better, values = own.elbo > fitted.elbo, {}
+    better = own.elbo > fitted.elbo
+    values: dict[str, Any] = {}
     for name, value in vars(own).items():
         if isinstance(value, Tensor):
             values[name] = torch.where(better, value, getattr(fitted, name))

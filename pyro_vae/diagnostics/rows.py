@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ def worst_rows(
     found = np.unique(np.concatenate([by_k, by_gap]))
     found = found[np.argsort(-tail[found], kind="stable")]
 
-    worst = [
+    worst: list[dict[str, Any]] = [
         {
             "row": int(numbers[i]),
             "split": "test",
