@@ -272,6 +272,7 @@ def _chains(vae: VAE, x: Tensor, effort: Effort, on_sample: Callable[[int], obje
     )
     with torch.no_grad():
         posterior = vae.posterior(x)
+        mean, scale = _array(posterior.mean), _array(posterior.variance.sqrt())
 
     details = {
         "nuts": {
@@ -286,8 +287,8 @@ def _chains(vae: VAE, x: Tensor, effort: Effort, on_sample: Callable[[int], obje
         }
     }
     figure = posterior_figures.chains_against_guide(
-        _array(posterior.mean),
-        _array(posterior.variance.sqrt()),
+        mean,
+        scale,
         result.draws.mean((0, 1)),
         result.draws.std((0, 1)),
         "q(z|x) and NUTS, held-out rows",

@@ -10,7 +10,8 @@ import torch
 from pyro.distributions import Normal
 from torch.distributions import kl_divergence
 
-from pyro_vae.diagnostics import refinement
+import pyro_vae
+from pyro_vae.diagnostics import nuts, refinement, suite
 from pyro_vae.diagnostics.findings import about_gaps
 from pyro_vae.diagnostics.refinement import elbo, gaps
 from pyro_vae.models.linear_gaussian import LinearGaussian
@@ -120,3 +121,45 @@ def test_a_mixture_better_than_any_gaussian_has_no_gap():
     (amortization, _) = (finding.as_dict() for finding in about_gaps(found))
     assert "full Gaussian, or q(z|x) where it is better, minus" in amortization["effect"]
     assert ((found.evidence.log_evidence - gaussian) > math.log(2) - NOISE).all()
+
+
+LITTLE = suite.Effort(
+    held_out=9,
+    importance_samples=60,
+    refined=5,
+    refine_steps=5,
+    simulations=40,
+    draws=19,
+    annealed=3,
+    anneal_steps=4,
+    anneal_chains=2,
+    chain_rows=2,
+    chains=2,
+    chain_warmup=4,
+    chain_draws=4,
+    aggregate=30,
+)
+
+
+def flow_guided() -> pyro_vae.VAE:
+    torch.manual_seed(5)
+    splits = pyro_vae.load_data(torch.randn(60, 3).numpy())
+    config = pyro_vae.ModelConfig(latent_dim=2, hidden=(8,), guide="flow", likelihood="gaussian")
+    return pyro_vae.build(config, splits)
+
+
+def test_moments_of_a_flow_have_no_gradient(monkeypatch):
+    """They are computed when they are asked for, outside of the guide's own call."""
+    draws = torch.randn(2, 8, 2, 2).unbind(0)
+    monkeypatch.setattr(nuts, "_chain", lambda *_: (draws[0], 0))
+    study = suite._chains(flow_guided(), torch.randn(2, 3), LITTLE, lambda _: None)
+    assert all(math.isfinite(finding.size.estimate) for finding in study.findings)
+
+
+@pytest.mark.slow
+def test_every_study_takes_a_flow():
+    x, numbers = torch.randn(9, 3), torch.arange(9)
+    studies = list(suite.studies(flow_guided(), x, x, LITTLE, lambda _: None, numbers))
+    findings = [finding for study in studies for finding in study.findings]
+    assert len(findings) == 16
+    assert all(math.isfinite(finding.size.estimate) for finding in findings)
