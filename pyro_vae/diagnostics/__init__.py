@@ -1,9 +1,9 @@
 """Diagnostics: checks of q(z|x).
 
 Each module computes one kind of check: simulation-based calibration (`sbc`), guides refined per row
-(`refinement`), NUTS (`nuts`), a classifier (`local`), the aggregate posterior, predictive checks, use of the latents, and
-the gradients of objectives. `findings` compares the sizes of errors with limits; `suite` runs all
-checks for the command `diagnose`.
+(`refinement`), NUTS (`nuts`), a classifier (`local`), the aggregate posterior, predictive checks,
+use of the latents, and the gradients of objectives. `findings` compares the sizes of errors with
+limits; `suite` runs all checks for the command `diagnose`.
 """
 
 from __future__ import annotations

@@ -63,7 +63,8 @@ def test_an_exact_guide_is_accepted_and_one_wrong_for_each_half_is_not():
     wrong = local_test(faulty, x, PAIRS, 50, LABELLINGS)
     assert wrong.statistic.shape == wrong.p_value.shape == (2,)
     assert (wrong.p_value < FALSE_ALARM).all()
-    assert stats.binomtest(int(wrong.correct.sum()), PAIRS).pvalue < FALSE_ALARM
+    hits = int(wrong.correct.sum())
+    assert stats.binomtest(hits, PAIRS, alternative="greater").pvalue < FALSE_ALARM
     # the size has the verdict
     assert about_local(wrong.correct).verdict == "wrong"
     assert about_local(np.arange(4000) % 2 == 0).verdict == "sound"
@@ -117,8 +118,9 @@ def test_the_p_value_of_an_exact_guide_is_uniform():
     assert stats.kstest(wrong, "uniform").pvalue < FALSE_ALARM
 
 
-def test_preferences_are_measured_on_pairs_that_are_new():
-    """Few pairs and many features: the pairs of the training would be told apart nearly always."""
+def test_preferences_are_measured_on_pairs_that_are_new(monkeypatch):
+    """Few pairs and no penalty: the pairs of the training would be told apart nearly always."""
+    monkeypatch.setattr(local, "PENALTY", 1e-3)
     torch.manual_seed(6)
     result = local_test(guided(), torch.ones(1, 5), 100, 5, 1)
     assert abs(result.correct.mean() - 0.5) < SIGMAS * 0.5 / math.sqrt(100)
@@ -132,6 +134,12 @@ def test_units_of_a_full_gaussian_are_independent():
     assert np.abs(np.cov(u.T) - np.eye(2)).max() < 2 * SIGMAS / math.sqrt(20_000)
     far = local._units(q, q.mean + 1000)
     assert np.abs(far).max() == local.REACH
+
+
+def test_units_of_a_diagonal_gaussian_are_standard_deviations():
+    q = Normal(torch.tensor([[3.0, -2.0]]), torch.tensor([[0.1, 4.0]])).to_event(1)
+    u = local._units(q, torch.tensor([[3.2, -6.0]]))
+    np.testing.assert_allclose(u, [[2.0, -1.0]], rtol=1e-4)
 
 
 def test_features_do_not_depend_on_the_order_of_rows():
