@@ -3,6 +3,7 @@ from .data.loading import load_data
 from .data.splits import DataSpec, Split, Splits
 from .diagnostics.gradients import measure_gradients
 from .diagnostics.latents import latent_use
+from .diagnostics.local import local_test
 from .diagnostics.nuts import compare_with_nuts
 from .diagnostics.predictive import predictive_check
 from .diagnostics.refinement import gaps, refine
@@ -49,6 +50,7 @@ __all__ = [
     "latent_use",
     "load",
     "load_data",
+    "local_test",
     "log_evidence",
     "measure_gradients",
     "miscalibration",

@@ -4,21 +4,31 @@ The guide q(z|x) is tested on held-out rows and on rows simulated from the model
 are known. Each error has a 95% confidence interval. The verdict is sound if the error is shown to
 be small, wrong if it is shown to be large, and doubtful otherwise. RUN/diagnostics.json holds all
 numbers, RUN/figures/diagnose_*.png show them, and RUN/report.html is rewritten with the verdicts.
+Advice gives the command that mends what was found. The rows with the worst posterior are named by
+their numbers in the data, counted from 0.
+
+With a second run, for example the refitted one, both are printed side by side. Each is diagnosed if
+its diagnostics.json is missing or describes another checkpoint.
 
   python -m pyro_vae.diagnose runs/digits
   python -m pyro_vae.diagnose runs/digits --quick
   python -m pyro_vae.diagnose runs/digits --strict || echo "do not use this posterior"
+  python -m pyro_vae.diagnose runs/digits runs/refitted
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import tyro
 
 from .cli import OpenRun, RunArguments, open_run, parse, print_json, run_command
 from .config import InputError
@@ -27,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .diagnostics.suite import Effort, Study
+    from .models.vae import VAE
 
 
 MIN_ROWS = 5  # the search for holes cross-validates over 5 parts of them
@@ -37,11 +48,13 @@ class DiagnoseArguments(RunArguments):
     """Arguments of `diagnose`.
 
     Attributes:
+        run2: Second run, to print beside the first.
         quick: Use fewer rows, draws and steps: faster, with wider intervals.
-        strict: Exit with status 1 if a finding is wrong.
+        strict: Exit with status 1 if a finding is wrong, of the second run if there are two.
         json: Print the contents of diagnostics.json instead of the table.
     """
 
+    run2: Annotated[Path | None, tyro.conf.Positional] = None
     quick: bool = False
     strict: bool = False
     json: bool = False
@@ -52,13 +65,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: DiagnoseArguments) -> int:
-    from tqdm import tqdm
+    if arguments.run2 is not None:
+        reports = _compare(arguments, arguments.run2)
+        if arguments.json:
+            print_json(reports)
+        else:
+            print(_side_by_side(reports))
+        report = reports["after"]
+    else:
+        report = _diagnose(arguments, _open(arguments), show=not arguments.json)
+        if arguments.json:
+            print_json(report)
+    return int(arguments.strict and any(f["verdict"] == "wrong" for f in report["findings"]))
 
-    from .diagnostics.suite import FULL, QUICK, studies
+
+def _open(arguments: DiagnoseArguments) -> OpenRun:
+    """Load a run that has a posterior."""
     from .models.vae import VAE
-    from .page.write import write_report
-    from .plots.codes import latent_codes
-    from .randomness import derive, random_states
 
     folder = arguments.run
     if not folder.is_dir():
@@ -66,16 +89,30 @@ def _main(arguments: DiagnoseArguments) -> int:
     run = open_run(arguments)
     if not isinstance(run.vae, VAE):
         raise InputError(f"{folder} is an autoencoder, which has no posterior to diagnose")
+    return run
+
+
+def _diagnose(arguments: DiagnoseArguments, run: OpenRun, show: bool) -> dict[str, Any]:
+    """Make all studies, write their results, print the table if `show`, and return the report."""
+    from tqdm import tqdm
+
+    from .diagnostics.suite import FULL, QUICK, studies
+    from .page.write import write_report
+    from .plots.codes import latent_codes
+    from .randomness import derive, random_states
+
+    folder, vae = arguments.run, cast("VAE", run.vae)
     effort = QUICK if arguments.quick else FULL
-    held_out, training = _rows(run, effort)
+    held_out, training, numbers = _rows(run, effort)
     report = _report(run, len(held_out), arguments.quick, effort)
     (folder / "figures").mkdir(exist_ok=True)
+    (folder / "figures" / "diagnose_worst_rows.png").unlink(missing_ok=True)  # there may be none
     style = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     bar = tqdm(total=100, disable=None, bar_format=style)
     try:
         with bar, random_states(run.device, derive(run.seed, "diagnose")):
-            for study in studies(run.vae, held_out, training, effort, bar.update):
-                _record(study, report, folder)
+            for study in studies(vae, held_out, training, effort, bar.update, numbers):
+                _record(study, report, folder, run)
                 bar.set_postfix({"ELBO": f"{report['details']['elbo']:.2f}"})
             bar.update(100 - bar.n)
         report["complete"] = True
@@ -84,16 +121,14 @@ def _main(arguments: DiagnoseArguments) -> int:
             codes = latent_codes(run.vae, run.splits, run.checkpoint.config.seed)
             write_report(folder, run.checkpoint, run.splits, codes)
     finally:
-        if report["findings"] and not arguments.json:
+        if report["findings"] and show:
             print(_table(report, folder))
-    if arguments.json:
-        print_json(report)
-    return int(arguments.strict and any(f["verdict"] == "wrong" for f in report["findings"]))
+    return report
 
 
-def _rows(run: OpenRun, effort: Effort) -> tuple[Tensor, Tensor]:
-    """Random held-out and training rows, as x."""
-    from .diagnostics.suite import random_rows
+def _rows(run: OpenRun, effort: Effort) -> tuple[Tensor, Tensor, Tensor]:
+    """Random held-out and training rows, as x, and the numbers of the first in the data."""
+    from .diagnostics.suite import random_numbers, random_rows
 
     splits, units = run.splits, run.vae.likelihood_module.units
     # Other data have no training rows: the aggregate posterior is then that of the test rows.
@@ -105,7 +140,8 @@ def _rows(run: OpenRun, effort: Effort) -> tuple[Tensor, Tensor]:
                 f"more rows by --data"
             )
     held_out = random_rows(splits.test, units, effort.held_out, run.seed)
-    return held_out, random_rows(known, units, effort.aggregate, run.seed)
+    training = random_rows(known, units, effort.aggregate, run.seed)
+    return held_out, training, random_numbers(splits.test, effort.held_out, run.seed)
 
 
 def _report(run: OpenRun, num_rows: int, quick: bool, effort: Effort) -> dict[str, Any]:
@@ -114,6 +150,7 @@ def _report(run: OpenRun, num_rows: int, quick: bool, effort: Effort) -> dict[st
     binarized = splits.spec.binarizes(checkpoint.vae.likelihood_module.units)
     return {
         "checkpoint": str(checkpoint.path),
+        "digest": _digest(checkpoint.path),
         "step": checkpoint.history[-1]["step"] if checkpoint.history else 0,
         "fingerprint": splits.fingerprint,
         "data": splits.name,
@@ -128,11 +165,18 @@ def _report(run: OpenRun, num_rows: int, quick: bool, effort: Effort) -> dict[st
     }
 
 
-def _record(study: Study, report: dict[str, Any], folder: Path) -> None:
+def _digest(path: Path) -> str:
+    return blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+def _record(study: Study, report: dict[str, Any], folder: Path, run: OpenRun) -> None:
     """Add a study to the report and write both, so that an interruption loses no finished study."""
+    from .diagnostics.advice import remedies
     from .plots.run import save_all
 
-    report["findings"] += [finding.as_dict() for finding in study.findings]
+    checkpoint = run.checkpoint
+    texts = remedies(folder, checkpoint.config.model, checkpoint.path.name == "refitted.pt")
+    report["findings"] += [finding.as_dict(texts) for finding in study.findings]
     report["details"].update(study.details)
     pictures = {f"diagnose_{name}": figure for name, figure in study.figures.items()}
     save_all(pictures, folder / "figures")
@@ -147,8 +191,6 @@ def _write(path: Path, report: dict[str, Any]) -> None:
 
 def _table(report: dict[str, Any], run: Path) -> str:
     """Findings with their numbers; meaning and advice of those that are not sound."""
-    from .diagnostics.findings import number
-
     details = report["details"]
     lines = [
         report["checkpoint"],
@@ -159,20 +201,138 @@ def _table(report: dict[str, Any], run: Path) -> str:
         "",
     ]
     for finding in report["findings"]:
-        estimate, low, high = (number(finding[key]) for key in ("estimate", "low", "high"))
-        numbers = f"{estimate} [{low}, {high}]"
-        lines.append(f"{finding['verdict']:<9} {finding['check']:<21} {numbers}")
+        lines.append(f"{finding['verdict']:<9} {finding['check']:<21} {_numbers(finding)}")
         lines.append(f"{'':10}{finding['effect']}; ideal {finding['ideal']:g}")
         if finding["verdict"] != "sound":
-            for text in (finding["meaning"], f"→ {finding['advice']}"):
-                lines += textwrap.wrap(
-                    text, 100, initial_indent=" " * 10, subsequent_indent=" " * 12
-                )
-    verdicts = [finding["verdict"] for finding in report["findings"]]
-    counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("sound", "doubtful", "wrong"))
-    lines += ["", f"{counts}; numbers in {run / 'diagnostics.json'}, figures in {run / 'figures'}"]
+            lines += textwrap.wrap(
+                finding["meaning"], 100, initial_indent=" " * 10, subsequent_indent=" " * 12
+            )
+            lines += _advice(finding["advice"])
+    lines += ["", *_worst_rows(details.get("worst_rows", []))]
+    files = f"numbers in {run / 'diagnostics.json'}, figures in {run / 'figures'}"
+    lines.append(f"{_counts(report)}; {files}")
     if not report["complete"]:
         lines.append("interrupted: the remaining studies were not run")
+    return "\n".join(lines)
+
+
+def _numbers(finding: dict[str, Any]) -> str:
+    """Size and interval of a finding. JSON has null for a number that is not finite."""
+    from .diagnostics.findings import number
+
+    values = (finding[key] for key in ("estimate", "low", "high"))
+    estimate, low, high = ("nan" if value is None else number(value) for value in values)
+    return f"{estimate} [{low}, {high}]"
+
+
+def _counts(report: dict[str, Any]) -> str:
+    verdicts = [finding["verdict"] for finding in report["findings"]]
+    return ", ".join(f"{verdicts.count(v)} {v}" for v in ("sound", "doubtful", "wrong"))
+
+
+def _advice(advice: str) -> list[str]:
+    """The lines of an advice. A command is not wrapped, so that it can be copied."""
+    lines = []
+    for i, text in enumerate(advice.split("\n")):
+        if text.startswith("python -m"):
+            lines.append(" " * 14 + text)
+        else:
+            first = " " * 12 if i else " " * 10 + "→ "
+            lines += textwrap.wrap(text, 100, initial_indent=first, subsequent_indent=" " * 12)
+    return lines
+
+
+def _worst_rows(rows: list[dict[str, Any]]) -> list[str]:
+    """One line for each size: the rows where it is worst, with their sizes."""
+    lines = []
+    for name, key in (("Pareto k", "pareto_k"), ("amortization gap", "amortization_gap")):
+        # Rows that were chosen for the other size may be fine by this one.
+        worst = sorted((r for r in rows if key in r["worst_by"]), key=lambda r: -_size(r[key]))
+        if worst:
+            named = ", ".join(f"{row['row']} ({row[key]:.2f})" for row in worst)
+            lines.append(f"worst rows by {name}: {named}")
+    return [*lines, ""] if lines else []
+
+
+def _size(value: float) -> float:
+    return float("inf") if value != value else value
+
+
+def _compare(arguments: DiagnoseArguments, run2: Path) -> dict[str, Any]:
+    """The reports of two runs of the same data and likelihood, each made if it is not there."""
+    both = [dataclasses.replace(arguments, run=run, run2=None) for run in (arguments.run, run2)]
+    runs = [_open(one) for one in both]
+    kinds = [(r.splits.fingerprint, r.checkpoint.config.model.likelihood) for r in runs]
+    if kinds[0] != kinds[1]:
+        first, second = (
+            f"{r.splits.name} {kind[0][:8]} ({kind[1]})"
+            for r, kind in zip(runs, kinds, strict=True)
+        )
+        raise InputError(
+            f"expected two runs of the same data and likelihood; got {first} and {second}: "
+            f"diagnose them one by one"
+        )
+    reports = {}
+    for name, one, run in zip(("before", "after"), both, runs, strict=True):
+        report = _kept(one.run)
+        reason = _outdated(report, run, arguments.quick)
+        if reason:
+            print(f"{one.run}: {reason}; diagnosing {run.checkpoint.path}", file=sys.stderr)
+            _diagnose(one, run, show=False)
+            report = _kept(one.run)
+        reports[name] = report
+    return reports
+
+
+def _kept(run: Path) -> dict[str, Any]:
+    """The contents of a run's diagnostics.json, empty if it cannot be read."""
+    try:
+        report = json.loads((run / "diagnostics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
+def _outdated(report: dict[str, Any], run: OpenRun, quick: bool) -> str:
+    """Why a report is not the one that `diagnose` would make of a run; empty if it is."""
+    if not report:
+        return "no diagnostics.json"
+    if not report.get("complete"):
+        return "its diagnostics.json is incomplete"
+    if report.get("digest") != _digest(run.checkpoint.path):
+        return (
+            f"its diagnostics.json describes another checkpoint, {report.get('checkpoint')} at "
+            f"step {report.get('step')}"
+        )
+    if (report.get("fingerprint"), report.get("seed")) != (run.splits.fingerprint, run.seed):
+        return "its diagnostics.json describes other data or another seed"
+    if report["effort"]["quick"] != quick:
+        return f"its diagnostics.json was made with{'out' if quick else ''} --quick"
+    return ""
+
+
+def _side_by_side(reports: dict[str, Any]) -> str:
+    """Two reports: checkpoint, ELBO and log p(x), and each finding with its verdict and numbers."""
+    both = list(reports.values())
+
+    def line(name: str, texts: list[str]) -> str:
+        return f"{name:<21} {texts[0]:<36} {texts[1]}".rstrip()
+
+    lines = [f"{name:<7} {report['checkpoint']}" for name, report in reports.items()]
+    seeds = {report["seed"] for report in both}
+    lines.append(
+        f"held-out rows of {both[0]['data']}, {'the same' if len(seeds) == 1 else 'different'} "
+        f"ones, and rows simulated from each model; 95% intervals"
+    )
+    lines += ["", line("", list(reports))]
+    for name, key in (("ELBO", "elbo"), ("log p(x)", "log_evidence")):
+        values = [report["details"][key] for report in both]
+        lines.append(line(name, ["nan" if v is None else f"{v:.2f}" for v in values]))
+    found = [{finding["check"]: finding for finding in report["findings"]} for report in both]
+    for check in dict.fromkeys([*found[0], *found[1]]):
+        pair = [findings.get(check) for findings in found]
+        lines.append(line(check, [f"{f['verdict']:<9} {_numbers(f)}" if f else "-" for f in pair]))
+    lines += ["", line("", [_counts(report) for report in both])]
     return "\n".join(lines)
 
 

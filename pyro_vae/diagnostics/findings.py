@@ -13,13 +13,14 @@ conventions, and each finding states its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from ..evidence.annealing import Annealed
+from .advice import remedies
 from .intervals import Interval, interval, share_interval
 from .latents import LatentUse
 from .nuts import Comparison
@@ -44,7 +45,7 @@ class Check:
         effect: the reported number, with its unit. `{ideal}` and `{subject}` are filled in.
         limits: of sound and of wrong, as distances from `ideal`, or ratios if `is_ratio`.
         meaning: how to read the number; `{direction}` is one of `directions`.
-        advice: what to do if the finding is not sound.
+        advice: what to do if the finding is not sound; names in braces are `remedies`.
         ideal: the value for an exact guide.
         directions: the words for a size up to `ideal`, and for a larger one.
         is_ratio: whether deviations are ratios to `ideal`, 2 and ½ being equally far.
@@ -69,7 +70,7 @@ class Finding:
     Attributes:
         check: its row of the table.
         size: the number and its 95% confidence interval.
-        subject: the latent or statistic that the number describes, named in the effect.
+        subject: the latent, statistic or family that the number describes, named in the effect.
         reliable: whether the check itself worked; if not, the verdict is doubtful.
     """
 
@@ -94,8 +95,8 @@ class Finding:
         ratio = max(value, 1e-12) / self.check.ideal
         return max(ratio, 1 / ratio)
 
-    def as_dict(self) -> dict[str, Any]:
-        """The finding as an entry of diagnostics.json."""
+    def as_dict(self, texts: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """The finding as an entry of diagnostics.json, with the `remedies` of a run."""
         check = self.check
         meaning = check.meaning.format(direction=check.directions[self.size.estimate > check.ideal])
         if not np.isfinite(self.size.estimate):
@@ -108,7 +109,7 @@ class Finding:
             "ideal": check.ideal,
             "limits": check.limits,
             "meaning": ("" if self.reliable else check.unreliable) + meaning,
-            "advice": check.advice,
+            "advice": check.advice.format(**(texts or remedies())).strip(),
         }
 
 
@@ -117,8 +118,7 @@ WEIGHTS = Check(
     "share of rows whose Pareto k is too high to rely on log p(x)",
     (0.1, 0.5),
     "where k is high, q(z|x) lacks mass that p(z|x) has, and log p(x) is underestimated",
-    "report log p(x) as a lower bound, with its number of samples; use a richer guide, or one "
-    "refined for each row (pyro_vae.refinement)",
+    "report log p(x) as a lower bound, with its number of samples; {mend}{or_draws}",
 )
 BOUNDS = Check(
     "log p(x), bounded",
@@ -126,30 +126,34 @@ BOUNDS = Check(
     (0.2, 2.0),
     "`evaluate` underestimates log p(x) by at most this much; part of it may be the annealing's "
     "own error, see annealing_gap in diagnostics.json",
-    "use more importance samples; report the annealed lower bound where it is higher",
+    "use more importance samples; report the annealed lower bound where it is higher; {mend}",
 )
 AMORTIZATION = Check(
     "amortization gap",
-    "ELBO of the best diagonal Gaussian minus the encoder's, nats per row",
+    "ELBO of the best {subject} minus the encoder's, nats per row",
     (1.0, 5.0),
     "a posterior fitted to each row alone is better than the encoder's by this much",
-    "use more data or fewer epochs if training and validation ELBO differ, else a larger encoder; "
-    "or refine each row's posterior by SVI (pyro_vae.refinement)",
+    "{mend}{or_draws}if training and validation ELBO differ, more data or fewer epochs help too",
 )
 APPROXIMATION = Check(
     "approximation gap",
-    "log p(x) minus the best diagonal Gaussian's ELBO, nats per row",
+    "log p(x) minus the ELBO of the best {subject}, nats per row",
     (1.0, 5.0),
     "no Gaussian with independent latents comes closer, however it is trained",
-    "use a full-covariance guide, more particles with --objective dreg, or fewer latents",
+    "{richer}or train with more particles and --objective dreg, or fewer latents",
+)
+FULL_APPROXIMATION = replace(
+    APPROXIMATION,
+    meaning="no Gaussian comes closer, however it is trained; a flow or a mixture, which contains "
+    "or approximates a Gaussian, may",
 )
 WIDTH = Check(
     "posterior width",
     "factor by which posterior sds are too small (root mean square z-score)",
     (1.1, 1.5),
     "intervals of q(z|x) are too {direction}",
-    "multiply the standard deviations by this factor before you use them as error bars; try "
-    "--kl-warmup, more data, or a richer guide",
+    "multiply the standard deviations by this factor before you use them as error bars:\n"
+    "{recalibrate}or {mend}",
     ideal=1.0,
     directions=("wide: the guide is underconfident", "narrow: the guide is overconfident"),
     is_ratio=True,
@@ -159,7 +163,7 @@ BIAS = Check(
     "mean z-score of {subject}, the worst latent, in posterior sds",
     (0.2, 0.5),
     "on simulated rows, the posterior mean of this latent is too {direction} by this much",
-    "train longer, let the learning rate fall (--schedule cosine), or use a larger encoder",
+    "{mend}or train longer, with a learning rate that falls (--schedule cosine)",
     directions=("high", "low"),
 )
 INTERVALS = Check(
@@ -167,7 +171,7 @@ INTERVALS = Check(
     "share of truths inside the central {ideal:.0%} intervals of single latents",
     (0.03, 0.1),
     "regions contain the truth {direction} often than they claim",
-    "multiply their widths by the factor of `posterior width`",
+    "multiply their widths by the factor of `posterior width`:\n{recalibrate}or {mend}",
     ideal=0.9,
     directions=("less", "more"),
 )
@@ -176,16 +180,15 @@ REGIONS = replace(
     name="coverage, regions",
     effect="share of truths inside the joint highest-density {ideal:.0%} regions",
     limits=(0.05, 0.2),
-    advice="correct the `posterior width`; regions that still miss the truth need a "
-    "full-covariance guide, or fewer latents",
+    advice="{mend}{or_draws}",
 )
 LIKELIHOOD_RANKS = Check(
     "use of the data",
     "mean rank of log p(x|z) at the truth among draws from q(z|x), 0 to 1",
     (0.05, 0.2),
     "draws from q(z|x) explain x {direction} than draws from the posterior would",
-    "above ½: use --kl-warmup and more capacity against collapse, or a refined guide; below ½: the "
-    "guide is too narrow, see `posterior width`",
+    "above ½: use --kl-warmup and more capacity against collapse, or {mend}"
+    "below ½: the guide is too narrow, see `posterior width`",
     ideal=0.5,
     directions=("better", "worse"),
 )
@@ -206,7 +209,7 @@ CHAIN_MEANS = Check(
     "root mean square difference of posterior means, in sds of NUTS",
     (0.3, 1.0),
     "the centre of q(z|x) is this far from that of the same row's posterior",
-    "refine each row's posterior, or use a larger encoder, as for the amortization gap",
+    "{mend}{or_draws}",
     unreliable="the chains disagree (R-hat above 1.05), run them longer; ",
 )
 CHAIN_WIDTHS = Check(
@@ -214,7 +217,7 @@ CHAIN_WIDTHS = Check(
     "geometric mean of sd of q(z|x) / sd of NUTS",
     (1.2, 2.0),
     "q(z|x) is {direction} than the posterior of the same row",
-    "use a full-covariance guide, or divide the sds by this ratio",
+    "{mend}or divide the sds by this ratio",
     ideal=1.0,
     directions=("narrower", "wider"),
     is_ratio=True,
@@ -240,7 +243,16 @@ HOLES = Check(
     "share of p(z) where the aggregate posterior of training rows is 10 times thinner",
     (0.1, 1.0),  # no share exceeds 1: holes depend on data and model, and are no error of inference
     "the decoder was not trained on z from there: samples may be unlike any data",
-    "use fewer latents, --beta above 1, or draw z from the aggregate posterior",
+    "{prior}use fewer latents, --beta above 1, or draw z from the aggregate posterior",
+)
+LOCAL = Check(
+    "local test",
+    "share of pairs in which a classifier, given x, tells the truth from a draw",
+    (0.05, 0.15),
+    "given x, q(z|x) differs from p(z|x) by as much as the classifier can tell; `local` in "
+    "diagnostics.json has a p-value for each held-out row",
+    "{mend}{or_draws}",
+    ideal=0.5,
 )
 
 
@@ -271,9 +283,11 @@ def about_bounds(annealed: Annealed, importance: np.ndarray) -> Finding:
 def about_gaps(gaps: Gaps) -> list[Finding]:
     """Amortization and approximation gap of held-out rows."""
     reliable = bool((gaps.evidence.effective_sample_size > 10).double().mean() > 0.5)
+    approximation = APPROXIMATION if gaps.reference == "diagonal Gaussian" else FULL_APPROXIMATION
+    sizes = (interval(part.cpu().numpy()) for part in (gaps.amortization, gaps.approximation))
     return [
-        Finding(AMORTIZATION, interval(gaps.amortization.cpu().numpy())),
-        Finding(APPROXIMATION, interval(gaps.approximation.cpu().numpy()), reliable=reliable),
+        Finding(AMORTIZATION, next(sizes), gaps.reference),
+        Finding(approximation, next(sizes), gaps.reference, reliable),
     ]
 
 
@@ -346,6 +360,11 @@ def about_aggregate(blocks: np.ndarray) -> Finding:
 def about_holes(share: float, count: int) -> Finding:
     """Holes of the aggregate posterior of real rows: the share of `count` draws of the prior."""
     return Finding(HOLES, share_interval(np.arange(count) < round(share * count)))
+
+
+def about_local(correct: np.ndarray) -> Finding:
+    """The local test: (N,) whether its classifier finds the truth in pairs new to it."""
+    return Finding(LOCAL, share_interval(correct))
 
 
 def _worst(values: np.ndarray) -> tuple[int, Interval]:

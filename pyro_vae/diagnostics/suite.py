@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -23,43 +23,13 @@ from ..plots import posterior as posterior_figures
 from ..randomness import derive
 from . import findings as verdicts
 from .aggregate import aggregate_posterior, energy_coefficient, energy_test, holes
-from .findings import Finding
 from .latents import latent_use
 from .nuts import compare_with_nuts
 from .predictive import predictive_check
 from .refinement import gaps
+from .rows import local_study, worst_rows
 from .sbc import Simulations, check_ranks, coverage, gamma_band, miscalibration, simulate
-
-
-@dataclass(frozen=True)
-class Effort:
-    """Sizes of the computations.
-
-    Attributes:
-        held_out: largest number of rows for weights, latents and predictive checks.
-        importance_samples: draws of z for each of these rows and of the annealed ones.
-        refined: rows to which guides of two families are fitted, by `refine_steps` of SVI each.
-        simulations: for calibration, with `draws` each.
-        annealed: simulated rows, by `anneal_steps` on `anneal_chains` chains each.
-        chain_rows: rows for NUTS, on `chains` chains of `chain_warmup` and `chain_draws`.
-        aggregate: largest number of draws from the aggregate posterior.
-    """
-
-    held_out: int = 1000
-    importance_samples: int = 5000
-    refined: int = 128
-    refine_steps: int = 1000
-    simulations: int = 4000
-    draws: int = 199
-    annealed: int = 64
-    anneal_steps: int = 1000
-    anneal_chains: int = 8
-    chain_rows: int = 8
-    chains: int = 4
-    chain_warmup: int = 200
-    chain_draws: int = 300
-    aggregate: int = 2000
-
+from .study import Effort, Study
 
 FULL = Effort()
 QUICK = Effort(
@@ -79,31 +49,28 @@ QUICK = Effort(
 )
 
 
-@dataclass(frozen=True)
-class Study:
-    """The results of a study.
+def random_numbers(split: Split, count: int, seed: int) -> Tensor:
+    """Numbers in the data of at most `count` rows of a split: (B,).
 
-    Attributes:
-        findings: lines of the table.
-        details: their numbers, as JSON values.
-        figures: name → figure.
+    They are chosen at random: files are often sorted by class.
     """
-
-    findings: list[Finding]
-    details: dict[str, Any]
-    figures: dict[str, Figure]
+    generator = torch.Generator().manual_seed(derive(seed, "rows"))
+    return split.rows[torch.randperm(len(split), generator=generator, device="cpu")[:count]]
 
 
 def random_rows(split: Split, units: Units, count: int, seed: int) -> Tensor:
-    """At most `count` rows of a split, as x, chosen at random: files are often sorted by class."""
-    generator = torch.Generator().manual_seed(derive(seed, "rows"))
-    chosen = split.rows[torch.randperm(len(split), generator=generator, device="cpu")[:count]]
-    part = dataclasses.replace(split, rows=chosen, labels=None)
+    """The rows of `random_numbers`, as x."""
+    part = dataclasses.replace(split, rows=random_numbers(split, count, seed), labels=None)
     return torch.cat(list(part.fixed(units, seed)))
 
 
 def studies(
-    vae: VAE, held_out: Tensor, training: Tensor, effort: Effort, advance: Callable[[float], object]
+    vae: VAE,
+    held_out: Tensor,
+    training: Tensor,
+    effort: Effort,
+    advance: Callable[[float], object],
+    numbers: Tensor,
 ) -> Iterator[Study]:
     """Make all studies in turn. Draws come from torch's global random state.
 
@@ -113,23 +80,29 @@ def studies(
         training: (N, *data_shape) rows of the training split, at least 5.
         effort: sizes of the computations.
         advance: called with the percentage of the whole work just done.
+        numbers: (B,) numbers in the data of the held-out rows.
     """
 
     def part(percent: float, total: int) -> Callable[[int], object]:
         """Progress within a study that takes `percent` of the time, as measured on the digits."""
         return lambda done: advance(percent * done / total)
 
-    yield _weights(vae, held_out, effort, part(8, len(held_out) * effort.importance_samples))
+    weights = _weights(vae, held_out, effort, part(8, len(held_out) * effort.importance_samples))
+    yield weights
     yield _latents(vae, held_out)
     advance(2)
-    yield _gaps(vae, held_out[: effort.refined], effort, part(25, 2 * effort.refine_steps))
+    refined = held_out[: effort.refined]
+    fitted = _gaps(vae, refined, effort, part(25, 2 * effort.refine_steps))
+    yield fitted
     yield _calibration(vae, effort, part(8, effort.simulations))
     moves = 3 * effort.anneal_steps * effort.annealed * effort.anneal_chains
-    yield _bounds(vae, effort, part(30, moves))
+    yield _bounds(vae, effort, part(24, moves))
     transitions = effort.chains * (effort.chain_warmup + effort.chain_draws)
     yield _chains(vae, held_out[: effort.chain_rows], effort, part(25, transitions))
     yield _aggregate(vae, training, effort)
     advance(2)
+    yield local_study(vae, refined, numbers, effort, part(6, 4 * effort.simulations))
+    yield worst_rows(vae, held_out, numbers, weights.rows | fitted.rows, effort)
 
 
 def _weights(vae: VAE, x: Tensor, effort: Effort, on_chunk: Callable[[int], object]) -> Study:
@@ -152,7 +125,8 @@ def _weights(vae: VAE, x: Tensor, effort: Effort, on_chunk: Callable[[int], obje
     figure = posterior_figures.weight_tails(
         k, size, num_samples, limit, "Importance weights of held-out rows"
     )
-    return Study(findings, details, {"weights": figure})
+    rows = {"k": k, "log_evidence": _array(evidence.log_evidence)}
+    return Study(findings, details, {"weights": figure}, rows)
 
 
 def _latents(vae: VAE, x: Tensor) -> Study:
@@ -195,7 +169,8 @@ def _gaps(vae: VAE, x: Tensor, effort: Effort, on_step: Callable[[int], object])
     amortization, correlation, remainder = parts.values()
     title = "Gap between log p(x) and ELBO of held-out rows"
     figure = posterior_figures.inference_gaps(amortization, correlation, remainder, title)
-    return Study(verdicts.about_gaps(result), details, {"gaps": figure})
+    rows = {"gap": amortization, "refined_log_evidence": _array(result.evidence.log_evidence)}
+    return Study(verdicts.about_gaps(result), details, {"gaps": figure}, rows)
 
 
 def _calibration(vae: VAE, effort: Effort, on_chunk: Callable[[int], object]) -> Study:
@@ -297,6 +272,7 @@ def _chains(vae: VAE, x: Tensor, effort: Effort, on_sample: Callable[[int], obje
     )
     with torch.no_grad():
         posterior = vae.posterior(x)
+        mean, scale = _array(posterior.mean), _array(posterior.variance.sqrt())
 
     details = {
         "nuts": {
@@ -311,8 +287,8 @@ def _chains(vae: VAE, x: Tensor, effort: Effort, on_sample: Callable[[int], obje
         }
     }
     figure = posterior_figures.chains_against_guide(
-        _array(posterior.mean),
-        _array(posterior.variance.sqrt()),
+        mean,
+        scale,
         result.draws.mean((0, 1)),
         result.draws.std((0, 1)),
         "q(z|x) and NUTS, held-out rows",

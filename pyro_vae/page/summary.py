@@ -55,6 +55,7 @@ CAPTIONS = {
     "bounds": "Lower and upper bounds of log p(x) on simulated rows",
     "nuts": "q(z|x) and NUTS on the same rows",
     "aggregate": "Aggregate posterior and prior",
+    "worst_rows": "Rows with the worst Pareto k̂ or amortization gap, beside their reconstructions",
 }
 
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from . import tiles
 from .run import (
     DOTS,
     GREY,
@@ -150,6 +151,30 @@ def inference_gaps(
     below.set_yticks(range(3), ticks)
     below.set(ylim=(2.5, -0.5), xlabel="nats, each row (○ median, bar: middle half)")
     return figure
+
+
+@styled
+def worst_rows(
+    originals: np.ndarray,
+    decoded: np.ndarray,
+    rows: Sequence[int],
+    pareto_k: np.ndarray,
+    gap: np.ndarray,
+    title: str = "",
+) -> Figure:
+    """Rows (N, *shape), each beside its reconstruction, with its number and its errors.
+
+    Args:
+        rows: their numbers in the data.
+        pareto_k: (N,).
+        gap: (N,) amortization gap, nats; NaN if it is unknown.
+    """
+    sizes = zip(rows, pareto_k, gap, strict=True)
+    labels = [
+        f"row {row}\nk = {k:.2f}" + ("" if np.isnan(nats) else f", gap {nats:.1f}")
+        for row, k, nats in sizes
+    ]
+    return tiles.image_grid(np.stack([originals, decoded], axis=1), title, labels)
 
 
 @styled

@@ -28,9 +28,9 @@ DPI = 200
 
 
 @styled
-def image_grid(values: np.ndarray, title: str = "") -> Figure:
-    """A grid of images or profiles: (rows, columns, *shape)."""
-    return _grid(values, title)
+def image_grid(values: np.ndarray, title: str = "", row_labels: Sequence[str] = ()) -> Figure:
+    """A grid of images or profiles: (rows, columns, *shape), with a label for each row."""
+    return _grid(values, title, row_labels)
 
 
 @styled

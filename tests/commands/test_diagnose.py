@@ -30,10 +30,11 @@ NAMES = [
     "widths against NUTS",
     "aggregate posterior",
     "holes in the prior",
+    "local test",
 ]
 
 DRAWN = ["weights", "latents", "predictive", "gaps", "ranks", "ecdf", "coverage", "recovery"]
-DRAWN += ["contraction", "bounds", "nuts", "aggregate"]
+DRAWN += ["contraction", "bounds", "nuts", "aggregate", "worst_rows"]
 
 
 @pytest.fixture(autouse=True)

@@ -64,8 +64,9 @@ class Stub:
     def __init__(self, *studies: suite.Study) -> None:
         self.made = studies
 
-    def __call__(self, vae, held_out, training, effort, advance):
+    def __call__(self, vae, held_out, training, effort, advance, numbers):
         self.vae, self.held_out, self.training, self.effort = vae, held_out, training, effort
+        self.numbers = numbers
         self.draw, self.files, self.figures = torch.rand(3).tolist(), [], []
         for study in self.made:
             yield study
@@ -113,6 +114,8 @@ def test_held_out_rows_are_test_rows_and_training_rows_are_training_rows(
     assert len(set(training)) == len(training) == effort.aggregate
     assert set(held_out) <= rows_of(splits.test)
     assert set(training) <= rows_of(splits.train)
+    # The value of a row is its number in the data and a quarter.
+    assert made.numbers.tolist() == [int(value) for value in held_out]
     assert made.effort == effort
     report = json.loads((folder / "run" / "diagnostics.json").read_text())
     assert report["effort"] == {"quick": flags != [], **dataclasses.asdict(effort)}
@@ -195,12 +198,16 @@ ELBO -1234.57, log p(x) -1200.00 nats per row (5,000 importance samples)
 wrong     posterior width       2.00 [1.90, 2.10]
           factor by which posterior sds are too small (root mean square z-score); ideal 1
           intervals of q(z|x) are too narrow: the guide is overconfident
-          → multiply the standard deviations by this factor before you use them as error bars; try
-            --kl-warmup, more data, or a richer guide
+          → multiply the standard deviations by this factor before you use them as error bars:
+              python -m pyro_vae.encode {run} --recalibrate --out codes.npz
+            or fit a guide with correlated latents, the model held fixed:
+              python -m pyro_vae.refit {run} --guide full
 doubtful  posterior bias        -0.300 [-0.400, -0.250]
           mean z-score of z1, the worst latent, in posterior sds; ideal 0
           on simulated rows, the posterior mean of this latent is too high by this much
-          → train longer, let the learning rate fall (--schedule cosine), or use a larger encoder
+          → fit a guide with correlated latents, the model held fixed:
+              python -m pyro_vae.refit {run} --guide full
+            or train longer, with a learning rate that falls (--schedule cosine)
 sound     aggregate posterior   0.001 [0.000, 0.002]
           energy coefficient between it and the prior, on simulated rows, 0 to 1; ideal 0
 
@@ -387,7 +394,7 @@ def test_odd_data_give_numbers(name, tmp_path, capsys, monkeypatch):
     output = capsys.readouterr()
     report = json.loads(output.out, parse_constant=no_token)
     assert report["complete"] is True
-    assert len(report["findings"]) == 15
+    assert len(report["findings"]) == 16
     for finding in report["findings"]:
         assert None not in [finding[key] for key in ("estimate", "low", "high")], finding["check"]
     assert "note" not in output.err

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from pyro_vae.data.splits import DataSpec, Split
 from pyro_vae.diagnostics import findings as verdicts
-from pyro_vae.diagnostics import suite
+from pyro_vae.diagnostics import rows, suite
 from pyro_vae.diagnostics.gradients import measure_gradients
 from pyro_vae.diagnostics.latents import LatentUse
 from pyro_vae.diagnostics.nuts import Comparison
@@ -49,6 +49,7 @@ EFFORT = suite.Effort(
     aggregate=30,
 )
 D, Z = 6, 2
+NUMBERS = torch.arange(1000, 1012)  # of the held-out rows in the data
 WATCHED = ["importance_sample", "upper_bound", "anneal", "latent_use", "predictive_check"]
 WATCHED += ["simulate", "aggregate_posterior", "energy_coefficient", "energy_test", "holes"]
 
@@ -104,13 +105,14 @@ def made():
         for name in WATCHED:
             watch(patch, calls, suite, name)
         watch(patch, calls, suite, "gaps", known_gaps)
+        watch(patch, calls, rows, "local_test")
         watch(patch, calls, suite, "compare_with_nuts", known_comparison)
         for module in (suite.posterior_figures, suite.calibration_figures):
             for name, value in list(vars(module).items()):
                 if inspect.isfunction(value) and not name.startswith("_"):
                     watch(patch, drawn, module, name, lambda *_, **__: Figure())
         torch.manual_seed(1)
-        studies = list(suite.studies(vae, held_out, training, EFFORT, done.append))
+        studies = list(suite.studies(vae, held_out, training, EFFORT, done.append, NUMBERS))
     return vae, held_out, training, studies, calls, drawn, done
 
 
@@ -390,6 +392,45 @@ def test_aggregate(made):
     shown, _ = drawn.only("aggregate_posterior")
     same(shown["prior_draws"], prior)
     same(shown["aggregate_draws"], seen)
+
+
+def test_local(made):
+    """The refined rows, four times as many pairs as simulations, and the numbers of the rows."""
+    vae, held_out, _, studies, calls, _, _ = made
+    asked, result = calls.only("local_test")
+    assert asked["vae"] is vae
+    same(asked["x_observed"], held_out[:5])
+    assert asked["num_pairs"] == 2 * 60  # to train on, and as many to test
+    assert studies[7].findings == [verdicts.about_local(result.correct)]
+    assert studies[7].details["local"] == {
+        "rows": [1000, 1001, 1002, 1003, 1004],
+        "statistic": result.statistic.tolist(),
+        "p_value": result.p_value.tolist(),
+    }
+
+
+def test_worst_rows_come_from_both_studies(made):
+    """k and log p(x) of all rows; the gap, and a better log p(x), of those that were refined."""
+    _, held_out, _, studies, calls, drawn, _ = made
+    evidence, fitted = calls["importance_sample"][0][1], calls.only("gaps")[1]
+    worst = studies[8].details["worst_rows"]
+    assert studies[8].findings == []
+    gaps = {line["row"]: line["amortization_gap"] for line in worst}
+    assert {1000, 1001, 1002, 1003, 1004} <= set(gaps)  # gaps of 4 nats and more
+    for line in worst:
+        i = line["row"] - 1000
+        assert line["pareto_k"] == evidence.pareto_k[i]
+        if i < 5:
+            assert line["amortization_gap"] == fitted.amortization[i]
+            assert line["log_evidence"] == fitted.evidence.log_evidence[i]
+        else:
+            assert math.isnan(line["amortization_gap"])
+            assert line["log_evidence"] == evidence.log_evidence[i]
+    shown, _ = drawn.only("worst_rows")
+    same(shown["originals"], held_out[[row - 1000 for row in gaps]])
+    assert shown["rows"] == list(gaps)
+    same(shown["pareto_k"], [line["pareto_k"] for line in worst])
+    same(shown["gap"], list(gaps.values()))
 
 
 def test_holes_of_few_training_rows(monkeypatch):

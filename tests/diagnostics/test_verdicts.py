@@ -17,6 +17,7 @@ from pyro.distributions import Normal
 from scipy import stats
 
 from pyro_vae.diagnostics import findings as verdicts
+from pyro_vae.diagnostics.advice import remedies
 from pyro_vae.diagnostics.findings import Finding, number
 from pyro_vae.diagnostics.intervals import Interval, interval, share_interval
 from pyro_vae.diagnostics.latents import LatentUse
@@ -51,6 +52,7 @@ ADDITIVE = {
     "FULL_COLLAPSE": (0, 0.5, 0.99, "", "every latent ignores x"),
     "CHAIN_MEANS": (0, 0.3, 1.0, "", "is this far from that of the same row's posterior"),
     "PREDICTIONS": (0, 0.5, 2.0, "differ from the rows", "differ from the rows"),
+    "LOCAL": (0.5, 0.05, 0.15, "given x, q(z|x) differs", "given x, q(z|x) differs from p(z|x)"),
     "AGGREGATE": (0, 0.02, 0.1, "", "q(z|x) does not equal p(z)"),
 }
 RATIOS = {
@@ -169,7 +171,7 @@ def test_an_entry_of_the_file():
         "ideal": 0.0,
         "limits": (0.2, 0.5),
         "meaning": "on simulated rows, the posterior mean of this latent is too high by this much",
-        "advice": verdicts.BIAS.advice,
+        "advice": verdicts.BIAS.advice.format(**remedies()).strip(),
     }
     check = replace(verdicts.CHAIN_MEANS, effect="at {ideal:.0%} of {subject}", ideal=0.8)
     entry = Finding(check, Interval(0.0, 0.0, 0.0), "all", reliable=False).as_dict()
