@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -31,7 +32,9 @@ DATA, LATENTS, NOISE = 5, 2, 0.6
 
 def oracle(guide="collapsed") -> LinearGaussian:
     torch.manual_seed(3)
-    return LinearGaussian(torch.randn(DATA, LATENTS), torch.randn(DATA), NOISE, guide=guide)
+    mixing = torch.tensor([[1.0, 0.9], [0.0, 0.5]])  # latents of the posterior are correlated
+    weight = torch.randn(DATA, LATENTS) @ mixing
+    return LinearGaussian(weight, torch.randn(DATA), NOISE, guide=guide)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,7 @@ def check_the_diagonal_guide_reaches_the_best_one(rows, simulated=1.0):
     vae, exact, q = fitted(rows, guide="diagonal", simulated=simulated)
     covariance = torch.linalg.inv(vae.posterior_precision)
     best = 1 / vae.posterior_precision.diagonal() if simulated == 0 else covariance.diagonal()
-    torch.testing.assert_close(q.variance.log().mean(0), best.log(), rtol=0, atol=0.05)
+    torch.testing.assert_close(q.variance.log().mean(0), best.log(), rtol=0, atol=0.1)
     assert ((q.mean - exact.mean) / best.sqrt()).square().mean() < 0.02
 
 
@@ -94,16 +97,27 @@ def check_steps_see_the_data_in_the_units_of_the_likelihood():
 
 
 def check_the_best_record_is_kept(rows):
-    """A learning rate that ends in noise: the guide is that of the best record."""
+    """The guide is that of the record with the highest score, here made the fourth of ten."""
+    record, weights = refitting._record, []
+
+    def scored(vae, validation, config, seed, step, seconds):
+        weights.append(vae.encoder.layers[-1].weight.clone())
+        found = record(vae, validation, config, seed, step, seconds)
+        return dataclasses.replace(found, score=-abs(step - 8.0))
+
+    config = dataclasses.replace(FAST, steps=20, batch_size=8)
+    with mock.patch.object(refitting, "_record", scored):
+        new = refit(oracle(), rows, config, seed=1)
+    assert len(weights) == 10
+    assert torch.equal(new.encoder.layers[-1].weight, weights[3])
+
+
+def check_a_score_is_the_loss_of_the_validation_rows(rows):
     records = []
-    config = dataclasses.replace(FAST, steps=20, batch_size=2, learning_rate=2.0)
-    new = refit(oracle(), rows, config, seed=1, on_record=records.append)
-    scores = [record.score for record in records]
-    assert scores.index(max(scores)) < len(scores) - 1
-    again = refitting._record(new, rows.validation, config, 1, 0, 0.0)
-    assert abs(again.score - max(scores)) < 1e-4 * abs(again.score)
+    config = dataclasses.replace(FAST, steps=3, batch_size=8, simulated=0.25)
+    refit(oracle(), rows, config, seed=1, on_record=records.append)
     for record in records:
-        mean = (record.validation_elbo + record.simulated_log_q) / 2
+        mean = 0.75 * record.validation_elbo + 0.25 * record.simulated_log_q
         assert abs(record.score - mean) < 1e-6 * abs(mean)
 
 
@@ -206,7 +220,8 @@ TABLE = {
         Fault("near rows only",       "training.refitting._step", "x[num_near:]", "near")],
     check_the_best_record_is_kept: [
         Fault("the last",             "training.refitting._trained",
-              "record.score > best_score",           "True"),
+              "record.score > best_score",           "True")],
+    check_a_score_is_the_loss_of_the_validation_rows: [
         Fault("ELBO of the wrong sign", "training.refitting._record",
               "(1 - config.simulated) * elbo +",     "(config.simulated - 1) * elbo +")],
     check_the_refined_guide_is_exact_for_the_linear_model: [
