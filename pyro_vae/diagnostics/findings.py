@@ -140,7 +140,7 @@ APPROXIMATION = Check(
     "log p(x) minus the ELBO of the best {subject}, nats per row",
     (1.0, 5.0),
     "no Gaussian with independent latents comes closer, however it is trained",
-    "{richer}or train with more particles and --objective dreg, or fewer latents",
+    "{mend}{or_draws}or train with more particles and --objective dreg, or fewer latents",
 )
 FULL_APPROXIMATION = replace(
     APPROXIMATION,

@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from pyro.distributions import Distribution
 from torch import Tensor
-from torch.distributions import MultivariateNormal
 
 from ..memory import Callback, ignore, rows_at_once
 from ..models.interface import LatentModel
@@ -162,9 +161,8 @@ def _features(vae: LatentModel) -> Features:
 
 def _units(posterior: Distribution, z: Tensor) -> np.ndarray:
     """z (B, Z) in units of q(z|x): N(0, I) for a Gaussian guide."""
-    away = z - posterior.mean
-    if isinstance(posterior, MultivariateNormal):
-        scale = posterior.scale_tril
+    away, scale = z - posterior.mean, getattr(posterior, "scale_tril", None)
+    if scale is not None:
         u = torch.linalg.solve_triangular(scale, away.unsqueeze(-1), upper=False).squeeze(-1)
     else:
         u = away / posterior.variance.sqrt()
