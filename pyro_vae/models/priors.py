@@ -5,7 +5,8 @@
     vamp      Σₖ πₖ q(z|uₖ), with the encoder's posterior of pseudo-inputs uₖ
     flow      T⁻¹(ε), ε ~ N(0, I)
 
-The weights, the Gaussians, the uₖ and T are trained with the model.
+The weights, the Gaussians, the uₖ and T are trained with the model. `kind` is the name of the
+family, as in `families`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ..families import (
     Prior,
     VampPrior,
 )
+from ..randomness import random_states
 from .flows import FlowDistribution, autoregressive_flow, even_normals
 from .posteriors import num_features, posterior_family
 
@@ -43,6 +45,7 @@ class StandardNormal(nn.Module):
     Source: "Auto-encoding variational Bayes", arXiv 1312.6114.
     """
 
+    kind = "normal"
     loc: Tensor
     scale: Tensor
 
@@ -71,6 +74,8 @@ class Mixture(nn.Module):
         covariance: that of each, diagonal or full.
     """
 
+    kind = "mixture"
+
     def __init__(self, latent_dim: int, components: int, covariance: str = "diagonal") -> None:
         super().__init__()
         guide = DiagonalGuide() if covariance == "diagonal" else FullGuide()
@@ -96,6 +101,7 @@ class Vamp(nn.Module):
         mean, std: moments of the data.
     """
 
+    kind = "vamp"
     mean: Tensor
     std: Tensor
 
@@ -116,7 +122,8 @@ class Vamp(nn.Module):
     def as_mixture(self, encoder: nn.Module, guide: DiagonalGuide | FullGuide) -> Mixture:
         """The same prior as Gaussians that do not depend on the encoder any more."""
         features = encoder(self.pseudo_inputs)
-        mixture = Mixture(self.latent_dim, len(self.rows), guide.family).to(features.device)
+        with random_states(torch.device("cpu")):  # the first values are replaced
+            mixture = Mixture(self.latent_dim, len(self.rows), guide.family).to(features)
         mixture.features.copy_(features)
         mixture.logits.copy_(self.logits)
         return mixture
@@ -133,6 +140,7 @@ class Flow(nn.Module):
     Source: "Masked autoregressive flow for density estimation", arXiv 1705.07057.
     """
 
+    kind = "flow"
     loc: Tensor
     normals: Tensor
 
