@@ -96,7 +96,8 @@ class FlowDistribution(TorchDistribution):
                 log_scale = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
             normals, log_det = self.transform.call_and_ladj(u)
         log_normal = -(normals.square() + math.log(2 * math.pi)).sum(-1) / 2
-        return log_normal + log_det - log_scale
+        log_prob = log_normal + log_det - log_scale
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
     @property
     def mean(self) -> Tensor:

@@ -20,7 +20,7 @@ from pyro_vae import Config, FitConfig, InputError, ModelConfig, train
 from pyro_vae.families import OBJECTIVE_FAMILIES, check_objective_families
 from pyro_vae.models.build import build
 from pyro_vae.models.likelihoods import LIKELIHOODS
-from pyro_vae.options import OBJECTIVE_OPTIONS, Objective
+from pyro_vae.options import Objective
 
 OBJECTIVES = get_args(Objective)
 GUIDES: dict[str, dict[str, Any]] = {
@@ -209,7 +209,7 @@ def test_the_table_of_refusals_is_the_one_of_the_docs():
 
 @pytest.mark.parametrize("guide", ["flow", "mixture"])
 def test_a_vamp_prior_expects_a_guide_of_gaussians(guide):
-    with pytest.raises(InputError, match="^--prior vamp expects --guide diagonal or full.*mixture"):
+    with pytest.raises(InputError, match=r"^--prior vamp expects --guide diagonal or full"):
         ModelConfig(guide=guide, prior="vamp")
 
 
