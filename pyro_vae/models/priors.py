@@ -111,8 +111,8 @@ class Vamp(nn.Module):
         # In standardized units, so that a step of the optimizer is small for data of any scale
         self.rows = nn.Parameter(rows.clone())
         self.logits = nn.Parameter(rows.new_zeros(len(rows)))
-        self.register_buffer("mean", mean.clone(), persistent=False)
-        self.register_buffer("std", std.clone(), persistent=False)
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", std.clone())
 
     def forward(self, posterior: Callable[[Tensor], Distribution]) -> Distribution:
         """p(z), with `posterior`: x (K, *data_shape) → q(z|x), batch (K,)."""

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from family_models import GUIDES, PRIORS, config, model, rows
 from pyro.distributions import MixtureOfDiagNormals
 from scipy import stats
-from test_families import GUIDES, PRIORS, config, model, rows
 from torch import Tensor
 from torch.distributions import Distribution
 
