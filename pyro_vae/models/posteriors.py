@@ -22,7 +22,7 @@ from pyro.distributions import (
     Normal,
 )
 from torch import Tensor, nn
-from torch.distributions import kl_divergence, register_kl
+from torch.distributions import constraints, kl_divergence, register_kl
 
 from ..families import DiagonalGuide, FlowGuide, FullGuide, Guide, MixtureGuide
 from .bounds import soft_clamp
@@ -113,7 +113,13 @@ class Mixture(nn.Module):
         return ReparameterizedMixture(Categorical(logits=logits), normals)
 
 
-class ReparameterizedMixture(MixtureSameFamily):
+class GaussianMixture(MixtureSameFamily):
+    """A mixture of Gaussians with the support of a Gaussian, which NUTS can transform."""
+
+    support = constraints.real_vector
+
+
+class ReparameterizedMixture(GaussianMixture):
     """A mixture of normals with independent latents, whose draws have pathwise gradients.
 
     Fⱼ(z; φ), the distribution function of zⱼ given the latents before it, is uniform at a draw.

@@ -18,7 +18,6 @@ import torch
 from pyro.distributions import (
     Categorical,
     Distribution,
-    MixtureSameFamily,
     Normal,
 )
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ from ..families import (
 )
 from ..randomness import random_states
 from .flows import FlowDistribution, autoregressive_flow, even_normals
-from .posteriors import num_features, posterior_family
+from .posteriors import GaussianMixture, num_features, posterior_family
 
 # Variance of the means of a new mixture. Its own is then about 1, as that of N(0, I).
 SPREAD = 0.5
@@ -171,4 +170,4 @@ def prior_family(prior: Prior, latent_dim: int, mean: Tensor, std: Tensor) -> nn
 
 
 def _mixture(logits: Tensor, components: Distribution) -> Distribution:
-    return MixtureSameFamily(Categorical(logits=logits), components)
+    return GaussianMixture(Categorical(logits=logits), components)
