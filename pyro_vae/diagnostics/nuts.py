@@ -85,6 +85,7 @@ def compare_with_nuts(
     with torch.no_grad():
         posterior = vae.posterior(x)
         own = posterior.sample((num_chains * num_samples,)).double()
+        mean, scale = posterior.mean, posterior.variance.sqrt()
     # The minimum keeps the differences finite if a chain never moved.
     exact_mean, exact_scale = draws.mean((0, 1)), draws.std((0, 1)).clamp_min(1e-9)
     r_hat, effective_sample_size = _convergence(draws.cpu().numpy())
@@ -97,8 +98,8 @@ def compare_with_nuts(
         r_hat,
         effective_sample_size,
         divergences=sum(diverged for _, diverged in runs),
-        mean_difference=((posterior.mean - exact_mean) / exact_scale).cpu().numpy(),
-        scale_ratio=(posterior.variance.sqrt() / exact_scale).cpu().numpy(),
+        mean_difference=((mean - exact_mean) / exact_scale).cpu().numpy(),
+        scale_ratio=(scale / exact_scale).cpu().numpy(),
         distance=_distances(ours, theirs),
         null_distance=_distances(theirs[:half], theirs[half:]),
     )

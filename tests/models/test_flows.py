@@ -21,7 +21,7 @@ from family_models import GUIDES, PRIORS, config, model, rows
 from pyro.distributions import MixtureOfDiagNormals
 from scipy import stats
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, biject_to
 
 import pyro_vae
 from pyro_vae.models.build import build
@@ -91,6 +91,7 @@ def test_the_density_is_the_same_after_expand_and_in_any_batch(role, family):
             assert wide.mean.shape == wide.variance.shape == (*shape, 2)
             torch.testing.assert_close(wide.mean, q.mean.expand(*shape, 2))
             torch.testing.assert_close(wide.log_prob(z), expected.expand(shape))
+        assert torch.equal(biject_to(q.support)(z), z)  # the space in which NUTS samples
         assert q.has_rsample == (role == "guide" or family in ("normal", "flow"))
         if role == "guide":  # of one row without a batch, of rows in two dimensions
             vae, x = model(family, "normal")

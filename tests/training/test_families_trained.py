@@ -63,7 +63,7 @@ def test_a_captured_objective_is_the_objective(guide, prior):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("guide", "prior"), [("flow", "mixture")])
+@pytest.mark.parametrize(("guide", "prior"), [("mixture", "normal")])
 def test_a_captured_objective_of_several_particles_is_the_objective(guide, prior):
     check_capture("dreg", 4, guide, prior)
 
@@ -104,19 +104,6 @@ def test_captured_svi_trains_equally(guide, prior):
         torch.testing.assert_close(ends[1][1][name], value, rtol=1e-6, atol=1e-7)
         if name in dict(vae.named_parameters()):
             assert not torch.equal(value, start[name]), f"{name} was not trained"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("guide", "prior"), [("mixture", "flow")])
-def test_a_compiled_objective_is_the_objective(guide, prior):
-    vae, x = fresh(guide, prior, torch.float32)
-    elbo = pyro_vae.objective("trace", max_plate_nesting=1)
-    (one, ours), (other, theirs) = (
-        result(capture(elbo, mode), vae, x) for mode in ("compiled", "eager")
-    )
-    assert one == pytest.approx(other, rel=1e-4)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
 
 
 # --- resuming and files ---------------------------------------------------------------------------
