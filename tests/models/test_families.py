@@ -20,6 +20,7 @@ from pyro_vae import Config, FitConfig, InputError, ModelConfig, train
 from pyro_vae.families import OBJECTIVE_FAMILIES, check_objective_families
 from pyro_vae.models.build import build
 from pyro_vae.models.likelihoods import LIKELIHOODS
+from pyro_vae.models.posteriors import kl
 from pyro_vae.options import Objective
 
 OBJECTIVES = get_args(Objective)
@@ -272,7 +273,32 @@ def test_help_names_each_family_and_its_options(capsys, monkeypatch):
         assert part in text, part
 
 
-# --- closed forms and copies ----------------------------------------------------------------------
+# --- the KL, closed forms and copies ----------------------------------------------------------------------
+
+
+def test_elbo_terms_are_those_of_svi():
+    """Where the KL has no closed form, at the same draw; else within the noise of the draws."""
+    for guide, prior in PAIRS:
+        vae, x = model(guide, prior)
+        torch.manual_seed(1)
+        loss = pyro_vae.objective("trace", max_plate_nesting=1).loss(vae.model, vae.guide, x)
+        torch.manual_seed(1)
+        reconstruction, divergence = vae.elbo_terms(x)
+        assert reconstruction.shape == divergence.shape == (5,)
+        if prior == "normal" and guide in ("diagonal", "full"):
+            assert torch.equal(divergence, kl_divergence(vae.posterior(x), vae.prior()))
+        else:
+            terms = (reconstruction - divergence).sum().item()
+            assert terms == pytest.approx(-loss, rel=1e-9), (guide, prior)
+        # of several draws, their mean
+        with torch.no_grad():
+            q, p = vae.posterior(x), vae.prior()
+            z = q.sample((50,))
+            several = kl(q, p, z)
+            draws = q.log_prob(z) - p.log_prob(z)
+        bound = SIGMAS * draws.std(0) / 50**0.5
+        assert ((several - draws.mean(0)).abs() < bound).all()
+        assert (several > -bound).all()
 
 
 def test_kl_of_a_full_gaussian_and_n_0_i():
