@@ -149,9 +149,7 @@ class ReparameterizedMixture(GaussianMixture):
             tail = torch.special.ndtr(side * t)
             uniform = (weights * tail).sum(-2)  # F or 1 − F, (..., Z)
             with torch.no_grad():
-                density = side.squeeze(-2) * (weights * log_density.exp()).sum(-2)
-                # Zero only if z is rounded to a place where no component has density
-                inverse = torch.where(density == 0, 0.0, 1 / density)
+                inverse = side.squeeze(-2) / (weights * log_density.exp()).sum(-2)
                 excess = weights * (tail - uniform.unsqueeze(-2))
                 slopes = torch.einsum("...ki,...kj->...ij", excess, -t / normals.scale)
                 slopes = inverse.unsqueeze(-1) * slopes.tril(-1)

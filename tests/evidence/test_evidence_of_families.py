@@ -24,6 +24,7 @@ from pyro_vae.evidence.annealing import anneal
 from pyro_vae.evidence.evaluation import mean_kl
 from pyro_vae.evidence.importance import importance_sample, upper_bound
 from pyro_vae.evidence.quadrature import quadrature
+from pyro_vae.models.interface import held_fixed
 from pyro_vae.models.linear_gaussian import LinearGaussian
 from pyro_vae.models.priors import Mixture
 from pyro_vae.models.pyro_program import Program
@@ -94,6 +95,15 @@ def test_the_error_of_quadrature_tells_of_a_component_that_falls_between_the_nod
     off = (found.log_evidence - exact(vae, x)[0]).abs()
     assert (off > 0.1).all()
     assert (found.error > 0.1).all()
+
+
+def test_the_error_of_quadrature_tells_of_a_prior_that_exceeds_the_grid():
+    """A thousandth of this prior lies further out than eight standard deviations."""
+    vae = oracle([[0.0]], [1.0], [1.0])
+    zero = torch.zeros(1, dtype=torch.float64)
+    vae.prior = lambda: dist.StudentT(2.5 + zero, zero, 1 + zero).to_event(1)
+    found = quadrature(vae, drawn(oracle([[0.0]], [1.0], [1.0]), 0))
+    assert ((found.error > 2e-4) & (found.error < 5e-3)).all()
 
 
 @pytest.mark.parametrize("parts", [NEAR, ([[-6.0, 0.0], [6.0, 3.0]], [0.5, 0.7], [0.7, 0.3])])
@@ -187,6 +197,28 @@ def positive(x: Tensor) -> Any:
             pyro.sample("z", dist.LogNormal(x / 2, one / math.sqrt(2)).to_event(1))
 
     return Program(prior, posterior, x)
+
+
+def test_chains_start_at_draws_from_the_prior_in_its_unconstrained_space(monkeypatch):
+    starts = []
+
+    class Stop(Exception):
+        pass
+
+    def caught(kernel: Any, initial_params: dict[str, Tensor], **kwargs: Any) -> None:
+        starts.append(initial_params["z"])
+        raise Stop
+
+    monkeypatch.setattr("pyro_vae.diagnostics.nuts.MCMC", caught)
+    x = torch.tensor([[-1.0], [0.8]]).double()
+    vae = positive(x)
+    torch.manual_seed(5)
+    with pytest.raises(Stop):
+        compare_with_nuts(vae, x)
+    torch.manual_seed(5)
+    with held_fixed(vae):  # a Program draws to read its distributions
+        expected = vae.prior().sample((2,)).log()
+    torch.testing.assert_close(starts[0], expected)
 
 
 @pytest.mark.slow

@@ -273,7 +273,7 @@ def test_help_names_each_family_and_its_options(capsys, monkeypatch):
         assert part in text, part
 
 
-# --- the KL, closed forms and copies ----------------------------------------------------------------------
+# --- the KL, closed forms and copies --------------------------------------------------------------
 
 
 def test_elbo_terms_are_those_of_svi():

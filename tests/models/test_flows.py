@@ -213,20 +213,20 @@ def test_gradients_of_the_network_of_a_flow():
     assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(slope, rel=1e-5)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e3])
 def test_a_mixture_of_many_latents_has_finite_gradients(scale):
     """In float32, with equal components, and with components far from one another."""
     latents, components = 64, 5
     mixture = pyro_vae.models.posteriors.Mixture(components)
     torch.manual_seed(0)
-    for spread in (0.0, 1.0, 1e3):
+    for spread in (0.0, 1.0, 1e4):
         features = torch.zeros(7, components * (2 * latents + 1))
         parts = features[:, components:].unflatten(-1, (components, 2 * latents))
         parts[..., :latents] = spread * torch.randn(7, components, latents)
         parts[..., latents:] = np.log(scale)
         features.requires_grad_()
         z = mixture(features).rsample()
-        (gradient,) = torch.autograd.grad((z / scale).square().sum(), features)
+        (gradient,) = torch.autograd.grad(z.sum(), features)
         assert gradient.isfinite().all()
 
 
