@@ -106,7 +106,13 @@ def test_the_error_of_quadrature_tells_of_a_prior_that_exceeds_the_grid():
     assert ((found.error > 2e-4) & (found.error < 5e-3)).all()
 
 
-@pytest.mark.parametrize("parts", [NEAR, ([[-6.0, 0.0], [6.0, 3.0]], [0.5, 0.7], [0.7, 0.3])])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param(NEAR, marks=pytest.mark.slow),
+        ([[-6.0, 0.0], [6.0, 3.0]], [0.5, 0.7], [0.7, 0.3]),
+    ],
+)
 def test_annealing_brackets_the_evidence_under_a_mixture_prior(parts):
     """Chains start at the prior's draws, so each component has its share of them."""
     vae = oracle(*parts)
