@@ -15,7 +15,7 @@ from .options import InputError, Typed, hints_of, shown
 
 # Largest values of the options. A flow is built for real before a checkpoint's weights are
 # compared with it, so its size has a limit that takes little memory and time.
-LIMITS = {"components": 2**20, "transforms": 32, "hidden": 1024}
+MAX_OPTION, LIMITS = 2**20, {"transforms": 32, "hidden": 1024}
 MAX_FLOW_LATENTS = 1024
 
 # Families of guide and prior that an objective expects, and why; others take all.
@@ -47,9 +47,9 @@ class Family(Typed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, limit in LIMITS.items():
-            value = getattr(self, name, 1)
-            if not 1 <= value <= limit:
+        for name, value in vars(self).items():
+            limit = LIMITS.get(name, MAX_OPTION)
+            if isinstance(value, int) and not 1 <= value <= limit:
                 raise InputError(f"{name} expects an integer from 1 to {limit}; got {shown(value)}")
 
 
