@@ -202,6 +202,7 @@ def test_a_hostile_option_is_refused_before_memory_is_taken(role, family, option
     splits, run = rows("gaussian"), settings(*pair)
     vae = build(run.model, splits)
     (tmp_path / "a.pt").write_bytes(serialize(vae, run, splits, []))
+    load_checkpoint(tmp_path / "a.pt")  # whose first call imports modules
     file = changed(tmp_path / "a.pt", role, option, value)
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, bytes
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
