@@ -22,7 +22,8 @@ from .families import (
     NormalPrior,
     Prior,
     TrainedGuide,
-    check_families,
+    check_objective_families,
+    check_pair,
     family_flag,
     family_of,
 )
@@ -146,6 +147,7 @@ class ModelConfig(Typed):
             object.__setattr__(self, name, family_of(getattr(self, name), hint, f"--{name}"))
         super().__post_init__()
         check_integer("latent-dim", self.latent_dim)
+        check_pair(self.guide, self.prior, self.latent_dim)
         for size in (*(self.hidden or ()), *(self.encoder_hidden or ())):
             check_integer("hidden", size)
         if self.architecture == "conv" and self.hidden == ():
@@ -278,7 +280,7 @@ class Config(Typed):
         super().__post_init__()
         check_integer("seed", self.seed, 0)
         model = self.model
-        check_families(self.fit.objective, model.guide, model.prior, model.latent_dim)
+        check_objective_families(self.fit.objective, model.guide.family, model.prior.family)
         if self.model.kind == "ae":
             if self.refit == "on":
                 raise InputError("--refit has no effect on --model ae; drop it")

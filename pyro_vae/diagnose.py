@@ -175,7 +175,7 @@ def _record(study: Study, report: dict[str, Any], folder: Path, run: OpenRun) ->
     from .plots.run import save_all
 
     checkpoint = run.checkpoint
-    texts = remedies(folder, checkpoint.config.model)
+    texts = remedies(folder, checkpoint.model)
     report["findings"] += [finding.as_dict(texts) for finding in study.findings]
     report["details"].update(study.details)
     pictures = {f"diagnose_{name}": figure for name, figure in study.figures.items()}

@@ -13,7 +13,10 @@ import tyro
 
 from .options import InputError, Typed, check_integer, check_number, hints_of, shown
 
-MAX_OPTION = 2**20
+# Largest values of the options. A flow is built for real before a checkpoint's weights are
+# compared with it, so its size has a limit that takes little memory and time.
+MAX_OPTION, LIMITS = 2**20, {"transforms": 32, "hidden": 1024}
+MAX_FLOW_LATENTS = 1024
 
 # Families of guide and prior that an objective expects, and why; others take all.
 OBJECTIVE_FAMILIES: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
@@ -45,8 +48,9 @@ class Family(Typed):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, value in vars(self).items():
-            if isinstance(value, int) and not 1 <= value <= MAX_OPTION:
-                raise InputError(f"expected {name} from 1 to {MAX_OPTION}; got {shown(value)}")
+            limit = LIMITS.get(name, MAX_OPTION)
+            if isinstance(value, int) and not 1 <= value <= limit:
+                raise InputError(f"{name} expects an integer from 1 to {limit}; got {shown(value)}")
 
 
 @dataclass(frozen=True)
@@ -232,37 +236,41 @@ def family_of(value: Any, hint: Any, where: str) -> Family:
         raise InputError(f"{where} {name}: {error}") from None
 
 
-def check_families(objective: str, guide: Guide, prior: Prior, latent_dim: int) -> None:
-    """Check that guide, prior and objective work together.
+def check_pair(guide: Guide, prior: Prior, latent_dim: int) -> None:
+    """Check that guide and prior work together, with this number of latents.
 
     Raises:
         InputError: they do not.
     """
-    several = guide.family in ("mixture", "flow")
-    if latent_dim < 2 and (several or prior.family == "flow"):
-        flag = f"--guide {guide.family}" if several else "--prior flow"
-        raise InputError(f"{flag} expects --latent-dim of at least 2; got {latent_dim}")
+    for flag, family in (("guide", guide), ("prior", prior)):
+        if family.family == "flow" and not 2 <= latent_dim <= MAX_FLOW_LATENTS:
+            raise InputError(
+                f"--{flag} flow expects --latent-dim of 2 to {MAX_FLOW_LATENTS}; got {latent_dim}"
+            )
     if prior.family == "vamp" and guide.family not in ("diagonal", "full"):
         raise InputError(
             f"--prior vamp expects --guide diagonal or full, whose posteriors are its components; "
             f"got {guide.family}. Use --prior mixture"
         )
+
+
+def check_objective_families(objective: str, guide: str | None, prior: str | None) -> None:
+    """Check that an objective works with these families; None for a module of the user's own.
+
+    Raises:
+        InputError: it does not.
+    """
     guides, priors, reason = OBJECTIVE_FAMILIES.get(objective, ((), (), ""))
     for flag, family, allowed in (("guide", guide, guides), ("prior", prior, priors)):
-        if allowed and family.family not in allowed:
+        if family is not None and allowed and family not in allowed:
             raise InputError(
                 f"--objective {objective} expects --{flag} {' or '.join(allowed)}, since "
-                f"{reason}; got {family.family}. Use --objective trace"
+                f"{reason}; got {family}. Use --objective trace"
             )
 
 
 def family_flag(hint: Any, flag: str) -> Any:
     """Flag of a family: its name, and options as NAME=VALUE."""
-
-    def read(texts: list[str]) -> Any:
-        pairs = [text.partition("=")[::2] for text in texts[1:]]
-        options = {k: int(v) if v.isascii() and v.isdigit() else v for k, v in pairs}
-        return family_of({**options, "family": texts[0] if texts else None}, hint, flag)
 
     def text(value: Any) -> list[str]:
         options = dataclasses.asdict(value)
@@ -271,7 +279,23 @@ def family_flag(hint: Any, flag: str) -> Any:
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
         metavar=f"{{{','.join(families_of(hint))}}} [OPTION=VALUE ...]",
-        instance_from_str=read,
+        instance_from_str=lambda texts: family_of(_options(texts, flag), hint, flag),
         is_instance=lambda value: True,
         str_from_instance=text,
     )
+
+
+def _options(texts: list[str], flag: str) -> dict[str, Any]:
+    """The words after a flag as a dictionary."""
+    options: dict[str, Any] = {"family": texts[0] if texts else None}
+    for text in texts[1:]:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"{flag} {texts[0]} expects OPTION=VALUE; got {shown(text)}")
+        if name in options:
+            raise InputError(f"{flag} {texts[0]} expects each option once; got {shown(name)} again")
+        try:
+            options[name] = int(value)
+        except ValueError:
+            options[name] = value
+    return options

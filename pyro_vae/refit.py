@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from shlex import quote
 from types import ModuleType
@@ -157,8 +157,10 @@ def refit_run(
             stacklevel=2,
         )
     lines = [record.metrics() for record in records]
-    settings = replace(checkpoint.config, model=refitted_config(checkpoint.config.model, config))
-    content = serialize(refitted, settings, splits, checkpoint.history, refit=lines)
+    model = refitted_config(checkpoint.config.model, config)
+    content = serialize(
+        refitted, checkpoint.config, splits, checkpoint.history, model=model, refit=lines
+    )
     write_atomically(path / "refit.jsonl", "".join(to_json(x) + "\n" for x in lines).encode())
     write_atomically(path / "checkpoints" / "refitted.pt", content)
 

@@ -46,6 +46,18 @@ SETTINGS: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {
     ("model", "architecture"): (["mlp", "conv"], ["rnn", None]),
     ("model", "latent_dim"): ([1, 2, 7], [*INTEGERS, 2**62]),
     ("model", "hidden"): ([[1], [4, 3], [2, 2, 2], []], [[0], [4, -1], [2**63], [True], [2**62]]),
+    ("model", "guide"): (
+        ["full", "flow transforms=1 hidden=3", "mixture components=2", "mixture", "diagonal"],
+        ["fulll", "", "flow transforms=0", "mixture components=1e9", "full x=1", "mixture 3"],
+    ),
+    ("model", "prior"): (
+        [
+            *("mixture components=3 covariance=full", "vamp components=2", "vamp"),
+            *("flow transforms=1 hidden=3", "normal"),
+        ],
+        ["none", "flow hidden=2000", "vamp components=-1", "mixture covariance=1", "flow =", "="],
+    ),
+    ("model", "encoder_hidden"): ([[1], [4, 3], []], [[0], [4, -1], [True]]),
     ("model", "activation"): (["ReLU", "Tanh", "Softplus", "ELU"], ["", "Linear", "a\nb", "RNN"]),
     ("model", "likelihood"): (
         [
@@ -111,15 +123,28 @@ def configs(draw: st.DrawFn) -> dict[str, dict[str, Any]]:
 NAMES = {"source": "data", "root": "data-root", "kind": "model"}
 
 
+def nested_settings(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """As in config.json, where a family is a dictionary of its name and options."""
+    model = dict(config["model"])
+    for role in {"guide", "prior"} & model.keys():
+        name, *words = model[role].split() or [""]
+        options = dict(word.partition("=")[::2] for word in words)
+        numbers = {k: int(v) if v.lstrip("-").isdigit() else v for k, v in options.items()}
+        model[role] = {"family": name, **numbers}
+    return {**config[""], "data": config["data"], "model": model, "fit": config["fit"]}
+
+
 def as_arguments(config: dict[str, dict[str, Any]], folder: Path, as_flags: bool) -> list[str]:
     """The settings as flags, or in a config.json."""
     if not as_flags:
-        nested = {**config[""], **{part: config[part] for part in ("data", "model", "fit")}}
+        nested = nested_settings(config)
         (folder / "config.json").write_text(json.dumps(nested))
         return ["--config", str(folder / "config.json")]
     arguments = []
     for values in config.values():
         for name, value in values.items():
+            if name in ("guide", "prior"):
+                value = value.split()
             items = value if isinstance(value, list) else [value]
             arguments += [f"--{NAMES.get(name, name.replace('_', '-'))}", *map(str, items)]
     return arguments
@@ -280,9 +305,7 @@ def held(values: np.ndarray, holder: str) -> Any:
 def test_the_library_finishes_or_refuses(config, data, holder, seed):
     values, labels = held(data[0], holder), data[1]
     try:
-        settings = pyro_vae.Config.from_dict(
-            {**config[""], **{part: config[part] for part in ("data", "model", "fit")}}
-        )
+        settings = pyro_vae.Config.from_dict(nested_settings(config))
         options = {k: v for k, v in config["data"].items() if k != "source"}
         with warnings.catch_warnings():
             for note in ("decides? the (mean|standard)", "varies by rounding errors", "left out"):

@@ -325,7 +325,7 @@ def _aggregate(vae: VAE, training: Tensor, effort: Effort) -> Study:
 def _array(values: Tensor | None) -> np.ndarray:
     """The values of a tensor that is not None."""
     assert values is not None
-    return values.cpu().numpy()
+    return values.detach().cpu().numpy()
 
 
 def _by_name(names: Sequence[str], values: np.ndarray) -> dict[str, Any]:

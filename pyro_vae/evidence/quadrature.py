@@ -5,7 +5,9 @@
 by the trapezoidal rule on an even grid of spacing h over the bulk of the prior. For a smooth
 integrand that vanishes at the ends the error falls faster than any power of h ("The exponentially
 convergent trapezoidal rule", doi 10.1137/130932132). The difference to the grid of every second
-node is an upper estimate of the error, if each standard deviation of the posterior holds a node.
+node is an upper estimate of the error, if each standard deviation of the posterior holds a node. To
+it is added the error of the prior's own integral, 1, which is large if the grid misses a part of
+the prior, or a component of a mixture is narrower than the spacing.
 """
 
 from __future__ import annotations
@@ -14,12 +16,15 @@ import math
 from dataclasses import dataclass
 
 import torch
+from pyro.distributions import Distribution
 from torch import Tensor
+from torch.distributions import MixtureSameFamily
 
 from ..models.interface import LatentModel
 from ..models.log_weights import log_likelihood
 
-# The grid reaches this many standard deviations of the prior to either side.
+# The grid reaches this many standard deviations of the prior to either side, or of each component
+# of a mixture, whose weight may be small.
 REACH = 8.0
 
 
@@ -72,13 +77,13 @@ def quadrature(vae: LatentModel, x: Tensor, num_nodes: int = 401) -> Quadrature:
         raise ValueError(f"quadrature expects one or two latents; got {latent_dim}")
     if num_nodes < 3 or num_nodes % 2 == 0:
         raise ValueError(f"num_nodes expects an odd number of at least 3; got {num_nodes}")
-    reach = REACH * prior.variance.sqrt()
+    centre, reach = _extent(prior)
     steps = torch.linspace(-1, 1, num_nodes, dtype=reach.dtype, device=reach.device)
-    lines = [prior.mean[j] + reach[j] * steps for j in range(latent_dim)]
+    lines = [centre[j] + reach[j] * steps for j in range(latent_dim)]
     nodes = torch.cartesian_prod(*lines).reshape(-1, latent_dim)
     spacing = (2 * reach / (num_nodes - 1)).double()
-    reconstruction = log_likelihood(vae, x, nodes.unsqueeze(1)).double()  # (M, B)
-    log_joint = reconstruction + prior.log_prob(nodes).double()[:, None] + spacing.log().sum()
+    log_prior = prior.log_prob(nodes).double() + spacing.log().sum()
+    log_joint = log_likelihood(vae, x, nodes.unsqueeze(1)).double() + log_prior[:, None]  # (M, B)
     log_evidence = log_joint.logsumexp(0)
     even = torch.arange(num_nodes, device=x.device) % 2 == 0
     second = torch.cartesian_prod(*[even] * latent_dim).reshape(len(nodes), -1).all(1)
@@ -89,4 +94,15 @@ def quadrature(vae: LatentModel, x: Tensor, num_nodes: int = 401) -> Quadrature:
     second_moment = torch.einsum("mb,mi,mj->bij", masses, nodes, nodes)
     covariance = second_moment - mean.unsqueeze(2) * mean.unsqueeze(1)
     error = (log_evidence - coarse).abs().nan_to_num(math.inf)  # NaN: both are −∞
+    error = error + log_prior.logsumexp(0).abs()
     return Quadrature(log_evidence, error, mean, covariance, nodes, spacing, masses)
+
+
+def _extent(prior: Distribution) -> tuple[Tensor, Tensor]:
+    """Middle (Z,) of the grid, and its reach (Z,) to either side."""
+    parts = prior.component_distribution if isinstance(prior, MixtureSameFamily) else prior
+    reach = REACH * parts.variance.sqrt()
+    low, high = (parts.mean + sign * reach for sign in (-1, 1))
+    if isinstance(prior, MixtureSameFamily):
+        low, high = low.amin(-2), high.amax(-2)
+    return (low + high) / 2, (high - low) / 2

@@ -87,16 +87,17 @@ class FlowDistribution(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         u, log_scale = value - self.loc, value.new_zeros(())
-        if self.scale_tril is not None:
-            identity = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
-            # The inverse once for each row costs less than a solution for each draw.
-            inverse = torch.linalg.solve_triangular(self.scale_tril, identity, upper=False)
-            u = _products(inverse, u)
-            log_scale = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         with torch.autocast(u.device.type, enabled=False):
+            if self.scale_tril is not None:
+                identity = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
+                # The inverse once for each row costs less than a solution for each draw.
+                inverse = torch.linalg.solve_triangular(self.scale_tril, identity, upper=False)
+                u = _products(inverse, u)
+                log_scale = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
             normals, log_det = self.transform.call_and_ladj(u)
         log_normal = -(normals.square() + math.log(2 * math.pi)).sum(-1) / 2
-        return log_normal + log_det - log_scale
+        log_prob = log_normal + log_det - log_scale
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
     @property
     def mean(self) -> Tensor:
@@ -116,7 +117,7 @@ class FlowDistribution(TorchDistribution):
     def _from_normals(self, normals: Tensor) -> Tensor:
         with torch.autocast(normals.device.type, enabled=False):
             u = self.transform.inv(normals)
-        return self.loc + (u if self.scale_tril is None else _products(self.scale_tril, u))
+            return self.loc + (u if self.scale_tril is None else _products(self.scale_tril, u))
 
 
 def _products(matrices: Tensor, vectors: Tensor) -> Tensor:

@@ -6,21 +6,23 @@
     mixture    Σₖ πₖ N(μₖ, diag σₖ²)             F = K (2 Z + 1)
 
 The encoder computes the features. L = diag σ · (I + lower). Each σ is bounded
-smoothly, see `scale_of`.
+smoothly, see `scale_of`. `kind` is the name of the family, as in `families`.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from pyro.distributions import (
+    Categorical,
     Distribution,
     Independent,
-    MixtureOfDiagNormals,
+    MixtureSameFamily,
     MultivariateNormal,
     Normal,
 )
 from torch import Tensor, nn
-from torch.distributions import kl_divergence, register_kl
+from torch.distributions import constraints, kl_divergence, register_kl
 
 from ..families import DiagonalGuide, FlowGuide, FullGuide, Guide, MixtureGuide, RefinedGuide
 from .bounds import soft_clamp
@@ -37,6 +39,8 @@ class DiagonalGaussian(nn.Module):
     Source: "Auto-encoding variational Bayes", arXiv 1312.6114.
     """
 
+    kind = "diagonal"
+
     def forward(self, features: Tensor) -> Distribution:
         loc, log_scale = features.chunk(2, dim=-1)
         return Normal(loc, scale_of(log_scale)).to_event(1)
@@ -45,6 +49,7 @@ class DiagonalGaussian(nn.Module):
 class FullGaussian(nn.Module):
     """N(μ, L Lᵀ): correlated latents."""
 
+    kind = "full"
     place: Tensor
 
     def __init__(self, latent_dim: int) -> None:
@@ -64,7 +69,7 @@ class FullGaussian(nn.Module):
     def moments(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (..., Z) and Cholesky factor of the covariance (..., Z, Z)."""
         loc, log_scale, lower = features.split(self.sizes, dim=-1)
-        entries = torch.nn.functional.pad(lower, (0, 1))[..., self.place]
+        entries = F.pad(lower, (0, 1))[..., self.place]
         factor = entries + torch.ones_like(loc).diag_embed()
         return loc, scale_of(log_scale).unsqueeze(-1) * factor
 
@@ -75,6 +80,7 @@ class Flow(nn.Module):
     Source: "Density estimation using Real NVP", arXiv 1605.08803.
     """
 
+    kind = "flow"
     normals: Tensor
 
     def __init__(self, latent_dim: int, transforms: int, hidden: int) -> None:
@@ -91,11 +97,9 @@ class Flow(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Σₖ πₖ N(μₖ, diag σₖ²): several modes, or correlated latents.
+    """Σₖ πₖ N(μₖ, diag σₖ²): several modes, or correlated latents."""
 
-    Draws have pathwise gradients: "Pathwise derivatives for multivariate distributions", arXiv
-    1806.01856.
-    """
+    kind = "mixture"
 
     def __init__(self, components: int) -> None:
         super().__init__()
@@ -105,25 +109,54 @@ class Mixture(nn.Module):
         logits = features[..., : self.components]
         parts = features[..., self.components :].unflatten(-1, (self.components, -1))
         loc, log_scale = parts.chunk(2, dim=-1)
-        return _Mixture(loc, scale_of(log_scale), logits)
+        normals = Normal(loc, scale_of(log_scale)).to_event(1)
+        return ReparameterizedMixture(Categorical(logits=logits), normals)
 
 
-class _Mixture(MixtureOfDiagNormals):
-    """Pyro's mixture, with its moments, and with draws of any sample shape."""
+class GaussianMixture(MixtureSameFamily):
+    """A mixture of Gaussians with the support of a Gaussian, which NUTS can transform."""
+
+    support = constraints.real_vector
+
+
+class ReparameterizedMixture(GaussianMixture):
+    """A mixture of normals with independent latents, whose draws have pathwise gradients.
+
+    Fⱼ(z; φ), the distribution function of zⱼ given the latents before it, is uniform at a draw.
+    Held fixed, it defines z as a function of φ: dz = −(∂F/∂z)⁻¹ ∂F/∂φ dφ, where ∂F/∂z is lower
+    triangular.
+
+    Pyro's `MixtureOfDiagNormals` (1.9.2) has wrong gradients of the logits unless the smallest
+    scale is 1, and NaN in float32 with tens of latents.
+
+    Source: "Implicit reparameterization gradients", arXiv 1805.08498.
+    """
+
+    has_rsample = True
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        if len(sample_shape) == 0:
-            return super().rsample()
-        return self.expand(torch.Size(sample_shape) + self.batch_shape).rsample()
-
-    @property
-    def mean(self) -> Tensor:
-        return (self.probs.unsqueeze(-1) * self.locs).sum(-2)
-
-    @property
-    def variance(self) -> Tensor:
-        away = self.locs - self.mean.unsqueeze(-2)
-        return (self.probs.unsqueeze(-1) * (self.coord_scale.square() + away.square())).sum(-2)
+        z = self.sample(torch.Size(sample_shape))
+        if not torch.is_grad_enabled():
+            return z
+        normals, logits = self.component_distribution.base_dist, self.mixture_distribution.logits
+        with torch.autocast(z.device.type, enabled=False):
+            value = z.unsqueeze(-2)  # (..., 1, Z), and (..., K, Z) below
+            t, log_density = (value - normals.loc) / normals.scale, normals.log_prob(value)
+            before = F.pad(log_density[..., :-1], (1, 0)).cumsum(-1)
+            weights = (logits.unsqueeze(-1) + before).softmax(-2)
+            # The tail on the side of z has more digits than 1 minus the other.
+            side = torch.where((weights * t).sum(-2, keepdim=True) > 0, -1.0, 1.0).to(z)
+            tail = torch.special.ndtr(side * t)
+            uniform = (weights * tail).sum(-2)  # F or 1 − F, (..., Z)
+            with torch.no_grad():
+                inverse = side.squeeze(-2) / (weights * log_density.exp()).sum(-2)
+                excess = weights * (tail - uniform.unsqueeze(-2))
+                slopes = torch.einsum("...ki,...kj->...ij", excess, -t / normals.scale)
+                slopes = inverse.unsqueeze(-1) * slopes.tril(-1)
+            change = inverse * (uniform - uniform.detach())
+            return z - torch.linalg.solve_triangular(
+                slopes, change.unsqueeze(-1), upper=False, unitriangular=True
+            ).squeeze(-1)
 
 
 def num_features(guide: Guide, latent_dim: int) -> int:

@@ -5,7 +5,8 @@
     vamp      Σₖ πₖ q(z|uₖ), with the encoder's posterior of pseudo-inputs uₖ
     flow      T⁻¹(ε), ε ~ N(0, I)
 
-The weights, the Gaussians, the uₖ and T are trained with the model.
+The weights, the Gaussians, the uₖ and T are trained with the model. `kind` is the name of the
+family, as in `families`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import torch
 from pyro.distributions import (
     Categorical,
     Distribution,
-    MixtureSameFamily,
     Normal,
 )
 from torch import Tensor, nn
@@ -30,8 +30,9 @@ from ..families import (
     Prior,
     VampPrior,
 )
+from ..randomness import random_states
 from .flows import FlowDistribution, autoregressive_flow, even_normals
-from .posteriors import FullGaussian, num_features, posterior_family
+from .posteriors import FullGaussian, GaussianMixture, num_features, posterior_family
 
 # Variance of the means of a new mixture. Its own is then about 1, as that of N(0, I).
 SPREAD = 0.5
@@ -43,6 +44,7 @@ class StandardNormal(nn.Module):
     Source: "Auto-encoding variational Bayes", arXiv 1312.6114.
     """
 
+    kind = "normal"
     loc: Tensor
     scale: Tensor
 
@@ -71,6 +73,8 @@ class Mixture(nn.Module):
         covariance: that of each, diagonal or full.
     """
 
+    kind = "mixture"
+
     def __init__(self, latent_dim: int, components: int, covariance: str = "diagonal") -> None:
         super().__init__()
         guide = DiagonalGuide() if covariance == "diagonal" else FullGuide()
@@ -96,6 +100,7 @@ class Vamp(nn.Module):
         mean, std: moments of the data.
     """
 
+    kind = "vamp"
     mean: Tensor
     std: Tensor
 
@@ -105,8 +110,8 @@ class Vamp(nn.Module):
         # In standardized units, so that a step of the optimizer is small for data of any scale
         self.rows = nn.Parameter(rows.clone())
         self.logits = nn.Parameter(rows.new_zeros(len(rows)))
-        self.register_buffer("mean", mean.clone(), persistent=False)
-        self.register_buffer("std", std.clone(), persistent=False)
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", std.clone())
 
     def forward(self, posterior: Callable[[Tensor], Distribution]) -> Distribution:
         """p(z), with `posterior`: x (K, *data_shape) → q(z|x), batch (K,)."""
@@ -117,7 +122,8 @@ class Vamp(nn.Module):
         """The same prior as Gaussians that do not depend on the encoder any more."""
         features = encoder(self.pseudo_inputs)
         covariance = "full" if isinstance(family, FullGaussian) else "diagonal"
-        mixture = Mixture(self.latent_dim, len(self.rows), covariance).to(features.device)
+        with random_states(torch.device("cpu")):  # the first values are replaced
+            mixture = Mixture(self.latent_dim, len(self.rows), covariance).to(features)
         mixture.features.copy_(features)
         mixture.logits.copy_(self.logits)
         return mixture
@@ -134,6 +140,7 @@ class Flow(nn.Module):
     Source: "Masked autoregressive flow for density estimation", arXiv 1705.07057.
     """
 
+    kind = "flow"
     loc: Tensor
     normals: Tensor
 
@@ -164,4 +171,4 @@ def prior_family(prior: Prior, latent_dim: int, mean: Tensor, std: Tensor) -> nn
 
 
 def _mixture(logits: Tensor, components: Distribution) -> Distribution:
-    return MixtureSameFamily(Categorical(logits=logits), components)
+    return GaussianMixture(Categorical(logits=logits), components)

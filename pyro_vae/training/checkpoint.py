@@ -8,10 +8,11 @@ a digest of every value, so that damage is noticed.
 from __future__ import annotations
 
 import io
+import json
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -21,11 +22,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ..config import VERSION, Config, InputError
+from ..config import VERSION, Config, InputError, ModelConfig
 from ..data.splits import DataSpec, Splits
 from ..models.autoencoder import Autoencoder
 from ..models.build import build_blank
 from ..models.vae import VAE
+from ..options import structure
 from ..randomness import usual_settings
 from .records import check_tensor, unpack
 
@@ -48,6 +50,7 @@ class Checkpoint:
         training: state for `fit`; None if the file holds only a model.
         history: one metrics dictionary per epoch.
         path: the file.
+        model: the settings of `vae`: those in `config` or, after a refit, with another guide.
         refit: one metrics dictionary per record of a refit; empty if the guide is the trained one.
     """
 
@@ -57,7 +60,8 @@ class Checkpoint:
     training: dict[str, Any] | None
     history: list[dict[str, Any]]
     path: Path
-    refit: list[dict[str, Any]] = field(default_factory=list)
+    model: ModelConfig
+    refit: list[dict[str, Any]]
 
 
 def serialize(
@@ -66,9 +70,13 @@ def serialize(
     splits: Splits,
     history: list[dict[str, Any]],
     training: dict[str, Any] | None = None,
+    model: ModelConfig | None = None,
     refit: Sequence[dict[str, Any]] = (),
 ) -> bytes:
-    """Return the bytes of a checkpoint file."""
+    """Return the bytes of a checkpoint file.
+
+    `model` and `refit` are those of a refitted model, see `Checkpoint`.
+    """
     spec = splits.spec
     content = {
         "format": FORMAT,
@@ -85,6 +93,7 @@ def serialize(
         "weights": vae.state_dict(),
         "training": training,
         "history": history,
+        "model": None if model is None else json.loads(json.dumps(asdict(model))),
         "refit": list(refit),
     }
     buffer = io.BytesIO()
@@ -144,7 +153,9 @@ def _restore(content: dict[str, Any], path: Path) -> Checkpoint:
     options = {name: data[name] for name in SPEC_OPTIONS if name in data}
     spec = DataSpec(tuple(data["shape"]), data["max_value"], data["discrete"], **options)
     weights, training, history = (content[name] for name in ("weights", "training", "history"))
-    blank = build_blank(config.model, spec, "meta")
+    changed, refit = content.get("model"), content.get("refit", [])
+    model = config.model if changed is None else structure(ModelConfig, changed, "model.")
+    blank = build_blank(model, spec, "meta")
     expected = blank.state_dict()
     if set(weights) != set(expected):
         names = ", ".join(sorted(map(str, set(weights) ^ set(expected))))
@@ -153,16 +164,17 @@ def _restore(content: dict[str, Any], path: Path) -> Checkpoint:
         check_tensor(name, weights[name], value.shape, value.dtype)
     if training is not None:
         unpack(training, list(blank.parameters()))
-    refit = content.get("refit", [])
     for lines in (history, refit):
         if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
             raise InputError("the history expects a list of dictionaries")
     if content["format_version"] > 1:
         _check_digests(content)
-    vae = build_blank(config.model, spec)
+    vae = build_blank(model, spec)
     vae.load_state_dict(weights)
     training = tree_map_only(Tensor, Tensor.clone, training)  # out of the mapped file
-    return Checkpoint(vae.eval(), config, data["fingerprint"], training, history, path, refit)
+    return Checkpoint(
+        vae.eval(), config, data["fingerprint"], training, history, path, model, refit
+    )
 
 
 def _find(run: Path, which: str) -> Path:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..capture.build import find_leaves
 from ..config import FitConfig, InputError
 from ..data.splits import Split, Splits
+from ..families import check_objective_families
 from ..memory import check_memory
 from ..models.autoencoder import Autoencoder
 from ..models.refined import Refined
@@ -22,12 +23,12 @@ from ..models.vae import VAE
 MAX_STEP_VALUES = 10**12
 
 
-def check_model(vae: VAE | Autoencoder, splits: Splits) -> None:
-    """Check type, dtype and device of a model.
+def check_model(vae: VAE | Autoencoder, splits: Splits, objective: str) -> None:
+    """Check type, families, dtype and device of a model.
 
     Raises:
-        InputError: it is not a model of this package, or does not compute on float32 data, or on
-            the device of the batches.
+        InputError: it is not a model of this package, does not compute on float32 data, or on the
+            device of the batches, or its families do not work with the objective.
     """
     if not isinstance(vae, VAE | Autoencoder):
         raise InputError(f"training expects a VAE or an Autoencoder; got {type(vae).__name__}")
@@ -36,6 +37,9 @@ def check_model(vae: VAE | Autoencoder, splits: Splits) -> None:
             "training expects a guide that can be trained; this model has a refined one: train "
             "with another, and refit"
         )
+    if isinstance(vae, VAE):
+        kinds = (getattr(part, "kind", None) for part in (vae.family, vae.prior_module))
+        check_objective_families(objective, *kinds)
     device = splits.train.device
     for name, value in [*vae.named_parameters(), *vae.named_buffers()]:
         if value.is_inference():

@@ -155,7 +155,7 @@ def _setup(vae: VAE | Autoencoder, splits: Splits, config: FitConfig, seed: int)
             f"--objective {config.objective} needs the whole batch in one process; run a "
             f"single process, or choose another objective"
         )
-    check_model(vae, splits)
+    check_model(vae, splits, config.objective)
     optimizer = OneOptimizer(
         torch.optim.Adam(vae.parameters(), lr=config.learning_rate, fused=True)
     )
