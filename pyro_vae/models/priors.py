@@ -21,6 +21,8 @@ from pyro.distributions import (
     Normal,
 )
 from torch import Tensor, nn
+from torch.distributions import Transform, biject_to
+from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from ..families import (
     DiagonalGuide,
@@ -164,3 +166,9 @@ def prior_family(prior: Prior, latent_dim: int, mean: Tensor, std: Tensor) -> nn
 
 def _mixture(logits: Tensor, components: Distribution) -> Distribution:
     return MixtureSameFamily(Categorical(logits=logits), components)
+
+
+@biject_to.register(MixtureSameFamilyConstraint)
+def _as_its_components(constraint: MixtureSameFamilyConstraint) -> Transform:
+    """The unconstrained space of a mixture, for NUTS, which torch does not define."""
+    return biject_to(constraint.base_constraint)

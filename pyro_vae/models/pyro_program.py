@@ -126,6 +126,10 @@ class _Shaped(TorchDistribution):
         return self.base.sample(sample_shape).reshape(self._extended_shape(sample_shape))
 
     @property
+    def support(self) -> Any:
+        return self.base.support
+
+    @property
     def mean(self) -> Tensor:
         return self.base.mean.reshape(self.batch_shape + self.event_shape)
 
