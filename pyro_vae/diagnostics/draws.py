@@ -1,17 +1,22 @@
 """Draws from p(z|x), for each row by the cheapest method that can be relied on.
 
     1. importance    K draws from q(z|x), of which N are resampled with Pareto-smoothed weights
-    2. refined       the same from ½ q(z|x) + ½ r(z), a full Gaussian r fitted to the row
+    2. refined       the same, half of the K from a full Gaussian r(z) fitted to the row
     3. nuts          chains of the No-U-Turn sampler that agree
 
-A row goes on to the next method where Pareto k̂ of its weights is above `reliable_k(K)`. In step 2
-half of the draws are from q(z|x) again: the Gaussian may cover one of two modes, and its own
-weights would not show the other.
+A row goes on to the next method where Pareto k̂ of its weights is above `reliable_k(K)`, or their
+effective sample size (Σ w)² / Σ w² below 100. The weights are those of a mixture,
 
-No number here shows a mode that neither a draw from q(z|x) nor a chain has reached.
+    log w = log p(x, z) − log (0.9 q(z|x) + 0.1 p(z)),             in step 1
+    log w = log p(x, z) − log (0.45 q(z|x) + 0.45 r(z) + 0.1 p(z)) in step 2
+
+since weights of draws from a narrow q alone do not show a mode that q misses. There, a few draws
+from the prior hold most of the weight. With many latents, draws from the prior rarely reach a
+posterior: no number here then shows a mode that neither q(z|x), r(z) nor a chain reaches.
 
 Source: "Amortized Bayesian workflow", arXiv 2409.04332; "Pareto smoothed importance sampling",
-arXiv 1507.02646.
+arXiv 1507.02646; "Weighted average importance sampling and defensive mixture distributions", doi
+10.1080/00401706.1995.10484303.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ from pyro.distributions import Distribution, MultivariateNormal
 from torch import Tensor
 from torch.distributions import biject_to
 
-from ..evidence.importance import MIN_TAIL_SAMPLES, pareto_smoothed, reliable_k
+from ..evidence.importance import pareto_smoothed, reliable_k
 from ..memory import check_memory, concatenate, rows_at_once
 from ..models.interface import LatentModel
 from ..models.log_weights import log_weights
@@ -42,6 +47,10 @@ METHODS = ("importance", "refined", "nuts", "recalibrated", "not converged", "un
 IMPORTANCE, REFINED, NUTS, RECALIBRATED, NOT_CONVERGED, UNRELIABLE = METHODS
 NAMES = np.array(METHODS).dtype
 
+# The least effective sample size of weights to resample with
+MIN_SIZE = 100
+# Share of the K draws from the prior
+PRIOR_SHARE = 0.1
 # Steps of SVI for a refined Gaussian
 REFINE_STEPS = 500
 # Chains of NUTS, with so many transitions each of adaptation and, at least, of draws
@@ -66,7 +75,7 @@ class PosteriorDraws:
     Attributes:
         draws: (N, B, Z), in random order. Draws may repeat one another.
         method: (B,) names: importance, refined, nuts or recalibrated. "unreliable": draws resampled
-            from q(z|x) with weights that cannot be relied on. "not converged": draws of chains that
+            with weights that cannot be relied on. "not converged": draws of chains that
             disagree.
         pareto_k: (B,) float64, k̂ of the weights with which the draws were resampled; NaN if there
             are none, or none is finite.
@@ -115,9 +124,9 @@ def posterior_draws(
     """
     if num_draws < 1:
         raise ValueError(f"num_draws expects an integer of at least 1; got {num_draws}")
-    if not MIN_TAIL_SAMPLES <= num_samples <= MAX_SAMPLES:
+    if not MIN_SIZE <= num_samples <= MAX_SAMPLES:
         raise ValueError(
-            f"num_samples expects {MIN_TAIL_SAMPLES} to {MAX_SAMPLES:,}; got {num_samples}"
+            f"num_samples expects {MIN_SIZE} to {MAX_SAMPLES:,}; got {num_samples}"
         )
     (latent_dim,) = vae.prior().event_shape
     what = f"{num_draws:,} draws for each of {len(x):,} rows"
@@ -134,7 +143,7 @@ def posterior_draws(
     if is_program and _is_unbounded(vae.prior()):
         _refine_rows(result, vae, x, num_samples, on_progress)
     if is_program:
-        _sample_rows(result, vae, x, num_samples, on_progress)
+        _sample_rows(result, vae, x, on_progress)
     _warn(result, is_program)
     return result
 
@@ -143,9 +152,9 @@ def posterior_draws(
 def _resampled(
     vae: LatentModel, x: Tensor, refined: Distribution | None, num_draws: int, num_samples: int
 ) -> PosteriorDraws:
-    """N of K draws from q(z|x), or half of them from a refined Gaussian, with smoothed weights."""
-    q = vae.posterior(x)
-    proposal = q if refined is None else _EvenMixture(q, refined)
+    """N of K draws from the mixture of q(z|x), p(z) and, if there is one, a refined Gaussian."""
+    guides = [vae.posterior(x), *([] if refined is None else [refined])]
+    proposal = _Mixture(guides, vae.prior(), len(x))
     z = proposal.sample((num_samples,))
     weights = log_weights(vae, proposal, x, z)[1]
     finite = weights.amax(0).isfinite()  # False also if one is NaN
@@ -153,7 +162,9 @@ def _resampled(
     index = torch.multinomial(smoothed.softmax(0).T, num_draws, replacement=True).T  # (N, B)
     counts = torch.zeros_like(smoothed).scatter_add_(0, index, torch.ones_like(index).double())
     k = k.where(finite, torch.nan)
-    reliable = (k <= reliable_k(num_samples)).cpu().numpy()
+    # Smoothing hides a few weights far above the others; their own effective size does not.
+    size = 1 / weights.softmax(0).square().sum(0)
+    reliable = ((k <= reliable_k(num_samples)) & (size >= MIN_SIZE)).cpu().numpy()
     name = IMPORTANCE if refined is None else REFINED
     return PosteriorDraws(
         draws=z.gather(0, index.unsqueeze(-1).expand(*index.shape, z.shape[-1])),
@@ -164,23 +175,26 @@ def _resampled(
     )
 
 
-class _EvenMixture(Distribution):
-    """½ q + ½ r; half of the draws are from each."""
+class _Mixture(Distribution):
+    """Guides (batch (B,)) in equal parts, and `PRIOR_SHARE` of the prior; exact shares of draws."""
 
-    def __init__(self, q: Distribution, r: Distribution) -> None:
-        self.parts = q, r
+    def __init__(self, guides: list[Distribution], prior: Distribution, num_rows: int) -> None:
+        self.guides, self.prior, self.num_rows = guides, prior, num_rows
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.sample(*args, **kwargs)
 
     def sample(self, sample_shape: tuple[int]) -> Tensor:
-        half = sample_shape[0] // 2
-        sizes = sample_shape[0] - half, half
-        return torch.cat([p.sample((n,)) for p, n in zip(self.parts, sizes, strict=True)])
+        count = sample_shape[0]
+        from_prior = round(PRIOR_SHARE * count)
+        cuts = [(count - from_prior) * i // len(self.guides) for i in range(len(self.guides) + 1)]
+        z = [q.sample((b - a,)) for q, a, b in zip(self.guides, cuts, cuts[1:], strict=False)]
+        return torch.cat([*z, self.prior.sample((from_prior, self.num_rows))])
 
     def log_prob(self, z: Tensor) -> Tensor:
-        q, r = (part.log_prob(z) for part in self.parts)
-        return torch.logaddexp(q, r) - math.log(2)
+        share = (1 - PRIOR_SHARE) / len(self.guides)
+        parts = [q.log_prob(z) + math.log(share) for q in self.guides]
+        return torch.stack([*parts, self.prior.log_prob(z) + math.log(PRIOR_SHARE)]).logsumexp(0)
 
 
 def _refine_rows(
@@ -189,7 +203,7 @@ def _refine_rows(
     """Replace the draws of unreliable rows by draws with a refined Gaussian in the proposal."""
     num_draws, _, latent_dim = result.draws.shape
     kept = rows_at_once(num_samples * latent_dim, x.device, CHUNKS)
-    todo = _unreliable(result, num_samples)
+    todo = _unreliable(result)
     parts = todo.split(rows_at_once(PARTICLES * x[:1].numel())) if len(todo) else ()
     for rows in parts:
         step = partial(_report, on_progress, REFINED, len(parts) * REFINE_STEPS)
@@ -199,13 +213,11 @@ def _refine_rows(
             _put(result, rows[few], _resampled(vae, x[rows[few]], r, num_draws, num_samples))
 
 
-def _sample_rows(
-    result: PosteriorDraws, vae: Any, x: Tensor, num_samples: int, on_progress: Progress
-) -> None:
+def _sample_rows(result: PosteriorDraws, vae: Any, x: Tensor, on_progress: Progress) -> None:
     """Replace the draws of rows that are still unreliable by those of NUTS."""
     num_draws = len(result.draws)
     length = max(CHAIN_DRAWS, math.ceil(num_draws / NUM_CHAINS))
-    todo = _unreliable(result, num_samples)
+    todo = _unreliable(result)
     parts = todo.split(CHAIN_ROWS) if len(todo) else ()
     for rows in parts:
         total = len(parts) * NUM_CHAINS * (WARMUP + length)
@@ -228,10 +240,12 @@ def _report(on_progress: Progress, method: str, total: int, done: int) -> None:
     on_progress(method, done, total)
 
 
-def _unreliable(result: PosteriorDraws, num_samples: int) -> Tensor:
+def _unreliable(result: PosteriorDraws) -> Tensor:
     """Rows for the next method, by k: rows that share chains are then similarly difficult."""
     order = result.pareto_k.argsort()
-    return order[result.pareto_k[order] > reliable_k(num_samples)]  # NaN is not above
+    waiting = torch.as_tensor(result.method == UNRELIABLE, device=order.device)
+    waiting &= ~result.pareto_k.isnan()  # no method can use densities that are not finite
+    return order[waiting[order]]
 
 
 def _put(result: PosteriorDraws, rows: Tensor, part: PosteriorDraws) -> None:
