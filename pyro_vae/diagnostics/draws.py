@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ..evidence.importance import pareto_smoothed, reliable_k
-from ..memory import check_memory, concatenate, rows_at_once
+from ..memory import check_memory, rows_at_once
 from ..models.interface import LatentModel
 from ..models.log_weights import log_weights
 from ..randomness import one_thread
@@ -46,6 +46,8 @@ from .refinement import PARTICLES, refine
 METHODS = ("importance", "refined", "nuts", "recalibrated", "not converged", "unreliable")
 IMPORTANCE, REFINED, NUTS, RECALIBRATED, NOT_CONVERGED, UNRELIABLE = METHODS
 NAMES = np.array(METHODS).dtype
+# Numbers of each row in the results
+PER_ROW = ("pareto_k", "effective_draws", "r_hat")
 
 # The least effective sample size of weights to resample with
 MIN_SIZE = 100
@@ -125,9 +127,7 @@ def posterior_draws(
     if num_draws < 1:
         raise ValueError(f"num_draws expects an integer of at least 1; got {num_draws}")
     if not MIN_SIZE <= num_samples <= MAX_SAMPLES:
-        raise ValueError(
-            f"num_samples expects {MIN_SIZE} to {MAX_SAMPLES:,}; got {num_samples}"
-        )
+        raise ValueError(f"num_samples expects {MIN_SIZE} to {MAX_SAMPLES:,}; got {num_samples}")
     (latent_dim,) = vae.prior().event_shape
     what = f"{num_draws:,} draws for each of {len(x):,} rows"
     check_memory(2 * num_draws * len(x) * latent_dim, what, "lower the number of draws")
@@ -252,15 +252,15 @@ def _put(result: PosteriorDraws, rows: Tensor, part: PosteriorDraws) -> None:
     """Replace the results of some rows."""
     result.draws[:, rows] = part.draws
     result.method[rows.cpu().numpy()] = part.method
-    for name in ("pareto_k", "effective_draws", "r_hat"):
+    for name in PER_ROW:
         values = getattr(result, name)
         values[rows] = getattr(part, name).to(values)
 
 
 def _joined(parts: list[PosteriorDraws]) -> PosteriorDraws:
+    values = {name: torch.cat([getattr(part, name) for part in parts], dim=-1) for name in PER_ROW}
     method = np.concatenate([part.method for part in parts])
-    draws = torch.cat([part.draws for part in parts], dim=1)
-    return replace(concatenate(parts), draws=draws, method=method)
+    return PosteriorDraws(torch.cat([part.draws for part in parts], dim=1), method, **values)
 
 
 def _is_unbounded(prior: Distribution) -> bool:
