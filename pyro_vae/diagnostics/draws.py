@@ -51,6 +51,8 @@ PER_ROW = ("pareto_k", "effective_draws", "r_hat")
 
 # The least effective sample size of weights to resample with
 MIN_SIZE = 100
+# The largest error of log w by rounding, nats
+MAX_ROUNDING = 0.1
 # Share of the K draws from the prior
 PRIOR_SHARE = 0.1
 # Steps of SVI for a refined Gaussian
@@ -80,7 +82,7 @@ class PosteriorDraws:
             with weights that cannot be relied on. "not converged": draws of chains that
             disagree.
         pareto_k: (B,) float64, k̂ of the weights with which the draws were resampled; NaN if there
-            are none, or none is finite.
+            are none, or they exceed the precision of floats, as those of outliers may.
         effective_draws: (B,) float64, 1 to N. Of resampled draws, N² / Σ c², where c counts the
             repeats of each: N if none repeats. Of NUTS, the chains' effective sample size of the
             worst latent, at most N.
@@ -157,11 +159,13 @@ def _resampled(
     proposal = _Mixture(guides, vae.prior(), len(x))
     z = proposal.sample((num_samples,))
     weights = log_weights(vae, proposal, x, z)[1]
-    finite = weights.amax(0).isfinite()  # False also if one is NaN
-    smoothed, k = pareto_smoothed(torch.where(finite, weights, 0.0))
+    # Outliers: beyond the range of floats, or so unlikely that rounding makes all weights equal
+    usable = weights.amax(0).abs() * torch.finfo(z.dtype).eps < MAX_ROUNDING  # False for NaN
+    weights = weights.where(usable, 0.0)
+    smoothed, k = pareto_smoothed(weights)
     index = torch.multinomial(smoothed.softmax(0).T, num_draws, replacement=True).T  # (N, B)
     counts = torch.zeros_like(smoothed).scatter_add_(0, index, torch.ones_like(index).double())
-    k = k.where(finite, torch.nan)
+    k = k.where(usable, torch.nan)
     # Smoothing hides a few weights far above the others; their own effective size does not.
     size = 1 / weights.softmax(0).square().sum(0)
     reliable = ((k <= reliable_k(num_samples)) & (size >= MIN_SIZE)).cpu().numpy()
@@ -244,7 +248,7 @@ def _unreliable(result: PosteriorDraws) -> Tensor:
     """Rows for the next method, by k: rows that share chains are then similarly difficult."""
     order = result.pareto_k.argsort()
     waiting = torch.as_tensor(result.method == UNRELIABLE, device=order.device)
-    waiting &= ~result.pareto_k.isnan()  # no method can use densities that are not finite
+    waiting &= ~result.pareto_k.isnan()  # outliers, whose densities no method can use
     return order[waiting[order]]
 
 
@@ -288,7 +292,8 @@ def _widened(
 
 def _warn(result: PosteriorDraws, is_program: bool) -> None:
     """Name the rows whose draws cannot be relied on."""
-    why = "their importance weights are not finite, as those of outliers may be"
+    kind = str(result.draws.dtype).removeprefix("torch.")
+    why = f"their log-densities exceed the precision of {kind}, as those of outliers may"
     if not is_program:
         why = "their importance weights are, and a better method needs a Pyro model(x)"
     reasons = {NOT_CONVERGED: f"chains of NUTS disagree (R-hat above {MAX_R_HAT})", UNRELIABLE: why}
