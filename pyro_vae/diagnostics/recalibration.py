@@ -73,9 +73,10 @@ def recalibrate(
     learned = num_simulations // 2
     rank = math.ceil((learned + 1) * level)
     if not 0 < rank <= learned:
+        least = 2 * math.ceil(level / (1 - level) - 1e-9)  # without the rounding of 0.9 / 0.1
         raise ValueError(
-            f"num_simulations expects at least {2 * math.ceil(level / (1 - level))} for intervals "
-            f"of {level:g}; got {num_simulations}"
+            f"num_simulations expects at least {least} for intervals of {level:g}; got "
+            f"{num_simulations}"
         )
     scores = np.abs(simulate(vae, num_simulations, num_draws=1, on_chunk=on_chunk).z_scores)
     normal = stats.norm.isf((1 - level) / 2)

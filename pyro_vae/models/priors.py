@@ -21,7 +21,7 @@ from pyro.distributions import (
     Normal,
 )
 from torch import Tensor, nn
-from torch.distributions import Transform, biject_to
+from torch.distributions import Transform, biject_to, transform_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from ..families import (
@@ -168,6 +168,7 @@ def _mixture(logits: Tensor, components: Distribution) -> Distribution:
     return MixtureSameFamily(Categorical(logits=logits), components)
 
 
+@transform_to.register(MixtureSameFamilyConstraint)
 @biject_to.register(MixtureSameFamilyConstraint)
 def _as_its_components(constraint: MixtureSameFamilyConstraint) -> Transform:
     """The unconstrained space of a mixture, for NUTS, which torch does not define."""
