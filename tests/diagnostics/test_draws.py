@@ -377,19 +377,21 @@ def test_a_guide_at_one_of_two_modes_is_not_relied_on(monkeypatch, few_steps):
 
 @pytest.mark.slow
 def test_chains_of_a_ridge_against_quadrature(monkeypatch):
-    """A guide far away; its refined Gaussian misses half of the ridge; NUTS itself has it."""
-    vae = curved(ridge, 2, 0.6, 4.0, 0.05)
-    x = torch.tensor([[1.5], [2.0]]).double()
-    monkeypatch.setattr(home, "WARMUP", 150)
+    """No weights are reliable here, whatever their k."""
+    vae = curved(ridge, 2, 0.8, 0.0, 1.0)
+    x = torch.tensor([[0.5], [1.5]]).double()
+    monkeypatch.setattr(home, "reliable_k", lambda _: -100.0)
+    for name, number in {"REFINE_STEPS": 3, "NUM_CHAINS": 2, "WARMUP": 100}.items():
+        monkeypatch.setattr(home, name, number)
     torch.manual_seed(8)
-    found = posterior_draws(vae, x, 1000)
+    found = posterior_draws(vae, x, 500)
     assert set(found.method) == {"nuts"}
     exact = quadrature(vae, x, 301)
     scale = exact.covariance.diagonal(dim1=1, dim2=2).sqrt()
     error = stats.norm.isf(FALSE_ALARM / 8) / found.effective_draws.sqrt().unsqueeze(-1)
     off = (found.draws.mean(0) - exact.mean) / scale
     assert (off.abs() < error).all()
-    assert (found.effective_draws > 100).all()
+    assert (found.effective_draws > 80).all()
     # power: one half of the ridge
     half = found.draws[:, :, 0].abs().mean(0)
     assert (half / scale[:, 0] > error[:, 0]).all()
