@@ -1,11 +1,13 @@
 from .config import Config, DataConfig, FitConfig, InputError, ModelConfig
 from .data.loading import load_data
 from .data.splits import DataSpec, Split, Splits
+from .diagnostics.draws import posterior_draws
 from .diagnostics.gradients import measure_gradients
 from .diagnostics.latents import latent_use
 from .diagnostics.local import local_test
 from .diagnostics.nuts import compare_with_nuts
 from .diagnostics.predictive import predictive_check
+from .diagnostics.recalibration import recalibrate
 from .diagnostics.refinement import gaps, refine
 from .diagnostics.sbc import check_ranks, miscalibration, simulate
 from .evidence.annealing import anneal
@@ -55,7 +57,9 @@ __all__ = [
     "measure_gradients",
     "miscalibration",
     "objective",
+    "posterior_draws",
     "predictive_check",
+    "recalibrate",
     "refine",
     "refit",
     "simulate",

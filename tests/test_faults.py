@@ -436,7 +436,7 @@ TABLE: dict[Callable[[], None], list[Fault]] = {
     check_weights_say_how_far_to_trust_them: [
       Fault("deviation for standard error",     "evidence.importance._estimate",
             "relative_variance / (count - 1)",             "relative_variance"),
-      Fault("tail of the inverse weights",      "evidence.importance.pareto_k",
+      Fault("tail of the inverse weights",      "evidence.importance._smoothed",
             "psislw(-weights)",                            "psislw(weights)")],
     check_oracle_by_torch_distributions: [
       Fault("noise scale for its variance",         "models.linear_gaussian._precision",

@@ -80,15 +80,14 @@ def compare_with_nuts(
             f"R-hat expects at least 2 chains of at least 4 samples; got {num_chains} of "
             f"{num_samples}"
         )
-    runs = [_chain(vae, x, num_samples, num_warmup, on_sample) for _ in range(num_chains)]
-    draws = torch.stack([chain for chain, _ in runs]).double()  # (C, S, B, Z)
+    draws, divergences = chains(vae, x, num_chains, num_samples, num_warmup, on_sample)
     with torch.no_grad():
         posterior = vae.posterior(x)
         own = posterior.sample((num_chains * num_samples,)).double()
         mean, scale = posterior.mean, posterior.variance.sqrt()
     # The minimum keeps the differences finite if a chain never moved.
     exact_mean, exact_scale = draws.mean((0, 1)), draws.std((0, 1)).clamp_min(1e-9)
-    r_hat, effective_sample_size = _convergence(draws.cpu().numpy())
+    r_hat, effective_sample_size = convergence(draws.cpu().numpy())
     # Both samples in units of the chains' standard deviation, which gives latents equal weight
     ours = ((own - exact_mean) / exact_scale).cpu().numpy()
     theirs = ((draws.flatten(0, 1) - exact_mean) / exact_scale).cpu().numpy()
@@ -97,7 +96,7 @@ def compare_with_nuts(
         draws.cpu().numpy(),
         r_hat,
         effective_sample_size,
-        divergences=sum(diverged for _, diverged in runs),
+        divergences=divergences,
         mean_difference=((mean - exact_mean) / exact_scale).cpu().numpy(),
         scale_ratio=(scale / exact_scale).cpu().numpy(),
         distance=_distances(ours, theirs),
@@ -105,7 +104,7 @@ def compare_with_nuts(
     )
 
 
-def _convergence(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def convergence(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """R̂ and effective sample size (B, Z) of draws (C, S, B, Z); ∞ and 1 if no chain moved."""
     from arviz_stats.base import array_stats
 
@@ -124,6 +123,22 @@ def _distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """`energy_coefficient` (B,) of draws (N, B, Z) and (M, B, Z), row by row."""
     rows = range(first.shape[1])
     return np.array([energy_coefficient(first[:, i], second[:, i]) for i in rows])
+
+
+def chains(
+    vae: PyroModel,
+    x: Tensor,
+    num_chains: int,
+    num_samples: int,
+    num_warmup: int,
+    on_sample: Callback = ignore,
+) -> tuple[Tensor, int]:
+    """Draws (C, S, B, Z) of NUTS, float64, and the number of divergent transitions.
+
+    Arguments as in `compare_with_nuts`.
+    """
+    runs = [_chain(vae, x, num_samples, num_warmup, on_sample) for _ in range(num_chains)]
+    return torch.stack([chain for chain, _ in runs]).double(), sum(count for _, count in runs)
 
 
 def _chain(

@@ -186,29 +186,52 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     Raises:
         ValueError: K is below `MIN_TAIL_SAMPLES`.
     """
-    count = len(log_weights)
+    _check_tail(len(log_weights))
+    tails = [_smoothed(weights)[1] for weights in log_weights.double().cpu().numpy().T]
+    return torch.tensor(tails, dtype=torch.float64, device=log_weights.device)
+
+
+def pareto_smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Pareto-smoothed log-weights (K, B) of log-weights (K, B), and their `pareto_k` (B,), float64.
+
+    The largest weights are replaced by quantiles of the generalized Pareto distribution fitted to
+    them. Log-weights whose tail cannot be fitted stay as they are.
+
+    Raises:
+        ValueError: K is below `MIN_TAIL_SAMPLES`.
+    """
+    _check_tail(len(log_weights))
+    pairs = [_smoothed(weights) for weights in log_weights.double().cpu().numpy().T]
+    smoothed, tails = (np.stack(values, axis=-1) for values in zip(*pairs, strict=True))
+    return torch.as_tensor(smoothed).to(log_weights.device), torch.as_tensor(tails).to(
+        log_weights.device
+    )
+
+
+def _check_tail(count: int) -> None:
     if count < MIN_TAIL_SAMPLES:
         raise ValueError(
             f"the tail of the weights expects at least {MIN_TAIL_SAMPLES} samples; got {count}"
         )
+
+
+def _smoothed(weights: np.ndarray) -> tuple[np.ndarray, float]:
+    """Smoothed log-weights (K,) of log-weights (K,), and k̂."""
     from arviz_stats.base import array_stats
 
-    tails = []
+    count = len(weights)
     # Size of the tail, as psislw chooses it
     size = int(3 * math.sqrt(count)) if count > 225 else count // 5
-    for weights in log_weights.double().cpu().numpy().T:
-        highest = np.sort(weights)[-size - 1 :]
-        if not np.isfinite(highest[-1]):
-            tails.append(math.inf)
-            continue
-        cutoff, *tail = np.exp(highest - highest[-1])
-        if np.ptp(weights) < 1e-3:
-            tails.append(-math.inf)
-        elif tail[int(size / 4 + 0.5) - 1] - cutoff < 1e-290:
-            tails.append(math.inf)  # a few weights exceed the others beyond the range of floats
-        else:
-            tails.append(float(array_stats.psislw(-weights)[1]))  # takes the inverse weights
-    return torch.tensor(tails, dtype=torch.float64, device=log_weights.device)
+    highest = np.sort(weights)[-size - 1 :]
+    if not np.isfinite(highest[-1]):
+        return weights, math.inf
+    cutoff, *tail = np.exp(highest - highest[-1])
+    if np.ptp(weights) < 1e-3:
+        return weights, -math.inf
+    if tail[int(size / 4 + 0.5) - 1] - cutoff < 1e-290:
+        return weights, math.inf  # a few weights exceed the others beyond the range of floats
+    smoothed, k = array_stats.psislw(-weights)  # takes the inverse weights
+    return smoothed, float(k)
 
 
 def reliable_k(num_samples: int) -> float:

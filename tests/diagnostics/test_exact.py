@@ -115,7 +115,7 @@ def test_chains_that_never_move_count_as_one_draw():
     draws = np.random.default_rng(2).normal(size=(2, 8, 1, 3))
     draws[..., 0] = 0.7
     draws[0, ..., 1], draws[1, ..., 1] = 1.0, 2.0
-    r_hat, size = nuts._convergence(draws)
+    r_hat, size = nuts.convergence(draws)
     assert np.isinf(r_hat).tolist() == [[True, True, False]]
     assert size[0, :2].tolist() == [1.0, 1.0]
     assert size[0, 2] > 1
