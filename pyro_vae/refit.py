@@ -120,14 +120,12 @@ def refit_run(
     """
     from tqdm import tqdm
 
-    from .evidence.evaluation import elbo_terms
     from .files import to_json, write_atomically
     from .training.checkpoint import serialize
     from .training.refitting import RefitRecord, refit, refitted_config, work
 
     vae: Any = checkpoint.vae.to(splits.train.device)
-    reconstruction, kl = elbo_terms(vae, splits.validation, checkpoint.config.seed)
-    before, started = reconstruction - (kl or 0), time.monotonic()
+    before, started = _elbo(vae, splits, checkpoint), time.monotonic()
     print(f"refit  guide {config.guide.family}, the model held fixed")
     records: list[RefitRecord] = []
     total, unit = work(config)
@@ -139,18 +137,15 @@ def refit_run(
             bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
 
         refitted = refit(vae, splits, config, seed, bar.update, show)
-    final = elbo_terms(refitted, splits.validation, checkpoint.config.seed)
-    after = final[0] - (final[1] or 0)
-    rose = after > before
-    numbers = f"validation ELBO {before:.2f} → {after:.2f} nats per row"
-    kept = only_if_better and not rose
+    after = _elbo(refitted, splits, checkpoint)
+    kept = only_if_better and not after > before
     print(
-        f"       {time.monotonic() - started:.0f} s; {numbers}"
-        + ("; the trained guide stays" if kept else "")
+        f"       {time.monotonic() - started:.0f} s; validation ELBO {before:.2f} → {after:.2f} "
+        f"nats per row" + ("; the trained guide stays" if kept else "")
     )
     if kept:
         return
-    if not rose:
+    if not after > before:
         warnings.warn(
             f"the ELBO fell. {path}/checkpoints/best.pt keeps the trained guide: delete "
             f"refitted.pt to use it",
@@ -163,6 +158,14 @@ def refit_run(
     )
     write_atomically(path / "refit.jsonl", "".join(to_json(x) + "\n" for x in lines).encode())
     write_atomically(path / "checkpoints" / "refitted.pt", content)
+
+
+def _elbo(vae: Any, splits: Splits, checkpoint: Checkpoint) -> float:
+    """Validation ELBO, nats per row, as in the records of the training."""
+    from .evidence.evaluation import elbo_terms
+
+    reconstruction, kl = elbo_terms(vae, splits.validation, checkpoint.config.seed)
+    return reconstruction - (kl or 0.0)
 
 
 def _copy(run: Path, path: Path) -> None:

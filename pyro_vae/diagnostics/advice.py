@@ -37,7 +37,7 @@ def remedies(run: str | Path = "RUN", model: ModelConfig | None = None) -> dict[
     others = [
         "mixture",
         *(["flow"] if model.latent_dim > 1 else []),
-        *(["vamp"] if guide in ("diagonal", "full") else []),
+        *(["vamp"] if guide in ("diagonal", "full", "refined") else []),
     ]
     return {
         "mend": mend or draws,

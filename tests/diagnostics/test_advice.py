@@ -15,10 +15,10 @@ from pyro_vae.diagnostics.intervals import Interval
 CHECKS = {name: check for name, check in vars(verdicts).items() if isinstance(check, Check)}
 
 
-def advice(name: str, run: str = "RUN", refitted: bool = False, **settings) -> str:
+def advice(name: str, run: str = "RUN", **settings) -> str:
     model = pyro_vae.ModelConfig(**settings)
     entry = Finding(CHECKS[name], Interval(9.0, 9.0, 9.0))
-    return entry.as_dict(remedies(run, model, refitted))["advice"]
+    return entry.as_dict(remedies(run, model))["advice"]
 
 
 def commands(text: str) -> list[str]:
@@ -43,22 +43,12 @@ MENDED = [
 
 @pytest.mark.parametrize("name", MENDED)
 def test_what_a_guide_can_mend_names_the_command(name):
-    """For each family: a richer one for a diagonal guide, the same for others, then the next."""
-    refit = "python -m pyro_vae.refit RUN"
-    richer = name == "APPROXIMATION"  # that of the family, which only another one can mend
-    for guide, refitted, expected in (
-        ("diagonal", False, f"{refit} --guide full"),
-        ("diagonal", True, f"{refit} --guide full"),
-        ("full", False, f"{refit} --guide flow" if richer else refit),
-        ("full", True, f"{refit} --guide flow"),
-        ("flow", False, None if richer else refit),
-        ("mixture", False, None if richer else refit),
-        ("flow", True, None),
-    ):
-        found = commands(advice(name, refitted=refitted, guide=guide))
+    """A refit, unless the guide is refined; then draws for each row."""
+    for guide in ("diagonal", "full", "flow", "mixture", "refined"):
+        found = commands(advice(name, guide=guide))
         trained = [line for line in found if "refit" in line]
-        assert trained == ([] if expected is None else [expected]), (guide, refitted)
-        if expected is None:
+        assert trained == ([] if guide == "refined" else ["python -m pyro_vae.refit RUN"]), guide
+        if guide == "refined":
             assert [line for line in found if "--draws" in line]
         assert len(set(found)) == len(found), "each once"
 
@@ -82,18 +72,6 @@ def test_holes_name_the_priors_that_the_model_can_have():
     assert "--prior mixture or vamp; or use" in advice("HOLES", latent_dim=1)
     for prior in ("mixture", "vamp", "flow"):
         assert advice("HOLES", prior=prior).startswith("use fewer latents")
-
-
-def test_one_latent_has_no_richer_family():
-    assert "--guide" not in advice("WIDTH", latent_dim=1)
-    assert commands(advice("APPROXIMATION", latent_dim=1))[0].startswith(
-        "python -m pyro_vae.encode"
-    )
-
-
-def test_a_vamp_prior_needs_gaussian_guides():
-    assert "--guide flow" not in advice("APPROXIMATION", guide="full", prior="vamp")
-    assert "--guide full" in advice("APPROXIMATION", guide="diagonal", prior="vamp")
 
 
 @pytest.mark.parametrize("run", ["my run's/best; rm -rf", "runs/a b", "runs/{mend}"])
