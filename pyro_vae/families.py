@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
@@ -176,8 +176,11 @@ class RefitConfig(Typed):
         learning_rate: Maximum learning rate of Adam.
     """
 
-    guide: Guide = RefinedGuide()
-    encoder_hidden: tuple[int, ...] | None = None
+    guide: Annotated[Guide, family_flag(Guide, "--guide")] = RefinedGuide()
+    encoder_hidden: Annotated[
+        tuple[int, ...] | None,
+        tyro.conf.arg(metavar="INT ...", help_behavior_hint="(default: the trained encoder)"),
+    ] = None
     simulated: float = 0.5
     steps: int = 1500
     batch_size: int = 128
