@@ -122,10 +122,10 @@ def refit_run(
 
     from .files import to_json, write_atomically
     from .training.checkpoint import serialize
-    from .training.refitting import RefitRecord, refit, refitted_config, work
+    from .training.refitting import RefitRecord, refit, refitted_config, validation_elbo, work
 
     vae: Any = checkpoint.vae.to(splits.train.device)
-    before, started = _elbo(vae, splits, checkpoint), time.monotonic()
+    before, started = validation_elbo(vae, splits, seed), time.monotonic()
     print(f"refit  guide {config.guide.family}, the model held fixed")
     records: list[RefitRecord] = []
     total, unit = work(config)
@@ -137,7 +137,7 @@ def refit_run(
             bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
 
         refitted = refit(vae, splits, config, seed, bar.update, show)
-    after = _elbo(refitted, splits, checkpoint)
+    after = max(records, key=lambda record: record.score).validation_elbo
     kept = only_if_better and not after > before
     print(
         f"       {time.monotonic() - started:.0f} s; validation ELBO {before:.2f} → {after:.2f} "
@@ -158,14 +158,6 @@ def refit_run(
     )
     write_atomically(path / "refit.jsonl", "".join(to_json(x) + "\n" for x in lines).encode())
     write_atomically(path / "checkpoints" / "refitted.pt", content)
-
-
-def _elbo(vae: Any, splits: Splits, checkpoint: Checkpoint) -> float:
-    """Validation ELBO, nats per row, as in the records of the training."""
-    from .evidence.evaluation import elbo_terms
-
-    reconstruction, kl = elbo_terms(vae, splits.validation, checkpoint.config.seed)
-    return reconstruction - (kl or 0.0)
 
 
 def _copy(run: Path, path: Path) -> None:

@@ -46,8 +46,9 @@ CLIP = 20.0
 # Share of the steps over which the learning rate rises.
 WARMUP = 0.05
 NUM_RECORDS = 10
-# Simulated pairs for the score of a record, and for the tails of a refined guide.
-SCORED_PAIRS = 1000
+# Validation rows, at most, and simulated pairs for the score of a record
+SCORED = 1000
+# Simulated pairs for the tails of a refined guide
 TAIL_PAIRS = 2000
 
 
@@ -58,7 +59,8 @@ class RefitRecord:
     Attributes:
         step: number of steps.
         seconds: since the beginning.
-        validation_elbo: with one draw of z per row, the same at each record.
+        validation_elbo: of at most `SCORED` rows, with one draw of z per row, the same at each
+            record.
         simulated_log_q: mean of log q(z*|x*) over pairs drawn from the model, the same at each
             record.
         score: (1 − s) validation_elbo + s simulated_log_q, by which the guide is chosen.
@@ -116,7 +118,7 @@ def refit(
         if isinstance(refitted.family, Refined):
             refitted.family.set_tail(_radii(refitted, derive(seed, "refit tail"), on_step))
             seconds = time.perf_counter() - started
-            on_record(_record(refitted, splits.validation, config, seed, 0, seconds))
+            on_record(_record(refitted, splits, config, seed, 0, seconds))
             return refitted
         _check_memory(config, splits)
     return _trained(vae, refitted, splits, config, seed, on_step, on_record)
@@ -157,7 +159,7 @@ def _trained(
             on_step(1)
             if step + 1 in _recorded(config.steps):
                 seconds = time.perf_counter() - started
-                record = _record(refitted, splits.validation, config, seed, step + 1, seconds)
+                record = _record(refitted, splits, config, seed, step + 1, seconds)
                 if record.score > best_score:
                     best, best_score = copy.deepcopy(guide.state_dict()), record.score
                 on_record(record)
@@ -182,7 +184,7 @@ def is_cheaper(config: RefitConfig, training: FitConfig, num_train: int, latent_
     trained = 6 * rows * num_steps  # encoder and decoder, forward and backward
     if isinstance(config.guide, RefinedGuide):
         newton, sweeps = config.guide.newton + 1, config.guide.sweeps + 1
-        return TAIL_PAIRS * latent_dim * (newton + 6 * sweeps) <= trained
+        return (TAIL_PAIRS + 2 * SCORED) * latent_dim * (newton + 6 * sweeps) <= trained
     return 6 * (2 + NEAR) * config.batch_size * config.steps <= trained
 
 
@@ -229,16 +231,22 @@ def _pairs(vae: VAE, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _record(
-    vae: VAE, validation: Split, config: RefitConfig, seed: int, step: int, seconds: float
+    vae: VAE, splits: Splits, config: RefitConfig, seed: int, step: int, seconds: float
 ) -> RefitRecord:
     vae.eval()
-    reconstruction, kl = elbo_terms(vae, validation, seed)
-    pairs = _pairs(vae, SCORED_PAIRS, derive(seed, "refit score"))
+    elbo = validation_elbo(vae, splits, seed)
+    pairs = _pairs(vae, SCORED, derive(seed, "refit score"))
     with torch.no_grad():
         log_q = [vae.posterior(x).log_prob(z) for x, z in pairs]
-    elbo, mean_log_q = reconstruction - (kl or 0.0), torch.cat(log_q).double().mean().item()
+    mean_log_q = torch.cat(log_q).double().mean().item()
     score = (1 - config.simulated) * elbo + config.simulated * mean_log_q
     return RefitRecord(step, seconds, elbo, mean_log_q, score)
+
+
+def validation_elbo(vae: VAE, splits: Splits, seed: int) -> float:
+    """ELBO of the first `SCORED` validation rows, nats per row, with one draw of z per row."""
+    reconstruction, kl = elbo_terms(vae, splits.validation, seed, num_images=SCORED)
+    return reconstruction - (kl or 0.0)
 
 
 def _recorded(steps: int) -> set[int]:

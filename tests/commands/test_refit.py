@@ -26,7 +26,7 @@ TRAINED = ["--epochs", "2", "--hidden", "16", "--latent-dim", "3"]
 def _cheap(request, monkeypatch):
     """Few simulated pairs; no figures, but in one test."""
     monkeypatch.setattr(refitting, "TAIL_PAIRS", 100)
-    monkeypatch.setattr(refitting, "SCORED_PAIRS", 100)
+    monkeypatch.setattr(refitting, "SCORED", 100)
     if "drawn" not in request.fixturenames:
         monkeypatch.setattr(write, "redraw", lambda run, *_: run / "report.html")
         monkeypatch.setattr(from_model, "draw_reconstructions", lambda *_: None)

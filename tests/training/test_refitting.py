@@ -100,9 +100,9 @@ def check_the_best_record_is_kept(rows):
     """The guide is that of the record with the highest score, here made the fourth of ten."""
     record, weights = refitting._record, []
 
-    def scored(vae, validation, config, seed, step, seconds):
+    def scored(vae, splits, config, seed, step, seconds):
         weights.append(vae.encoder.layers[-1].weight.clone())
-        found = record(vae, validation, config, seed, step, seconds)
+        found = record(vae, splits, config, seed, step, seconds)
         return dataclasses.replace(found, score=-abs(step - 8.0))
 
     config = dataclasses.replace(FAST, steps=20, batch_size=8)
@@ -356,7 +356,7 @@ def test_local_shape_is_the_gradient_and_the_curvature(name):
 @pytest.mark.parametrize("prior", ["normal", "mixture", "vamp", "flow"])
 def test_every_family_can_be_refitted(guide, prior, digits, monkeypatch):
     monkeypatch.setattr(refitting, "TAIL_PAIRS", 50)
-    monkeypatch.setattr(refitting, "SCORED_PAIRS", 50)
+    monkeypatch.setattr(refitting, "SCORED", 50)
     model = pyro_vae.ModelConfig(prior=prior, hidden=(8,), latent_dim=2)
     vae = pyro_vae.build(model, digits)
     config = RefitConfig(guide) if guide == "refined" else RefitConfig(guide, None, 0.5, 2, 8)
