@@ -31,6 +31,8 @@ from .flows import FlowDistribution, coupling_flow, even_normals
 # log σ(x) keeps every bit between ± this. Two units further is the limit: at e^−14, a draw of z in
 # float32 is a few roundings from its mean, and at e^14, p(x|z) of an outlier is finite.
 LOG_SCALE = 12.0
+# Density of a draw of one latent, below which its gradient would overflow float32.
+LEAST_DENSITY = 1e-18
 
 
 class DiagonalGaussian(nn.Module):
@@ -149,7 +151,10 @@ class ReparameterizedMixture(GaussianMixture):
             tail = torch.special.ndtr(side * t)
             uniform = (weights * tail).sum(-2)  # F or 1 − F, (..., Z)
             with torch.no_grad():
-                inverse = side.squeeze(-2) / (weights * log_density.exp()).sum(-2)
+                density = (weights * log_density.exp()).sum(-2)
+                # Where it underflows, the draw has no path.
+                usable = density > LEAST_DENSITY
+                inverse = torch.where(usable, side.squeeze(-2) / density, 0.0)
                 excess = weights * (tail - uniform.unsqueeze(-2))
                 slopes = torch.einsum("...ki,...kj->...ij", excess, -t / normals.scale)
                 slopes = inverse.unsqueeze(-1) * slopes.tril(-1)

@@ -26,6 +26,7 @@ from torch.distributions import Distribution, biject_to
 import pyro_vae
 from pyro_vae.models.build import build
 from pyro_vae.models.flows import FlowDistribution
+from pyro_vae.models.posteriors import Mixture
 
 FALSE_ALARMS = 1e-5
 FAMILIES = [*(("guide", name) for name in GUIDES), *(("prior", name) for name in PRIORS)]
@@ -302,3 +303,15 @@ def test_a_new_flow_is_a_gaussian():
         assert isinstance(q, FlowDistribution)
         z = same.sample((10,))
         torch.testing.assert_close(q.log_prob(z), same.log_prob(z), rtol=1e-4, atol=1e-4)
+
+
+def test_a_mixture_draw_without_density_has_no_gradient(monkeypatch):
+    """As rounding may give one, far from all components: finite, where 1 / density is not."""
+    features = torch.zeros(1, 2 * (2 * 3 + 1), requires_grad=True)
+    q = Mixture(2)(features)
+    monkeypatch.setattr(type(q), "sample", lambda self, shape: torch.tensor([[0.0, 60.0, 0.5]]))
+    q.rsample().sum().backward()
+    assert torch.isfinite(features.grad).all()
+    locs = features.grad[:, 2:].unflatten(-1, (2, -1))[..., :3].sum(-2)
+    assert locs[0, 0] == pytest.approx(1.0, abs=1e-5)
+    assert locs[0, 1] == 0.0
