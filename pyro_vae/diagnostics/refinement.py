@@ -45,7 +45,7 @@ from ..randomness import one_thread
 
 # The references of guides with independent and with correlated latents, and of other families
 Reference = Literal[
-    "diagonal Gaussian", "full Gaussian", "full Gaussian, or q(z|x) where it is better,"
+    "diagonal Gaussian", "full Gaussian", "full Gaussian (or of q(z|x), where that is higher)"
 ]
 
 PARTICLES = 8
@@ -235,7 +235,7 @@ def _gaps_of_full(
     )
     reference: Reference = "full Gaussian"
     if not isinstance(encoder, MultivariateNormal):
-        reference = "full Gaussian, or q(z|x) where it is better,"
+        reference = "full Gaussian (or of q(z|x), where that is higher)"
     better = own.elbo > fitted.elbo
     values: dict[str, Any] = {}
     for name, value in vars(own).items():

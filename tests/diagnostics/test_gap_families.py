@@ -119,7 +119,7 @@ def test_a_mixture_better_than_any_gaussian_has_no_gap():
     diagonal = refinement.refine(program, x, num_steps=STEPS)
     gaussian = elbo(program, diagonal.posterior(x), x, SAMPLES)
     (amortization, _) = (finding.as_dict() for finding in about_gaps(found))
-    assert "full Gaussian, or q(z|x) where it is better, minus" in amortization["effect"]
+    assert "full Gaussian (or of q(z|x), where that is higher) minus" in amortization["effect"]
     assert ((found.evidence.log_evidence - gaussian) > math.log(2) - NOISE).all()
 
 
