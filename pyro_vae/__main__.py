@@ -5,6 +5,7 @@
   pyro-vae generate   generate data from a run
   pyro-vae encode     write posterior means and standard deviations of data
   pyro-vae diagnose   check the posterior of a run
+  pyro-vae refit      replace the guide of a run, with the model held fixed
   pyro-vae report     write one HTML page for a run, or several side by side
 
 `pyro-vae COMMAND --help` explains a command. `python -m pyro_vae.COMMAND` is the same command.
@@ -18,7 +19,7 @@ import sys
 from .cli import fail, run_command
 from .config import VERSION
 
-COMMANDS = ("train", "evaluate", "generate", "encode", "diagnose", "report")
+COMMANDS = ("train", "evaluate", "generate", "encode", "diagnose", "refit", "report")
 
 
 def main() -> int:
