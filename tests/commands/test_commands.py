@@ -797,7 +797,7 @@ def test_one_message_for_too_few_particles(tmp_path, capsys):
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
-    "command", ["train", "evaluate", "generate", "encode", "diagnose", "report"]
+    "command", ["train", "evaluate", "generate", "encode", "diagnose", "refit", "report"]
 )
 def test_help_to_a_reader_that_has_gone(command, unbuffered):
     """As in `--help | head`: no traceback. Buffered output is written when the command ends."""
