@@ -111,7 +111,11 @@ def new_guide(vae: VAE, guide: Guide, encoder_hidden: tuple[int, ...] | None, se
         else:
             encoder = _new_encoder(vae, encoder_hidden, num_features(guide, latent_dim))
     new = VAE(prior, encoder, copy.deepcopy(vae.decoder), likelihood, family)
-    return new.to(likelihood.mean.device)
+    new = new.to(likelihood.mean.device)
+    if isinstance(family, Refined):
+        with random_states(likelihood.mean.device, derive(seed, "starts")), torch.no_grad():
+            family.starts.copy_(new.prior().sample((len(family.starts),)))
+    return new
 
 
 def _new_head(vae: VAE, family: nn.Module, size: int) -> nn.Linear:

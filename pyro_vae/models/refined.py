@@ -1,6 +1,6 @@
 """A Gaussian found for each row by Newton steps from the encoder's guess, with fitted tails.
 
-    μ ← encoder(x)
+    μ ← encoder(x), or one of some draws from p(z) if log p(x, z) is higher there
     μ ← μ + P⁻¹ ∇,  P = Λ + Jᵀ W J               Gauss–Newton steps; then B Bᵀ = P⁻¹ at μ
     B ← −E[∇∇ᵀ log p(x, z)] = (B Bᵀ)⁻¹
     μ ← μ + B Bᵀ E[∇]                            sweeps, with E over N(μ, B Bᵀ)
@@ -37,6 +37,8 @@ from ..memory import rows_at_once
 if TYPE_CHECKING:
     from .vae import VAE
 
+# Draws from the prior to start from. With a few latents, they lead to the highest of several modes.
+STARTS = 128
 # Step of the decoder's derivatives, in standard deviations of the prior.
 DIFFERENCE = 0.01
 # Length of a Newton step in posterior standard deviations, at most.
@@ -57,21 +59,25 @@ class Refined(nn.Module):
 
     Attributes:
         df, width: ν and c, see `set_tail`.
+        starts: (`STARTS`, Z), draws from the prior.
     """
 
     df: Tensor
     width: Tensor
+    starts: Tensor
 
     def __init__(self, latent_dim: int, newton: int, sweeps: int) -> None:
         super().__init__()
         self.latent_dim, self.newton, self.sweeps = latent_dim, newton, sweeps
         self.register_buffer("df", torch.tensor(MAX_DF))
         self.register_buffer("width", torch.tensor(1.0))
+        self.register_buffer("starts", torch.zeros(STARTS, latent_dim))
 
     @torch.no_grad()
     def forward(self, guess: Tensor, x: Tensor, vae: VAE) -> Distribution:
         shape = vae.likelihood_module.spec.shape
-        rows = rows_at_once(2 * self.latent_dim * math.prod(shape), x.device, num_chunks=16)
+        most = max(STARTS, 2 * self.latent_dim)
+        rows = rows_at_once(most * math.prod(shape), x.device, num_chunks=16)
         flat = guess.reshape(-1, self.latent_dim), x.reshape(-1, *shape)
         parts = zip(*(v.split(rows) for v in flat), strict=True)
         found = [self._gaussian(vae, part, start) for start, part in parts]
@@ -81,6 +87,7 @@ class Refined(nn.Module):
 
     def _gaussian(self, vae: VAE, x: Tensor, loc: Tensor) -> tuple[Tensor, Tensor]:
         """μ (B, Z) and B (B, Z, Z) of the iterate with the highest ELBO."""
+        loc = self._start(vae, x, loc)
         for _ in range(self.newton):
             loc = loc + newton_step(*local_shape(vae, x, loc))
         _, factor = local_shape(vae, x, loc)
@@ -95,6 +102,14 @@ class Refined(nn.Module):
             )
             loc, factor = following
         return best
+
+    def _start(self, vae: VAE, x: Tensor, guess: Tensor) -> Tensor:
+        """The guess or, if log p(x, z) is higher there, the best of `starts`, (B, Z)."""
+        starts = self.starts.to(guess)
+        others = vae.likelihood(starts.unsqueeze(1)).log_prob(x)  # (S, B)
+        highest, best = (others + vae.prior().log_prob(starts).unsqueeze(1)).max(0)
+        own = vae.likelihood(guess).log_prob(x) + vae.prior().log_prob(guess)
+        return torch.where((own >= highest).unsqueeze(-1), guess, starts[best])
 
     def set_tail(self, radii: np.ndarray) -> None:
         """Set ν and c by maximum likelihood.
