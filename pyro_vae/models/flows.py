@@ -92,7 +92,7 @@ class FlowDistribution(TorchDistribution):
                 identity = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
                 # The inverse once for each row costs less than a solution for each draw.
                 inverse = torch.linalg.solve_triangular(self.scale_tril, identity, upper=False)
-                u = _products(inverse, u)
+                u = products(inverse, u)
                 log_scale = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
             normals, log_det = self.transform.call_and_ladj(u)
         log_normal = -(normals.square() + math.log(2 * math.pi)).sum(-1) / 2
@@ -117,10 +117,10 @@ class FlowDistribution(TorchDistribution):
     def _from_normals(self, normals: Tensor) -> Tensor:
         with torch.autocast(normals.device.type, enabled=False):
             u = self.transform.inv(normals)
-            return self.loc + (u if self.scale_tril is None else _products(self.scale_tril, u))
+            return self.loc + (u if self.scale_tril is None else products(self.scale_tril, u))
 
 
-def _products(matrices: Tensor, vectors: Tensor) -> Tensor:
+def products(matrices: Tensor, vectors: Tensor) -> Tensor:
     """Products of (*batch, Z, Z) with (*sample, *batch, Z), without copies of the matrices."""
     batch = matrices.shape[:-2]
     if vectors.shape[:-1] == batch:

@@ -33,6 +33,7 @@ from scipy.special import gammaln
 from torch import Tensor, nn
 
 from ..memory import rows_at_once
+from .flows import products
 
 if TYPE_CHECKING:
     from .vae import VAE
@@ -83,7 +84,7 @@ class Refined(nn.Module):
         found = [self._gaussian(vae, part, start) for start, part in parts]
         loc, factor = (torch.cat(values) for values in zip(*found, strict=True))
         loc, factor = loc.reshape(guess.shape), factor.reshape(*guess.shape, -1)
-        return MultivariateStudentT(self.df.to(loc), loc, self.width.to(loc) * factor)
+        return StudentT(self.df.to(loc), loc, self.width.to(loc) * factor)
 
     def _gaussian(self, vae: VAE, x: Tensor, loc: Tensor) -> tuple[Tensor, Tensor]:
         """μ (B, Z) and B (B, Z, Z) of the iterate with the highest ELBO."""
@@ -131,6 +132,28 @@ class Refined(nn.Module):
         best = minimize(loss, [0.0, np.log(30.0)], method="Nelder-Mead")
         self.width.fill_(float(np.exp(best.x[0])))
         self.df.fill_(min(2 + float(np.exp(best.x[1])), MAX_DF))
+
+
+class StudentT(MultivariateStudentT):
+    """Pyro's distribution, with products that do not copy the matrix of a row for each draw."""
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        shape = self._extended_shape(torch.Size(sample_shape))
+        normals = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        widths = torch.rsqrt(self._chi2.rsample(torch.Size(sample_shape)) / self.df)
+        return self.loc + products(self.scale_tril, normals * widths.unsqueeze(-1))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        size, df = self.event_shape.numel(), self.df
+        identity = torch.eye(size, dtype=value.dtype, device=value.device)
+        inverse = torch.linalg.solve_triangular(self.scale_tril, identity, upper=False)
+        square = products(inverse, value - self.loc).square().sum(-1)
+        log_scale = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        constant = torch.lgamma((df + size) / 2) - torch.lgamma(df / 2)
+        constant = constant - size / 2 * (df * math.pi).log() - log_scale
+        return constant - (df + size) / 2 * torch.log1p(square / df)
 
 
 def sweep(vae: VAE, x: Tensor, loc: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from pyro.distributions import MultivariateStudentT
 from test_faults import Fault, plant
 from torch.distributions import kl_divergence
 
@@ -344,6 +345,23 @@ def test_the_model_stays_bit_for_bit_and_the_guide_moves(rows):
     x = next(rows.test.fixed("real", 0))
     assert torch.equal(again.posterior(x).mean, new.posterior(x).mean)
     assert not torch.equal(other.posterior(x).mean, new.posterior(x).mean)
+
+
+def test_the_students_density_and_draws_are_those_of_pyro():
+    torch.manual_seed(0)
+    factor, loc = torch.randn(4, 3, 3).tril().double(), torch.randn(4, 3).double()
+    factor.diagonal(dim1=-2, dim2=-1).abs_().add_(0.3)
+    ours, theirs = (
+        kind(torch.tensor(7.0).double(), loc, factor)
+        for kind in (refined.StudentT, MultivariateStudentT)
+    )
+    draws = []
+    for q in (ours, theirs, ours.expand((5, 4))):
+        torch.manual_seed(1)
+        draws.append(q.rsample(() if len(q.batch_shape) == 2 else (5,)))
+    torch.testing.assert_close(draws[0], draws[1])
+    torch.testing.assert_close(ours.log_prob(draws[0]), theirs.log_prob(draws[0]))
+    torch.testing.assert_close(ours.expand((5, 4)).log_prob(draws[2]), theirs.log_prob(draws[2]))
 
 
 @pytest.mark.parametrize("name", sorted(LIKELIHOODS))
