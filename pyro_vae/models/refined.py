@@ -38,7 +38,7 @@ from .flows import products
 if TYPE_CHECKING:
     from .vae import VAE
 
-# Draws from the prior to start from. With a few latents, they lead to the highest of several modes.
+# Draws from the prior to start from. With a few latents, they may lead to the higher of two modes.
 STARTS = 128
 # Step of the decoder's derivatives, in standard deviations of the prior.
 DIFFERENCE = 0.01
