@@ -200,13 +200,13 @@ wrong     posterior width       2.00 [1.90, 2.10]
           intervals of q(z|x) are too narrow: the guide is overconfident
           → multiply the standard deviations by this factor before you use them as error bars:
               python -m pyro_vae.encode {run} --recalibrate --out codes.npz
-            or fit a guide with correlated latents, the model held fixed:
-              python -m pyro_vae.refit {run} --guide full
+            or fit the guide to each row, the model held fixed:
+              python -m pyro_vae.refit {run}
 doubtful  posterior bias        -0.300 [-0.400, -0.250]
           mean z-score of z1, the worst latent, in posterior sds; ideal 0
           on simulated rows, the posterior mean of this latent is too high by this much
-          → fit a guide with correlated latents, the model held fixed:
-              python -m pyro_vae.refit {run} --guide full
+          → fit the guide to each row, the model held fixed:
+              python -m pyro_vae.refit {run}
             or train longer, with a learning rate that falls (--schedule cosine)
 sound     aggregate posterior   0.001 [0.000, 0.002]
           energy coefficient between it and the prior, on simulated rows, 0 to 1; ideal 0

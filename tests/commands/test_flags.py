@@ -68,6 +68,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "fit.precision": ("medium", "medium"),
     "seed": ("15", 15),
     "device": ("cpu", "cpu"),
+    "refit": ("off", "off"),
 }
 # The objective to which an option belongs.
 BESIDE = {

@@ -288,7 +288,11 @@ def test_sizes_beyond_the_memory_are_refused_before_any_work(small, tmp_path, ca
     particles = ["--objective", "iwae", "--num-particles", 10**11]
     for main, arguments, remedy in [
         (train.main, [*train_on, *particles], "lower it, or --batch-size"),
-        (train.main, [*train_on, "--latent-dim", 2**63 - 1], "lower --hidden or --latent-dim"),
+        (
+            train.main,
+            [*train_on, "--latent-dim", 2**63 - 1],
+            "lower --hidden or --latent-dim, or the options of --guide or --prior",
+        ),
         (evaluate.main, [small, "--num-samples", 10**12], "lower --num-samples"),
         (generate.main, [small, "--num", 10**13, "--out", tmp_path / "a.npy"], "lower --num"),
     ]:
@@ -344,7 +348,7 @@ def test_the_package_as_a_command(monkeypatch, capsys):
     assert out.startswith(f"{pyro_vae.__version__}\nVariational autoencoders as Pyro programs.")
     err = err.splitlines()
     assert err[0] == (
-        "error: expected one of train, evaluate, generate, encode, diagnose, report; got tr\\nain"
+        "error: expected one of train, evaluate, generate, encode, diagnose, refit, report; got tr\\nain"
     )
     assert err[1].startswith("error: Missing from python -m pyro_vae.evaluate: PATH Run folder")
     assert len(err) == 2

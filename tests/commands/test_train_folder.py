@@ -427,7 +427,7 @@ def test_the_summary_is_of_the_best_epoch_and_names_the_last(tmp_path, monkeypat
 
     gallery = "pyro_vae.plots.from_model."
     monkeypatch.setattr(gallery + "draw_reconstructions", lambda *a: note(a[3], a[0], a[4]))
-    monkeypatch.setattr(gallery + "draw_run", lambda *a: note("run", a[0], len(a[2])))
+    monkeypatch.setattr("pyro_vae.page.write.draw_run", lambda *a: note("run", a[0], len(a[2])))
     monkeypatch.setattr(
         "pyro_vae.page.write.write_report",
         lambda run, checkpoint, *rest: note("page", checkpoint.vae, len(checkpoint.history)),

@@ -7,7 +7,7 @@ import math
 import pyro
 import pytest
 import torch
-from pyro.distributions import Normal
+from pyro.distributions import Categorical, Normal
 from torch.distributions import kl_divergence
 
 import pyro_vae
@@ -15,7 +15,7 @@ from pyro_vae.diagnostics import nuts, refinement, suite
 from pyro_vae.diagnostics.findings import about_gaps
 from pyro_vae.diagnostics.refinement import elbo, gaps
 from pyro_vae.models.linear_gaussian import LinearGaussian
-from pyro_vae.models.posteriors import _Mixture
+from pyro_vae.models.posteriors import ReparameterizedMixture
 from pyro_vae.models.pyro_program import Program
 
 STEPS, SAMPLES = 150, 4000
@@ -104,7 +104,8 @@ def both_modes(x: torch.Tensor) -> None:
     scale = torch.tensor([SCALE / math.sqrt(1 + SCALE**2), 1.0]).expand(len(x), 2, 2)
     with pyro.plate("data", len(x), dim=-1):
         locs = torch.stack([mean, -mean], 1)
-        pyro.sample("z", _Mixture(locs, scale, torch.zeros(len(x), 2)))
+        weights = Categorical(logits=torch.zeros(len(x), 2))
+        pyro.sample("z", ReparameterizedMixture(weights, Normal(locs, scale).to_event(1)))
 
 
 def test_a_mixture_better_than_any_gaussian_has_no_gap():
