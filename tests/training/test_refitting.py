@@ -211,6 +211,18 @@ def check_tails_are_found():
     assert family.df > 300
 
 
+def check_the_posterior_has_the_fitted_tail(rows):
+    vae, x = oracle(), next(rows.test.fixed("real", 0))[:5]
+    family = Refined(LATENTS, 3, 0)
+    before = family(torch.zeros(5, LATENTS), x, vae)
+    family.width.fill_(1.3)
+    family.df.fill_(9.0)
+    after = family(torch.zeros(5, LATENTS), x, vae)
+    torch.testing.assert_close(after.scale_tril, 1.3 * before.scale_tril)
+    assert torch.equal(after.mean, before.mean)
+    assert after.df.unique() == 9
+
+
 def check_radii_are_in_units_of_the_scale():
     """Of the exact guide, squared radii of pairs are chi-square with Z degrees of freedom."""
     vae, done = oracle("exact"), []
@@ -288,6 +300,13 @@ TABLE = {
               "+ size * logs[0]",                    "- size * logs[0]"),
         Fault("degrees of freedom",   "models.refined.Refined.set_tail",
               "gammaln(df / 2)",                     "gammaln(df)")],
+    check_the_posterior_has_the_fitted_tail: [
+        Fault("width inverted, used", "models.refined.Refined.forward",
+              "self.width.to(loc) * factor",         "factor / self.width.to(loc)"),
+        Fault("width not used",       "models.refined.Refined.forward",
+              "self.width.to(loc) * factor",         "factor"),
+        Fault("tails not used",       "models.refined.Refined.forward",
+              "self.df.to(loc)",                     "torch.tensor(1000.0)")],
     check_radii_are_in_units_of_the_scale: [
         Fault("without the mean",     "training.refitting._radii", "z - q.loc", "z"),
         Fault("scale squared",        "training.refitting._radii",
