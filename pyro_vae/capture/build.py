@@ -18,6 +18,7 @@ from pyro import poutine
 from pyro.infer import JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceMeanField_ELBO
 from pyro.infer.util import torch_item
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from ..randomness import RandomStates
@@ -120,21 +121,25 @@ def _build(call: Call, mode: Mode, snapshot: Snapshot) -> Graph:
         expected = _own_result(call, leaves)
     _verify(expected, result)
     inputs, update = call.inputs, None
-    if call.optimizer is not None:
-        graph, update = _add_update(graph, result[1], leaves, inputs, call.optimizer, snapshot)
-        inputs = [*inputs, update.scalars()]
     if mode == "compiled":
         with snapshot:
-            graph = _compile(graph, inputs, has_update=update is not None)
+            graph = _compile(graph, inputs)
+    run: Callable[..., Any] = graph
+    if call.optimizer is not None:
+        run, update = _add_update(graph, result[1], leaves, inputs, call.optimizer, snapshot)
+        inputs = [*inputs, update.scalars()]
+    if mode == "compiled" and inputs and all(x.is_cuda for x in inputs):
+        with snapshot:
+            run = CudaGraph(run, inputs)
     with snapshot, torch.no_grad():
-        shared = () if update else _find_shared(graph(*inputs), [*inputs, *leaves])
+        shared = () if update else _find_shared(run(*inputs), [*inputs, *leaves])
     # If a new parameter was drawn, a later run gives another value. The next step then continues
     # from the random state after the first run, as without a capture.
     drawn = {p.name for p in parameters if not p.in_module} & snapshot.new_names()
     if drawn and not _is_close(value, expected[0]):
         snapshot.random_states.set(after)
     guards = Guards(leaves, parameters, modules, variables, update.entries() if update else [])
-    return Graph(graph, leaves, guards, update, shared)
+    return Graph(run, leaves, guards, update, shared)
 
 
 def _run_eagerly(call: Call, snapshot: Snapshot) -> tuple[Any, list[Any], list[StoredParameter]]:
@@ -182,48 +187,34 @@ def _add_update(
     """Append the optimizer's update of the leaves that have a gradient, and verify it.
 
     Returns:
-        The graph (*inputs, scalars) → loss, norm of the gradient, observed; and the update.
+        The step (*inputs, scalars) → loss, norm of the gradient, observed; and the update.
     """
     trained = [i for i, gradient in enumerate(gradients) if gradient is not None]
     update = AdamUpdate(optimizer, [leaves[i] for i in trained])
     snapshot.keep([*optimizer.parameters, *update.changes])
-    inputs = [*inputs, update.scalars()]
 
     def step(*inputs: Tensor) -> tuple[Any, ...]:
-        with torch.no_grad(), torch.autocast(inputs[-1].device.type, enabled=False):
-            loss, gradients, observed = graph(*inputs[:-1])
-            return loss, update([gradients[i] for i in trained], inputs[-1]), observed
+        loss, gradients, observed = graph(*inputs[:-1])
+        return loss, update([gradients[i] for i in trained], inputs[-1]), observed
 
-    with snapshot:
-        traced = trace_graph(step, inputs)
     with snapshot, torch.no_grad():
-        traced(*inputs)
+        step(*inputs, update.scalars())
         result = [x.clone() for x in update.changes]
     with snapshot, torch.no_grad():
         for i in trained:
             leaves[i].grad = gradients[i].clone()
         optimizer(update.parameters)
         _verify(update.changes, result)
-    return traced, update
+    return step, update
 
 
-def _compile(
-    graph: Callable[..., Any], inputs: list[Tensor], has_update: bool
-) -> Callable[..., Any]:
-    """Compile a graph, and capture it as a CUDA graph if all inputs are on a GPU.
-
-    Without a compiler, the graph runs uncompiled. With an update, it is an error instead, since
-    the optimizer's own step is faster.
-    """
+def _compile(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """Compile a graph. Without a compiler, it runs uncompiled."""
     try:
-        graph = compile_graph(graph, inputs)
+        return compile_graph(graph, inputs)
     except CannotCapture as reason:
-        if has_update:
-            raise
         warnings.warn(f"the captured graph runs uncompiled: {reason}", stacklevel=2)
-    if inputs and all(x.is_cuda for x in inputs):
-        return CudaGraph(graph, inputs)
-    return graph
+        return graph
 
 
 def _find_shared(result: tuple[Any, ...], others: list[Tensor]) -> tuple[int, ...]:

@@ -7,10 +7,12 @@ code computes from a tensor would become a constant of the graph, so `CannotCapt
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import pyro
@@ -18,10 +20,11 @@ import torch
 from pyro.infer.util import torch_item
 from pyro.util import warn_if_inf, warn_if_nan
 from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 
@@ -44,7 +47,7 @@ def errors_of_torch() -> Iterator[None]:
         raise CannotCapture(f"{name}: {first_line}" if first_line else name) from error
 
 
-def trace_graph(function: Callable[..., Any], inputs: list[Tensor]) -> Callable[..., Any]:
+def trace_graph(function: Callable[..., Any], inputs: list[Tensor]) -> GraphModule:
     """Record the graph of a function of tensors.
 
     Raises:
@@ -63,20 +66,77 @@ def trace_graph(function: Callable[..., Any], inputs: list[Tensor]) -> Callable[
         return make_fx(watched)(*copies)
 
 
-def compile_graph(graph: Callable[..., Any], inputs: list[Tensor]) -> Callable[..., Any]:
-    """Compile a graph with torch.compile.
+def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """Compile a graph with Inductor, the compiler of torch.compile.
+
+    torch.compile itself would first trace the graph once more, which takes seconds, and would check
+    at every run what `Guards` check already.
 
     Raises:
-        CannotCapture: torch.compile fails, for example because the machine has no compiler.
+        CannotCapture: the compilation fails, for example because the machine has no compiler.
     """
-    options: dict[str, Any] = {"fallback_random": True}  # the same random numbers as in eager mode
-    if hasattr(torch.compiler, "skip_all_guards_unsafe"):  # `Guards` check what can change
-        options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
-    with errors_of_torch(), warnings.catch_warnings(), torch.no_grad():
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx, select_decomp_table
+
+    options: dict[str, Any] = {
+        "fallback_random": True,  # the same random numbers as in eager mode
+        "cpp.vec_isa_ok": True,  # no test programs, for seconds, of the processor's instructions
+    }
+    module, tensors, structure = _flattened(graph)
+    with errors_of_torch(), warnings.catch_warnings(), torch.no_grad(), config.patch(options):
         warnings.simplefilter("ignore")  # the compiler's, about its own settings
-        compiled = torch.compile(graph, dynamic=False, options=options)
-        compiled(*inputs)
-    return compiled
+        table = {**select_decomp_table(), **_DECOMPOSITIONS}
+        compiled = compile_fx(module, [*inputs, *tensors], decompositions=table)
+        compiled(*inputs, *tensors)
+    return lambda *inputs: tree_unflatten(compiled(*inputs, *tensors), structure)
+
+
+def _flattened(graph: GraphModule) -> tuple[GraphModule, list[Tensor], TreeSpec]:
+    """A copy of a graph with further inputs in place of attributes, and a flat tuple of outputs.
+
+    As attributes, the compiler may take tensors for constants.
+
+    Returns:
+        The copy, the values of the attributes, and the structure of the outputs.
+    """
+    flat = GraphModule(graph, Graph())
+    copies: dict[Node, Node] = {}
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    attributes = [node for node in graph.graph.nodes if node.op == "get_attr"]
+    for node in [*placeholders, *attributes]:
+        copies[node] = flat.graph.placeholder(node.name)
+        copies[node].meta = node.meta
+    *others, output = [node for node in graph.graph.nodes if node not in copies]
+    for node in others:
+        copies[node] = flat.graph.node_copy(node, copies.__getitem__)
+    results, structure = tree_flatten(output.args[0])
+    flat.graph.output(tuple(copies.get(result) for result in results))
+    flat.recompile()
+    return flat, [attrgetter(node.target)(graph) for node in attributes], structure
+
+
+def _log1p(u: Tensor) -> Tensor:
+    """log(1 + u) as log(w) · u / (w − 1), w = 1 + u rounded: the rounding error of w cancels.
+
+    W. Kahan's method, in D. Goldberg, "What every computer scientist should know about
+    floating-point arithmetic", 1991, Theorem 4. The result is u if w = 1, and for infinite u.
+    """
+    w = 1 + u
+    difference = w - 1
+    is_itself = (difference == 0) | (difference == math.inf)
+    return torch.where(is_itself, u, w.log() * (u / difference))
+
+
+def _softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
+    """log(1 + exp(βx)) / β; x above the threshold of βx."""
+    return torch.where(x * beta > threshold, x, _log1p((x * beta).exp()) / beta)
+
+
+# Inductor calls the vector library's log1p, which takes five times as long as its log.
+_DECOMPOSITIONS = {
+    torch.ops.aten.log1p.default: _log1p,
+    torch.ops.aten.softplus.default: _softplus,
+}
 
 
 class CudaGraph:

@@ -1,4 +1,4 @@
-"""Adam's update as tensor operations, to be part of a captured step.
+"""Adam's update by torch's own kernel, to be part of a captured step.
 
     g ← g · min(1, max_norm / ‖g‖)
     m ← β₁ m + (1 − β₁) g,    v ← β₂ v + (1 − β₂) g²
@@ -60,6 +60,12 @@ class AdamUpdate:
                 state[p]["exp_avg"] = torch.zeros_like(p)
                 state[p]["exp_avg_sq"] = torch.zeros_like(p)
         self.moments = [state[p] for p in parameters]
+        self._steps, self._means, self._squares = (
+            [moments[name] for moments in self.moments]
+            for name in ("step", "exp_avg", "exp_avg_sq")
+        )
+        if any(t.device != p.device for t, p in zip(self._steps, parameters, strict=True)):
+            raise CannotCapture("the optimizer keeps its counts of steps on another device")
         if len({moments["step"].item() for moments in self.moments}) != 1:
             raise CannotCapture("some of its parameters have been updated more often than others")
         self.changes = [*parameters, *(x for moments in self.moments for x in moments.values())]
@@ -70,16 +76,11 @@ class AdamUpdate:
         return [(vars(adam), "state", adam.state), *entries_of(adam.state, *self.moments)]
 
     def scalars(self) -> Tensor:
-        """lr / (1 − β₁ᵗ), 1 / √(1 − β₂ᵗ) and the largest norm, (3,).
-
-        They are an input of the graph: inside, the compiler would repeat them for every element.
-        """
-        group, p = self.optimizer.optimizer.param_groups[0], self.parameters[0]
-        beta1, beta2 = group["betas"]
-        t = self.moments[0]["step"].item() + 1
-        rate, correction = group["lr"] / (1 - beta1**t), (1 - beta2**t) ** -0.5
-        values = [rate, correction, self.optimizer.max_norm]
-        return torch.tensor(values, dtype=p.dtype, device=p.device)
+        """Learning rate and largest norm, (2,): an input, because they change between steps."""
+        rate = self.optimizer.optimizer.param_groups[0]["lr"]
+        device = self.parameters[0].device
+        kind = torch.float32 if device.type == "cuda" else torch.float64  # that its kernel reads
+        return torch.tensor([rate, self.optimizer.max_norm], dtype=kind, device=device)
 
     @torch.no_grad()
     def __call__(self, gradients: list[Tensor], scalars: Tensor) -> Tensor:
@@ -88,23 +89,37 @@ class AdamUpdate:
         Returns:
             The norm of the gradient before clipping, ().
         """
-        rate, correction, max_norm = scalars.unbind()
+        rate, max_norm = scalars.unbind()
         group: dict[str, Any] = self.optimizer.optimizer.param_groups[0]
-        (beta1, beta2), eps = group["betas"], group["eps"]
-        norms = [torch.linalg.vector_norm(g) for g in gradients]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        finite = norm.isfinite()
-        clip = torch.where(norm > max_norm, max_norm / (norm + 1e-6), 1.0)
-        for p, gradient, moments in zip(self.parameters, gradients, self.moments, strict=True):
-            g = gradient * clip
-            mean = moments["exp_avg"].lerp(g, 1 - beta1)
-            square = (moments["exp_avg_sq"] * beta2).addcmul(g, g, value=1 - beta2)
-            step = rate * mean / (square.sqrt() * correction + eps)
-            for old, new in (
-                (p, p - step),
-                (moments["exp_avg"], mean),
-                (moments["exp_avg_sq"], square),
-                (moments["step"], moments["step"] + 1),
-            ):
-                old.copy_(torch.where(finite, new, old))
+        beta1, beta2 = group["betas"]
+        # The kernel reads all tensors of a parameter in the same order of memory.
+        pairs = zip(gradients, self.parameters, strict=True)
+        gradients = [g if g.stride() == p.stride() else _like(p, g) for g, p in pairs]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        clip = (max_norm / (norm + 1e-6)).clamp(max=1)
+        if norm.is_cuda or clip < 1:  # a pass over all gradients; a CUDA graph cannot choose
+            gradients = list(torch._foreach_mul(gradients, clip))
+        is_finite = norm.isfinite().to(norm.dtype)
+        torch._foreach_add_(self._steps, is_finite)
+        torch._fused_adam_(
+            self.parameters,
+            gradients,
+            self._means,
+            self._squares,
+            [],
+            self._steps,
+            lr=rate,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=0.0,
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+            found_inf=1 - is_finite,
+        )
         return norm
+
+
+def _like(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in the memory layout of its parameter."""
+    return torch.empty_like(parameter).copy_(gradient)

@@ -438,17 +438,16 @@ import pyro_vae
 from test_captured_svi import check_same, program
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("default")
-    check_same(*program(pyro_vae.load_data("digits")), mode="compiled", graphs=0)
+    check_same(*program(pyro_vae.load_data("digits")), mode="compiled")
 found = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
 assert len(found) == 1 and found[0].startswith("the captured graph runs uncompiled: "), found
-print("torch's own step")
+print("uncompiled")
 """
 
 
 @pytest.mark.slow
 def test_machine_without_a_compiler(tmp_path):
-    """Torch's own step is faster than an update that is not compiled."""
-    assert "torch's own step" in without_a_compiler(NO_COMPILER, tmp_path)
+    assert "uncompiled" in without_a_compiler(NO_COMPILER, tmp_path)
 
 
 # --- in a training --------------------------------------------------------------------------------
