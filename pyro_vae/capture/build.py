@@ -121,12 +121,12 @@ def _build(call: Call, mode: Mode, snapshot: Snapshot) -> Graph:
         expected = _own_result(call, leaves)
     _verify(expected, result)
     inputs, update = call.inputs, None
+    run: Callable[..., Any] = graph
     if mode == "compiled":
         with snapshot:
-            graph = _compile(graph, inputs)
-    run: Callable[..., Any] = graph
+            run = _compile(graph, inputs)
     if call.optimizer is not None:
-        run, update = _add_update(graph, result[1], leaves, inputs, call.optimizer, snapshot)
+        run, update = _add_update(run, result[1], leaves, inputs, call.optimizer, snapshot)
         inputs = [*inputs, update.scalars()]
     if mode == "compiled" and inputs and all(x.is_cuda for x in inputs):
         with snapshot:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.util import warn_if_nan
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .build import build
 from .graph import Call, Graph, GraphKey, Mode, Observer, observe
@@ -171,12 +173,23 @@ class CapturedSVI(SVI):
         Raises:
             NonFiniteGradient: parameters and moments are unchanged.
         """
+        return self.prepared(*args, **kwargs)(*args, **kwargs)
+
+    def prepared(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        """`step` for arguments of the same layouts, as long as nothing else changes.
+
+        The graph's guards are checked here, and not at each of its steps.
+        """
         with torch.enable_grad():
             call = self.captured.call(self.model, self.guide, args, kwargs, self.optim)
             graph = self.graphs.find(call)
         if graph is None or any(leaf.grad is not None for leaf in graph.leaves):
-            return super().step(*args, **kwargs)
-        loss, norm, observed = graph(call.inputs)
+            return super().step
+        return partial(self._replay, graph)
+
+    def _replay(self, graph: Graph, *args: Any, **kwargs: Any) -> Any:
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        loss, norm, observed = graph(inputs)
         if not math.isfinite(norm.item()):
             raise NonFiniteGradient
         return self.captured.with_observed(_number(loss), tuple(x.item() for x in observed))

@@ -85,8 +85,8 @@ def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any
     module, tensors, structure = _flattened(graph)
     with errors_of_torch(), warnings.catch_warnings(), torch.no_grad(), config.patch(options):
         warnings.simplefilter("ignore")  # the compiler's, about its own settings
-        table = {**select_decomp_table(), **_DECOMPOSITIONS}
-        compiled = compile_fx(module, [*inputs, *tensors], decompositions=table)
+        table: dict[Any, Any] = {**select_decomp_table(), **_DECOMPOSITIONS}
+        compiled: Any = compile_fx(module, [*inputs, *tensors], decompositions=table)
         compiled(*inputs, *tensors)
     return lambda *inputs: tree_unflatten(compiled(*inputs, *tensors), structure)
 
@@ -99,20 +99,20 @@ def _flattened(graph: GraphModule) -> tuple[GraphModule, list[Tensor], TreeSpec]
     Returns:
         The copy, the values of the attributes, and the structure of the outputs.
     """
-    flat = GraphModule(graph, Graph())
+    flat = Graph()
     copies: dict[Node, Node] = {}
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     attributes = [node for node in graph.graph.nodes if node.op == "get_attr"]
     for node in [*placeholders, *attributes]:
-        copies[node] = flat.graph.placeholder(node.name)
+        copies[node] = flat.placeholder(node.name)
         copies[node].meta = node.meta
     *others, output = [node for node in graph.graph.nodes if node not in copies]
     for node in others:
-        copies[node] = flat.graph.node_copy(node, copies.__getitem__)
+        copies[node] = flat.node_copy(node, copies.__getitem__)
     results, structure = tree_flatten(output.args[0])
-    flat.graph.output(tuple(copies.get(result) for result in results))
-    flat.recompile()
-    return flat, [attrgetter(node.target)(graph) for node in attributes], structure
+    flat.output(tuple(copies.get(result) for result in results))
+    values = [attrgetter(str(node.target))(graph) for node in attributes]
+    return GraphModule(graph, flat), values, structure
 
 
 def _log1p(u: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -137,6 +138,33 @@ class DataSpec:
         return f"x = (value - offset) / scale ({'; '.join(parts)}{rest}); {density}"
 
 
+def binarize(values: Tensor, max_value: int) -> Tensor:
+    """x ~ Bernoulli(value / max_value), float32, for values (uint8), by one random byte each.
+
+    With q = ⌊256 / max_value⌋ and b uniform over the bytes below q · max_value,
+    P(b < q · value) = value / max_value exactly. Other bytes are drawn again. Draws from torch's
+    global generator, a quarter of the bits of a float32 each.
+    """
+    repeats = 256 // max_value
+    limit = repeats * max_value
+    bytes_ = random_bytes(values.numel())
+    rejected = torch.from_numpy(np.flatnonzero(bytes_.numpy() >= limit))
+    while len(rejected):
+        again = random_bytes(len(rejected))
+        bytes_[rejected] = again
+        rejected = rejected[again >= limit]
+    if repeats > 1:  # in place of a multiple of the value, which may exceed a byte
+        bytes_ = bytes_.div_(repeats, rounding_mode="floor")
+    x = torch.empty(values.shape, dtype=torch.float32, device="cpu")
+    return torch.lt(bytes_.view(values.shape), values, out=x)
+
+
+def random_bytes(count: int) -> Tensor:
+    """Uniform bytes (count,), uint8, on the CPU, from torch's global generator."""
+    words = torch.empty(-(-count // 8), dtype=torch.int64, device="cpu").random_(-(2**63), None)
+    return words.view(torch.uint8)[:count]
+
+
 @dataclass(frozen=True)
 class Split:
     """Some rows of the data.
@@ -163,8 +191,12 @@ class Split:
 
         Binarization draws from `generator`, or from torch's global generator.
         """
-        values = self.values[self.rows[index].to(self.values.device)]
-        return self.spec.to_units(values.to(self.device), units, generator)
+        rows = self.rows[index].to(self.values.device)
+        values = self.values.index_select(0, rows).to(self.device)
+        of_bytes = values.dtype == torch.uint8 and values.device.type == "cpu"
+        if of_bytes and generator is None and self.spec.binarizes(units) and self.spec.bound < 256:
+            return binarize(values, self.spec.bound)
+        return self.spec.to_units(values, units, generator)
 
     def fixed(self, units: Units, seed: int, num_images: int | None = None) -> Iterator[Tensor]:
         """Iterate over all rows, or the first `num_images`, in order: x (≤ CHUNK, *shape).

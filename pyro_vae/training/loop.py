@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,9 @@ CAPTURE_FROM = 500
 COMPILE_SECONDS = 20.0
 SAVED_BY_STEP = 2e-3
 SAVED_BY_VALUE = 8e-9
+
+# Number of rows times particles of the steps that are made together.
+ROWS_AT_ONCE = 512
 
 # Rows on which model, guide and objective are checked before the first step.
 CHECKED_ROWS = 8
@@ -98,7 +102,8 @@ def iterate(
         seed: of the order of the rows and all draws.
         state: result of an earlier `Record.state()` or `Progress.state()`, from which the run
             continues; `vae` must have the weights of the same moment.
-        on_step: called after every step; if it returns true, the training stops.
+        on_step: called after every step, or after every few small steps of a captured run; if it
+            returns true, the training stops.
 
     Raises:
         Diverged: the loss, its gradient or the validation ELBO is not finite.
@@ -139,6 +144,7 @@ class _Run:
     optimizer: OneOptimizer
     svi: SVI
     svi_of_rest: SVI  # for the last batch of an epoch, which is smaller
+    steps_at_once: int  # see `_steps_at_once`
     own: OwnState
 
     @property
@@ -169,9 +175,8 @@ def _setup(vae: VAE | Autoencoder, splits: Splits, config: FitConfig, seed: int)
     rest = capture(
         loss, "graph" if mode == "compiled" else mode, ElboTerms(vae, config.num_particles)
     )
-    svi = SVI(vae.model, vae.guide, optimizer, loss=elbo)
-    if mode == "compiled" and alone:  # with the update in the graph, ranks could not sum gradients
-        svi = CapturedSVI(vae.model, vae.guide, optimizer, loss=elbo)
+    # With the update in the graph, ranks could not sum their gradients.
+    kind = CapturedSVI if alone and mode != "eager" else SVI
     if not alone:
         distributed.share([*vae.parameters(), *vae.buffers()])
     return _Run(
@@ -182,8 +187,9 @@ def _setup(vae: VAE | Autoencoder, splits: Splits, config: FitConfig, seed: int)
         epochs,
         steps_per_epoch=math.ceil(len(splits.train) / config.batch_size),
         optimizer=optimizer,
-        svi=svi,
-        svi_of_rest=SVI(vae.model, vae.guide, optimizer, loss=rest),
+        svi=kind(vae.model, vae.guide, optimizer, loss=elbo),
+        svi_of_rest=kind(vae.model, vae.guide, optimizer, loss=rest),
+        steps_at_once=_steps_at_once(config) if kind is CapturedSVI else 1,
         own=OwnState(_device(vae), derive(seed, "training")),
     )
 
@@ -217,40 +223,78 @@ def _epoch(
     Returns:
         Position and sums after the last step, and whether `on_step` requested to stop.
     """
-    config, train, units = run.config, run.splits.train, run.vae.likelihood_module.units
     alone = distributed.world() == 1
     wish = stop = False
     run.vae.train()
-    for index in _batches(run, position):
+    for batches in _batches(run, position):
         started = time.perf_counter()
-        svi = run.svi if len(index) == config.batch_size else run.svi_of_rest
-        with active(run.own, config.precision):
-            weights = _set_schedules(run, position.step, len(index))
-            try:
-                if alone:
-                    loss, *terms = svi.step(train.take(index, units), **weights)
-                else:  # this rank's rows; gradients and terms are summed over the ranks
-                    run.own.seed(f"training {distributed.rank()} {position.step}", run.seed)
-                    x = train.take(distributed.part(index), units)
-                    (loss, *terms), stop = distributed.step(svi, x, wish, **weights)
-            except NonFiniteGradient:
-                raise _diverged("gradient", config, position) from None
-            if not math.isfinite(loss):
-                raise _diverged("loss", config, position)
+        with active(run.own, run.config.precision):
+            if alone:
+                terms = _steps(run, position, batches)
+            else:
+                terms, stop = _common_step(run, position, batches[0], wish)
         elapsed = time.perf_counter() - started
-        position = position.after_step(elapsed)
-        sums = sums.after_step(len(index), elapsed, terms)
+        position = position.after_steps(len(batches), elapsed)
+        sums = sums.after_steps(sum(map(len, batches)), elapsed, terms)
         wish = on_step is not None and bool(on_step(_progress(run, position, sums)))
         if stop or (wish and alone):
             return position, sums, True
     return position, sums, False
 
 
-def _batches(run: _Run, position: Position) -> Sequence[Tensor]:
-    """Row indices of each remaining step of an epoch, shuffled by seed and epoch."""
+def _batches(run: _Run, position: Position) -> list[tuple[Tensor, ...]]:
+    """Row indices of the remaining steps of an epoch, shuffled by seed and epoch.
+
+    Steps that are made together, on batches of equal size, are in one tuple.
+    """
     order = np.random.default_rng([run.seed, position.epoch]).permutation(len(run.splits.train))
-    done = position.step - position.epoch * run.steps_per_epoch
-    return torch.from_numpy(order).split(run.config.batch_size)[done:]
+    size, done = run.config.batch_size, position.step - position.epoch * run.steps_per_epoch
+    batches = torch.from_numpy(order).split(size)[done:]
+    whole = max(0, len(order) // size - done)  # but for a smaller last one
+    starts = [*range(0, whole, run.steps_at_once), whole, len(batches)]
+    return [batches[i:j] for i, j in pairwise(starts) if i < j]
+
+
+def _steps(run: _Run, position: Position, batches: Sequence[Tensor]) -> list[float]:
+    """Make a step for each batch. Returns the sums of their terms."""
+    size = len(batches[0])
+    svi = run.svi if size == run.config.batch_size else run.svi_of_rest
+    rows = run.splits.train.take(torch.cat([*batches]), run.vae.likelihood_module.units)
+    step, found = None, []
+    for i, x in enumerate(rows.split(size)):
+        weights = _set_schedules(run, position.step + i, size)
+        if step is None:  # the guards of a graph are checked once
+            step = svi.prepared(x, **weights) if isinstance(svi, CapturedSVI) else svi.step
+        try:
+            loss, *terms = step(x, **weights)
+        except NonFiniteGradient:
+            raise _diverged("gradient", run.config, position.after_steps(i, 0.0)) from None
+        if not math.isfinite(loss):
+            raise _diverged("loss", run.config, position.after_steps(i, 0.0))
+        found.append(terms)
+    return [sum(column) for column in zip(*found, strict=True)]
+
+
+def _common_step(
+    run: _Run, position: Position, batch: Tensor, stop: bool
+) -> tuple[list[float], bool]:
+    """Make a step of all ranks on a batch, of which each takes its part.
+
+    Returns:
+        The terms summed over the ranks, and whether any rank requests to stop.
+    """
+    config = run.config
+    svi = run.svi if len(batch) == config.batch_size else run.svi_of_rest
+    run.own.seed(f"training {distributed.rank()} {position.step}", run.seed)
+    x = run.splits.train.take(distributed.part(batch), run.vae.likelihood_module.units)
+    weights = _set_schedules(run, position.step, len(batch))
+    try:
+        (loss, *terms), stop = distributed.step(svi, x, stop, **weights)
+    except NonFiniteGradient:
+        raise _diverged("gradient", config, position) from None
+    if not math.isfinite(loss):
+        raise _diverged("loss", config, position)
+    return terms, stop
 
 
 def _set_schedules(run: _Run, step: int, num_rows: int) -> dict[str, Tensor]:
@@ -359,6 +403,11 @@ def run_mode(config: FitConfig, train: Split) -> Mode:
     if num_steps * SAVED_BY_STEP + num_values * SAVED_BY_VALUE >= COMPILE_SECONDS:
         return "compiled"
     return "graph" if num_steps >= CAPTURE_FROM else "eager"
+
+
+def _steps_at_once(config: FitConfig) -> int:
+    """Number of steps between two calls of `on_step`: about ten milliseconds of work."""
+    return max(1, min(10, ROWS_AT_ONCE // (config.batch_size * config.num_particles)))
 
 
 @contextmanager

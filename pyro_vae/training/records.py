@@ -31,8 +31,8 @@ class Position:
     best: float = -math.inf
     stale_epochs: int = 0
 
-    def after_step(self, seconds: float) -> Position:
-        return dataclasses.replace(self, step=self.step + 1, seconds=self.seconds + seconds)
+    def after_steps(self, count: int, seconds: float) -> Position:
+        return dataclasses.replace(self, step=self.step + count, seconds=self.seconds + seconds)
 
     def after_epoch(self, score: float, seconds: float) -> Position:
         """`seconds`: the total so far."""
@@ -55,8 +55,8 @@ class Sums:
     reconstruction: float = 0.0
     kl: float = 0.0
 
-    def after_step(self, rows: int, seconds: float, terms: Sequence[float]) -> Sums:
-        """`terms`: reconstruction and, for a VAE, KL, summed over the step's rows."""
+    def after_steps(self, rows: int, seconds: float, terms: Sequence[float]) -> Sums:
+        """`terms`: reconstruction and, for a VAE, KL, summed over the rows of the steps."""
         sums = (self.reconstruction, self.kl)[: len(terms)]
         added = [total + term for total, term in zip(sums, terms, strict=True)]
         return Sums(self.images + rows, self.seconds + seconds, *added)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import SIGMAS
+from scipy import stats
 
 from pyro_vae import DataConfig, InputError, load_data
 from pyro_vae.data.loading import load_foreign
-from pyro_vae.data.splits import CHUNK, moments
+from pyro_vae.data.splits import CHUNK, binarize, moments
 
 
 def save(tmp_path, values, name="a.npy") -> str:
@@ -144,6 +145,33 @@ def test_binarization_is_afresh_in_training_and_fixed_in_evaluation(tmp_path):
     # power: grey values that are a hundredth off are seen
     off = (mean - grey - 0.01) / (grey * (1 - grey) / 2000).sqrt().clamp_min(1e-9)
     assert off[(grey > 0.05) & (grey < 0.95)].square().mean().item() - 1 > SIGMAS * error
+
+
+@pytest.mark.parametrize("max_value", [255, 200, 100, 16, 3])
+def test_binarization_by_bytes_is_exact(max_value):
+    """Chi-square over all values, of 2^16 draws each; false alarms: 1e-5 for each of two tests."""
+    torch.manual_seed(0)
+    draws = 2**16
+    values = torch.arange(max_value + 1, dtype=torch.uint8)
+    x = torch.stack([binarize(values.repeat(256), max_value) for _ in range(draws // 256)])
+    x = x.view(draws, max_value + 1).double()
+    assert set(x.unique().tolist()) == {0.0, 1.0}
+    assert not x[:, 0].any()
+    assert x[:, -1].all()
+
+    def statistic(p: torch.Tensor) -> float:
+        return ((x[:, 1:-1].mean(0) - p).square() * draws / (p * (1 - p))).sum().item()
+
+    exact = values[1:-1] / max_value
+    limit = stats.chi2.isf(1e-5, max_value - 1)
+    assert statistic(exact) < limit
+    # neighbours do not depend on each other
+    z = (x[:, 1:-1] - exact) / (exact * (1 - exact)).sqrt()
+    products = (z[:, 1:] * z[:, :-1]).flatten()
+    assert abs(products.mean() / products.std()) * math.sqrt(len(products)) < stats.norm.isf(5e-6)
+    # power: without the bytes that are drawn again, the probability would be a little lower
+    if max_value >= 100:
+        assert statistic(exact * (256 // max_value * max_value) / 256) > limit
 
 
 def test_evaluation_does_not_disturb_the_global_random_state(digits):
