@@ -32,6 +32,7 @@ from .guards import (
     watch_modules,
 )
 from .optimizer import OneOptimizer
+from .products import by_onednn, onednn_is_faster
 from .tracing import CannotCapture, CudaGraph, compile_graph, errors_of_torch, trace_graph
 from .update import AdamUpdate
 
@@ -115,6 +116,8 @@ def _build(call: Call, mode: Mode, snapshot: Snapshot) -> Graph:
     snapshot.keep(leaves)
     with snapshot, errors_of_torch():
         graph = trace_graph(partial(call.run, leaves), call.inputs)
+        if onednn_is_faster():
+            graph = by_onednn(graph)
     with snapshot, torch.no_grad():
         result = graph(*call.inputs)
     with snapshot:

@@ -38,7 +38,7 @@ from ..randomness import one_thread
 
 # Draws of z for each row in a chunk, at least: the decoder then takes most of the time.
 MIN_CHUNK_DRAWS = 64
-# Chunks whose z are drawn together, in fewer calls.
+# Chunks whose z are drawn, or whose weights are added, together, in fewer calls.
 CHUNKS_PER_BLOCK = 8
 # Number of decoded values from which compiling the decoder pays.
 COMPILE_FROM = 5e9
@@ -270,16 +270,19 @@ def _blocks(
     vae: LatentModel, q: Distribution, x: Tensor, num_samples: int, sampler: CapturedFunction | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """log p(x|z) and log w (S, B) of blocks of draws from q, `num_samples` for each row in all."""
-    block = rows_at_once(x.numel(), x.device) * (CHUNKS_PER_BLOCK if sampler is None else 1)
-    for done in range(0, num_samples, block):
-        size = min(block, num_samples - done)
-        if sampler is not None and size == block:
-            yield sampler(x, size)
-            continue
-        z = q.sample((size,))
-        with pyro.validation_enabled(done == 0):  # the first block checks the support of x
-            weights = log_weights(vae, q, x, z)
-        yield weights
+    chunk = rows_at_once(x.numel(), x.device)
+    for done in range(0, num_samples, CHUNKS_PER_BLOCK * chunk):
+        size = min(CHUNKS_PER_BLOCK * chunk, num_samples - done)
+        parts = []
+        if sampler is not None:  # in chunks of one size, for which it is captured
+            parts = [sampler(x, chunk) for _ in range(size // chunk)]
+            size %= chunk
+        if size > 0:
+            z = q.sample((size,))
+            with pyro.validation_enabled(done == 0):  # the first block checks the support of x
+                parts.append(log_weights(vae, q, x, z))
+        log_likelihoods, weights = zip(*parts, strict=True)
+        yield torch.cat(log_likelihoods), torch.cat(weights)
 
 
 def _estimate(

@@ -51,9 +51,9 @@ CAPTURE_FROM = 500
 
 # Time of a compilation, and time saved per step and per decoded value of x: seconds on two cores.
 # They are constants, not measurements, so that the choice depends on settings only.
-COMPILE_SECONDS = 20.0
-SAVED_BY_STEP = 2e-3
-SAVED_BY_VALUE = 8e-9
+COMPILE_SECONDS = 10.0
+SAVED_BY_STEP = 1.5e-3
+SAVED_BY_VALUE = 9e-9
 
 # Number of rows times particles of the steps that are made together.
 ROWS_AT_ONCE = 512
