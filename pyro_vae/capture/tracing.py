@@ -7,6 +7,7 @@ code computes from a tensor would become a constant of the graph, so `CannotCapt
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import warnings
@@ -83,6 +84,8 @@ def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any
         "cpp.vec_isa_ok": True,  # no test programs, for seconds, of the processor's instructions
     }
     module, tensors, structure = _flattened(graph)
+    # Of which the user needs none: that a CUDA toolkit is installed on a machine without a GPU
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with errors_of_torch(), warnings.catch_warnings(), torch.no_grad(), config.patch(options):
         warnings.simplefilter("ignore")  # the compiler's, about its own settings
         table: dict[Any, Any] = {**select_decomp_table(), **_DECOMPOSITIONS}
