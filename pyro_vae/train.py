@@ -50,9 +50,9 @@ class TrainArguments(Config):
         resume: Continue the run in this folder with its own settings. Only --epochs, --patience and
             --device may be changed, and --data and --data-root if the same data have moved.
         config: Use the settings in a run's config.json. Other flags override them.
-        preset: Use the settings of a published experiment. Other flags override them. iwae-mnist:
-            "Importance weighted autoencoders", one stochastic layer, on MNIST; choose --objective,
-            --num-particles and --epochs.
+        preset: Use named settings. Other flags override them. mnist: a flow prior and larger
+            networks, for the highest log p(x) of ten minutes on two cores. iwae-mnist: "Importance
+            weighted autoencoders", one stochastic layer; choose --objective and --num-particles.
         tensorboard: Also write TensorBoard events to the run folder (requires pip install
             'pyro-vae[tensorboard]').
     """
@@ -64,7 +64,7 @@ class TrainArguments(Config):
     overwrite: bool = False
     resume: Annotated[Path | None, auto("DIR", "a new run")] = None
     config: Annotated[Path | None, auto("FILE", "none")] = None
-    preset: Annotated[Literal["iwae-mnist"] | None, auto("NAME", "none")] = None
+    preset: Annotated[Literal["iwae-mnist", "mnist"] | None, auto("NAME", "none")] = None
     tensorboard: bool = False
 
 
@@ -317,7 +317,7 @@ def _summary_writer() -> Any:
 
 def _describe(run: RunFolder) -> None:
     """Print data, model and run folder before the training."""
-    from .training.loop import run_mode
+    from .training.modes import run_mode
 
     splits, model, spec = run.splits, run.config.model, run.splits.spec
     sizes = " ".join(str(size) for size in model.hidden or ()) or "without hidden layers"

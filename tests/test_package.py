@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import pyro_vae
 
 PACKAGE = Path(pyro_vae.__file__).parent
@@ -47,6 +49,7 @@ def test_no_public_function_has_the_name_of_a_module():
     assert modules & set(pyro_vae.__all__) == {"refit"}  # both the command and the function
 
 
+@pytest.mark.slow
 def test_the_command_refit_can_be_called_as_the_function():
     """In either order of the imports."""
     before = "import pyro_vae; assert pyro_vae.refit.__module__ == 'pyro_vae.training.refitting'"

@@ -27,10 +27,10 @@ import torch
 from pyro.infer import ELBO, SVI
 from torch import Tensor
 
-from ..capture.captured import CapturedSVI, Mode, capture
+from ..capture.captured import CapturedSVI, capture
 from ..capture.optimizer import NonFiniteGradient, OneOptimizer
 from ..config import FitConfig, InputError, resolve_epochs
-from ..data.splits import Split, Splits
+from ..data.splits import Splits
 from ..evidence.evaluation import elbo_terms
 from ..models.autoencoder import Autoencoder
 from ..models.interface import UNREGISTERED, uncompiled
@@ -40,23 +40,12 @@ from ..options import KL_WEIGHTED
 from ..randomness import OwnState, derive, usual_settings
 from . import distributed, schedules
 from .checks import check_model, check_particles, check_trained
+from .modes import run_mode, steps_at_once
 from .records import Diverged, Position, Progress, Record, Sums, pack, unpack
 from .terms import ElboTerms
 
 # Objectives that are not sums over rows.
 WHOLE_BATCH = ("free-bits", "beta-tc", "mmd")
-
-# Number of steps from which capturing the ELBO saves time.
-CAPTURE_FROM = 500
-
-# Time of a compilation, and time saved per step and per decoded value of x: seconds on two cores.
-# They are constants, not measurements, so that the choice depends on settings only.
-COMPILE_SECONDS = 10.0
-SAVED_BY_STEP = 1.5e-3
-SAVED_BY_VALUE = 9e-9
-
-# Number of rows times particles of the steps that are made together.
-ROWS_AT_ONCE = 512
 
 # Rows on which model, guide and objective are checked before the first step.
 CHECKED_ROWS = 8
@@ -144,7 +133,7 @@ class _Run:
     optimizer: OneOptimizer
     svi: SVI
     svi_of_rest: SVI  # for the last batch of an epoch, which is smaller
-    steps_at_once: int  # see `_steps_at_once`
+    steps_at_once: int  # see `modes`
     own: OwnState
 
     @property
@@ -189,7 +178,7 @@ def _setup(vae: VAE | Autoencoder, splits: Splits, config: FitConfig, seed: int)
         optimizer=optimizer,
         svi=kind(vae.model, vae.guide, optimizer, loss=elbo),
         svi_of_rest=kind(vae.model, vae.guide, optimizer, loss=rest),
-        steps_at_once=_steps_at_once(config) if kind is CapturedSVI else 1,
+        steps_at_once=steps_at_once(config) if kind is CapturedSVI else 1,
         own=OwnState(_device(vae), derive(seed, "training")),
     )
 
@@ -391,23 +380,6 @@ def _diverged(what: str, config: FitConfig, position: Position) -> Diverged:
         f"causes: --learning-rate {config.learning_rate:g} is too high, --learning-rate-warmup or "
         f"--kl-warmup too short, --gradient-clip too loose, or the data hold extreme values"
     )
-
-
-def run_mode(config: FitConfig, train: Split) -> Mode:
-    """Mode in which a run evaluates its ELBO. Settings determine it, also for a resumed run."""
-    if config.compile != "auto":
-        return "compiled" if config.compile == "on" else "eager"
-    epochs = resolve_epochs(config, len(train))
-    num_steps = epochs * math.ceil(len(train) / config.batch_size)
-    num_values = epochs * len(train) * math.prod(train.spec.shape) * config.num_particles
-    if num_steps * SAVED_BY_STEP + num_values * SAVED_BY_VALUE >= COMPILE_SECONDS:
-        return "compiled"
-    return "graph" if num_steps >= CAPTURE_FROM else "eager"
-
-
-def _steps_at_once(config: FitConfig) -> int:
-    """Number of steps between two calls of `on_step`: about ten milliseconds of work."""
-    return max(1, min(10, ROWS_AT_ONCE // (config.batch_size * config.num_particles)))
 
 
 @contextmanager

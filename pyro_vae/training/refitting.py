@@ -36,7 +36,8 @@ from ..models.refined import Refined
 from ..models.vae import VAE
 from ..objectives.simulated import WithSimulated
 from ..randomness import OwnState, derive, random_states, usual_settings
-from .loop import CAPTURE_FROM, active
+from .loop import active
+from .modes import CAPTURE_FROM
 from .records import Diverged
 
 # Share of the rows that are drawn near training rows.

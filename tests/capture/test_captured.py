@@ -1273,6 +1273,7 @@ print("uncompiled")
 """
 
 
+@pytest.mark.slow
 def test_machine_without_a_compiler(tmp_path):
     assert "uncompiled" in without_a_compiler(NO_COMPILER, tmp_path)
 

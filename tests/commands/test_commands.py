@@ -362,13 +362,8 @@ def whole(tmp_path_factory) -> Path:
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize(
-    "number",
-    [
-        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGTERM)),
-        signal.SIGKILL,
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_or_killed_run_resumes_to_the_same_numbers(number, whole, tmp_path):
     part = tmp_path / "part"
     process = start("pyro_vae.train", "--out", str(part), *LONGER)
@@ -388,6 +383,7 @@ def test_a_stopped_or_killed_run_resumes_to_the_same_numbers(number, whole, tmp_
         assert same_weights(part, whole, name)
 
 
+@pytest.mark.slow
 def test_resume_of_a_complete_run_and_beyond(tmp_path, capsys):
     run = tmp_path / "run"
     assert train.main(["--out", str(run), *QUICK]) == 0
@@ -561,6 +557,7 @@ def test_tensorboard_is_an_extra(tmp_path, capsys, monkeypatch):
     assert "pip install 'pyro-vae[tensorboard]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_installed_command(run):
     def call(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(

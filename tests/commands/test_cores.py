@@ -29,6 +29,7 @@ def openmp(program: str, **variables: str) -> str:
 COMMAND = "from pyro_vae.evaluate import main; main(['no such run'])"
 
 
+@pytest.mark.slow
 def test_a_command_spins_briefly():
     assert "GOMP_SPINCOUNT = '1000'" in openmp(COMMAND)
 
@@ -40,6 +41,7 @@ def test_a_command_spins_briefly():
         ("OMP_WAIT_POLICY", "active", "OMP_WAIT_POLICY = 'ACTIVE'"),
     ],
 )
+@pytest.mark.slow
 def test_a_users_setting_stays(name, value, shown):
     found = openmp(COMMAND, **{name: value})
     assert shown in found

@@ -88,6 +88,7 @@ def test_table_and_files(copy, capsys):
     assert drawn == {f"diagnose_{name}.png" for name in DRAWN}
 
 
+@pytest.mark.slow
 def test_same_seed_same_numbers(copy, capsys, undrawn):
     results = []
     for seed in ("3", "3", "4"):
@@ -97,6 +98,7 @@ def test_same_seed_same_numbers(copy, capsys, undrawn):
     assert results[0]["findings"] != results[2]["findings"]
 
 
+@pytest.mark.slow
 def test_strict_fails_where_something_is_wrong(copy, capsys, monkeypatch, undrawn):
     status = diagnose.main([str(copy), "--quick", "--strict", "--json"])
     report = json.loads(capsys.readouterr().out)

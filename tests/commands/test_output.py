@@ -223,7 +223,7 @@ MISTAKES = {
     "--likelihood Bernoulli": "--likelihood expects one of auto, bernoulli, continuous-bernoulli, "
     "binomial, gaussian, discretized-logistic; got 'Bernoulli'",
     "--compile true": "--compile expects one of auto, on, off; got 'true'",
-    "--preset vae": "--preset expects one of iwae-mnist; got 'vae'",
+    "--preset vae": "--preset expects one of iwae-mnist, mnist; got 'vae'",
     "--likelihod gaussian": "Unrecognized options: --likelihod, gaussian; did you mean "
     "--likelihood?",
     "--no-overwrite": "Unrecognized options: --no-overwrite; did you mean --overwrite?",

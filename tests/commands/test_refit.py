@@ -81,6 +81,7 @@ def test_a_refit_becomes_the_model_of_the_run(run, capsys):
 
 
 @pytest.mark.filterwarnings("default:the ELBO fell")
+@pytest.mark.slow
 def test_another_guide_in_another_folder(run, tmp_path, capsys, drawn):
     out = tmp_path / "other"
     flags = ["--guide", "full", "--steps", "3", "--batch-size", "8", "--encoder-hidden", "5"]

@@ -362,6 +362,7 @@ def test_signal_to_noise_of_iwae():
     assert abs(decoder - 0.5) < 0.1
 
 
+@pytest.mark.slow
 def test_signal_to_noise_of_dreg():
     """Both get clear with K: of the encoder, the noise falls as K^(−3/2) and the signal as 1/K.
 

@@ -107,6 +107,7 @@ def rows() -> list[Row]:
     return table
 
 
+@pytest.mark.slow
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     table = rows()
     lines = [f"{'estimator':<32}{'truth':>10}{'estimate':>10}{'error':>10}{'z':>8}"]

@@ -165,6 +165,7 @@ def slope(steps, gap, error) -> tuple[float, float]:
     return found.item(), spread.item()
 
 
+@pytest.mark.slow
 def test_both_sides_close_in_on_the_truth_as_one_over_steps(monkeypatch):
     """From 30 nats at T = 10 to 1.2 at T = 270: a slope of −1, with a standard error of 0.02."""
     steps = [10, 30, 90, 270]

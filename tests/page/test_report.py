@@ -818,6 +818,7 @@ def test_training_writes_the_page_and_the_same_again(tmp_path, capsys):
     assert not (run / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_the_same_bytes_from_another_process(runs, tmp_path):
     """Nothing of a process, as the order of a set, an address or the time, enters the page."""
     out = [tmp_path / "here.html", tmp_path / "there.html"]

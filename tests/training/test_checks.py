@@ -14,7 +14,7 @@ from torch import nn
 import pyro_vae
 from pyro_vae import FitConfig, InputError
 from pyro_vae.evidence.evaluation import elbo_terms, evaluate
-from pyro_vae.training import loop
+from pyro_vae.training import modes
 from pyro_vae.training.loop import fit
 
 CONFIG = FitConfig(epochs=2, batch_size=40, learning_rate=1e-2)
@@ -37,7 +37,7 @@ def changed(vae, before) -> set[str]:
     "mode", ["eager", "graph", pytest.param("compiled", marks=pytest.mark.slow)]
 )
 def test_frozen_parameters_are_named_and_stay(mode, splits, monkeypatch):
-    monkeypatch.setattr(loop, "CAPTURE_FROM", 0 if mode == "graph" else 10**9)
+    monkeypatch.setattr(modes, "CAPTURE_FROM", 0 if mode == "graph" else 10**9)
     vae = small(splits)
     frozen = ["encoder.layers.1.weight", "decoder.bias"]
     for name in frozen:
@@ -104,7 +104,7 @@ def test_a_parameter_of_pyros_store_is_refused(splits):
 @pytest.mark.parametrize("capture", [False, True])
 def test_a_parameter_of_two_names_is_trained_once(capture, splits, monkeypatch):
     """Tied weights take the same steps as in plain torch."""
-    monkeypatch.setattr(loop, "CAPTURE_FROM", 0 if capture else 10**9)
+    monkeypatch.setattr(modes, "CAPTURE_FROM", 0 if capture else 10**9)
     vae = small(splits, kind="ae")
     vae.decoder.layers[0].bias = vae.encoder.layers[1].bias
     plain = copy.deepcopy(vae)

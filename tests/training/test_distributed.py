@@ -38,7 +38,7 @@ from pyro_vae.cli import choose_device
 from pyro_vae.models.interface import register
 from pyro_vae.models.vae import VAE
 from pyro_vae.objectives.registry import objective
-from pyro_vae.training import distributed
+from pyro_vae.training import distributed, modes
 from pyro_vae.training import loop as svi
 from pyro_vae.training.checkpoint import load_checkpoint
 from pyro_vae.training.loop import Diverged, fit, iterate
@@ -139,13 +139,13 @@ def outcome(vae: Any, records: Any) -> dict[str, Any]:
 def autoencoder(folder: Path, capture_from: int) -> dict[str, Any]:
     """A whole training in which nothing is drawn."""
     vae, splits = small(folder, kind="ae")
-    before, svi.CAPTURE_FROM = svi.CAPTURE_FROM, capture_from
+    before, modes.CAPTURE_FROM = modes.CAPTURE_FROM, capture_from
     try:
         config = FitConfig(**{**ODD, "epochs": 4, "compile": "auto"})
-        assert svi.run_mode(config, splits.train) == ("graph" if capture_from == 0 else "eager")
+        assert modes.run_mode(config, splits.train) == ("graph" if capture_from == 0 else "eager")
         return outcome(vae, iterate(vae, splits, config))
     finally:
-        svi.CAPTURE_FROM = before
+        modes.CAPTURE_FROM = before
 
 
 # --- the checks by two processes ------------------------------------------------------------------
@@ -587,6 +587,7 @@ def whole(network, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]
     return run, out
 
 
+@pytest.mark.slow
 def test_torchrun_writes_one_run(whole):
     run, out = whole
     assert {p.name for p in run.iterdir()} == {

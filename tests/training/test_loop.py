@@ -18,7 +18,7 @@ from pyro_vae.evidence.evaluation import elbo_terms
 from pyro_vae.models.likelihoods import LIKELIHOODS
 from pyro_vae.models.priors import StandardNormal
 from pyro_vae.objectives import elbos
-from pyro_vae.training import loop as svi
+from pyro_vae.training import modes
 from pyro_vae.training.checkpoint import load_checkpoint, serialize
 from pyro_vae.training.loop import Diverged, fit, iterate
 
@@ -162,6 +162,7 @@ def test_kl_weight_and_warmup(tmp_path, monkeypatch):
     assert weights[6:] == [2.0] * 6
 
 
+@pytest.mark.slow
 def test_beta_lowers_the_kl(tmp_path):
     kls = {}
     for beta in (0.1, 1.0, 8.0):
@@ -391,12 +392,12 @@ def test_the_test_split_is_never_read(tmp_path):
 
 def steps_of(mode: str, tmp_path, monkeypatch, **settings):
     """Records of a short run whose length is taken to ask for `mode`."""
-    monkeypatch.setattr(svi, "CAPTURE_FROM", 0 if mode == "graph" else 10**9)
-    monkeypatch.setattr(svi, "COMPILE_SECONDS", math.inf)
+    monkeypatch.setattr(modes, "CAPTURE_FROM", 0 if mode == "graph" else 10**9)
+    monkeypatch.setattr(modes, "COMPILE_SECONDS", math.inf)
     vae, splits = small("binomial", tmp_path)
     compile = {"eager": "off", "graph": "auto", "compiled": "on"}[mode]
     config = FitConfig(epochs=3, batch_size=30, compile=compile, **settings)
-    assert svi.run_mode(config, splits.train) == mode
+    assert modes.run_mode(config, splits.train) == mode
     metrics = [record.metrics() for record in fit(vae, splits, config)]
     return metrics, [p.detach().clone() for p in vae.parameters()]
 
@@ -420,6 +421,7 @@ def test_a_captured_run_is_the_uncaptured_one(settings, tmp_path, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_the_uncaptured_one(tmp_path, monkeypatch):
     eager, compiled = (steps_of(m, tmp_path, monkeypatch) for m in ("eager", "compiled"))
     assert eager[0][-1]["train_elbo"] == pytest.approx(compiled[0][-1]["train_elbo"], rel=1e-4)
@@ -432,8 +434,8 @@ def test_a_resumed_captured_run_equals_the_uninterrupted_one(tmp_path, monkeypat
 
     Five steps of an epoch are made three at a time, and a smaller one.
     """
-    monkeypatch.setattr(svi, "CAPTURE_FROM", 0)
-    monkeypatch.setattr(svi, "ROWS_AT_ONCE", 50)
+    monkeypatch.setattr(modes, "CAPTURE_FROM", 0)
+    monkeypatch.setattr(modes, "ROWS_AT_ONCE", 50)
     config = FitConfig(epochs=3, batch_size=16)
     vae, splits = small("bernoulli", tmp_path)
     whole = [record.metrics() for record in fit(vae, splits, config)]
@@ -455,7 +457,7 @@ def test_short_runs_are_not_captured_and_long_ones_compiled(digits):
     """1,457 images of 64 values: 6 steps an epoch, of 256."""
 
     def mode(**settings):
-        return svi.run_mode(FitConfig(**settings), digits.train)
+        return modes.run_mode(FitConfig(**settings), digits.train)
 
     assert mode(epochs=1) == "eager"
     assert mode() == "graph"  # by default about 2,500 steps
@@ -468,7 +470,7 @@ def test_short_runs_are_not_captured_and_long_ones_compiled(digits):
 @pytest.mark.parametrize("captured", [False, True])
 def test_precision(captured, tmp_path, monkeypatch):
     """bf16 rounds products to three digits, and no sum; afterwards all is as it was."""
-    monkeypatch.setattr(svi, "CAPTURE_FROM", 0 if captured else 10**9)
+    monkeypatch.setattr(modes, "CAPTURE_FROM", 0 if captured else 10**9)
     elbos = {}
     for precision in ("highest", "medium", "bf16"):
         vae, splits = small("binomial", tmp_path)

@@ -19,7 +19,7 @@ import pyro_vae
 from pyro_vae import FitConfig, InputError
 from pyro_vae.evidence.evaluation import evaluate
 from pyro_vae.randomness import random_states, usual_settings
-from pyro_vae.training import loop
+from pyro_vae.training import modes
 from pyro_vae.training.checkpoint import load_checkpoint, serialize
 from pyro_vae.training.loop import fit, iterate
 
@@ -105,7 +105,7 @@ def together(tasks: list[Callable[[], Any]]) -> list[Any]:
 
 @pytest.fixture
 def captured(monkeypatch) -> None:
-    monkeypatch.setattr(loop, "CAPTURE_FROM", 0)
+    monkeypatch.setattr(modes, "CAPTURE_FROM", 0)
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph", pytest.param("compiled", marks=SLOW)])
@@ -201,7 +201,7 @@ MODES: dict[str, Callable[[], Any]] = {
 )
 def test_a_training_is_the_same_in_any_mode(mode, capture, tmp_path, monkeypatch):
     """Build, fit, save, load and resume within a mode of the caller's."""
-    monkeypatch.setattr(loop, "CAPTURE_FROM", 0 if capture else 10**9)
+    monkeypatch.setattr(modes, "CAPTURE_FROM", 0 if capture else 10**9)
     config = FitConfig(epochs=3, batch_size=27)
     run = pyro_vae.config.resolve(pyro_vae.Config(model=MODEL), "bernoulli", 1000)
     vae, splits = small(tmp_path)
