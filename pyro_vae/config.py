@@ -322,7 +322,7 @@ PRESETS = {
     "mnist": Config(
         DataConfig(source="mnist"),
         ModelConfig(latent_dim=40, hidden=(500, 500), prior=FlowPrior(), likelihood="bernoulli"),
-        FitConfig(batch_size=128, epochs=100),
+        FitConfig(batch_size=128, learning_rate=1e-3, epochs=90),
         refit="off",
     ),
 }
