@@ -147,22 +147,22 @@ def binarize(values: Tensor, max_value: int) -> Tensor:
     """
     repeats = 256 // max_value
     limit = repeats * max_value
-    bytes_ = random_bytes(values.numel())
-    rejected = torch.from_numpy(np.flatnonzero(bytes_.numpy() >= limit))
+    draws = random_bytes(values.numel())
+    rejected = np.flatnonzero(draws >= limit)
     while len(rejected):
         again = random_bytes(len(rejected))
-        bytes_[rejected] = again
+        draws[rejected] = again
         rejected = rejected[again >= limit]
     if repeats > 1:  # in place of a multiple of the value, which may exceed a byte
-        bytes_ = bytes_.div_(repeats, rounding_mode="floor")
+        draws //= repeats
     x = torch.empty(values.shape, dtype=torch.float32, device="cpu")
-    return torch.lt(bytes_.view(values.shape), values, out=x)
+    return torch.lt(torch.from_numpy(draws).view(values.shape), values, out=x)
 
 
-def random_bytes(count: int) -> Tensor:
+def random_bytes(count: int) -> np.ndarray:
     """Uniform bytes (count,), uint8, on the CPU, from torch's global generator."""
     words = torch.empty(-(-count // 8), dtype=torch.int64, device="cpu").random_(-(2**63), None)
-    return words.view(torch.uint8)[:count]
+    return words.view(torch.uint8)[:count].numpy()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pyro_vae import FitConfig
 from pyro_vae.data.splits import DataSpec, Split, Splits
 from pyro_vae.evidence.evaluation import elbo_terms
 from pyro_vae.randomness import OwnState, RandomStates, derive, random_states
-from pyro_vae.training import loop, schedules
+from pyro_vae.training import loop, modes, schedules
 from pyro_vae.training.loop import fit, iterate
 from pyro_vae.training.records import Diverged, Position, Record, Sums, pack, unpack
 
@@ -175,8 +175,12 @@ def expected_rate(step: int) -> float:
     return 0.01 * (1 + math.cos(math.pi * (step - 3) / 9)) / 2
 
 
+@pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("stop_at", [1, 2, 3, 4, 7])
-def test_rate_weight_and_clip_of_each_step_also_after_a_resume(stop_at, monkeypatch):
+def test_rate_weight_and_clip_of_each_step_also_after_a_resume(stop_at, captured, monkeypatch):
+    """Captured, the first two steps of an epoch are made together."""
+    monkeypatch.setattr(modes, "CAPTURE_FROM", 0 if captured else 10**9)
+    monkeypatch.setattr(modes, "ROWS_AT_ONCE", 40)
     made: list[tuple[float, float, float]] = []
     vae, splits = small()
     original = loop._set_schedules
@@ -194,8 +198,9 @@ def test_rate_weight_and_clip_of_each_step_also_after_a_resume(stop_at, monkeypa
     )  # fmt: skip
     states = []
     records = fit(
-        vae, splits, config, on_step=lambda p: p.step == stop_at and not states.append(p.state())
+        vae, splits, config, on_step=lambda p: p.step >= stop_at and not states.append(p.state())
     )
+    assert states[0]["step"] == (stop_at + (captured and stop_at in (1, 4, 7)))
     records += fit(vae, splits, config, state=states[0])
     rates, weights, norms = zip(*made, strict=True)
     assert rates == pytest.approx([expected_rate(step) for step in range(12)])
