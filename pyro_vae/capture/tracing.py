@@ -13,7 +13,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from operator import attrgetter
 from typing import Any
 
 import pyro
@@ -21,7 +20,7 @@ import torch
 from pyro.infer.util import torch_item
 from pyro.util import warn_if_inf, warn_if_nan
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -83,39 +82,23 @@ def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any
         "fallback_random": True,  # the same random numbers as in eager mode
         "cpp.vec_isa_ok": True,  # no test programs, for seconds, of the processor's instructions
     }
-    module, tensors, structure = _flattened(graph)
+    module, structure = _flattened(graph)
     # Of which the user needs none: that a CUDA toolkit is installed on a machine without a GPU
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with errors_of_torch(), warnings.catch_warnings(), torch.no_grad(), config.patch(options):
         warnings.simplefilter("ignore")  # the compiler's, about its own settings
         table: dict[Any, Any] = {**select_decomp_table(), **_DECOMPOSITIONS}
-        compiled: Any = compile_fx(module, [*inputs, *tensors], decompositions=table)
-        compiled(*inputs, *tensors)
-    return lambda *inputs: tree_unflatten(compiled(*inputs, *tensors), structure)
+        compiled: Any = compile_fx(module, inputs, decompositions=table)
+        compiled(*inputs)
+    return lambda *inputs: tree_unflatten(compiled(*inputs), structure)
 
 
-def _flattened(graph: GraphModule) -> tuple[GraphModule, list[Tensor], TreeSpec]:
-    """A copy of a graph with further inputs in place of attributes, and a flat tuple of outputs.
-
-    As attributes, the compiler may take tensors for constants.
-
-    Returns:
-        The copy, the values of the attributes, and the structure of the outputs.
-    """
+def _flattened(graph: GraphModule) -> tuple[GraphModule, TreeSpec]:
+    """A copy of a graph with a flat tuple of outputs, and their structure."""
     flat = Graph()
-    copies: dict[Node, Node] = {}
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    attributes = [node for node in graph.graph.nodes if node.op == "get_attr"]
-    for node in [*placeholders, *attributes]:
-        copies[node] = flat.placeholder(node.name)
-        copies[node].meta = node.meta
-    *others, output = [node for node in graph.graph.nodes if node not in copies]
-    for node in others:
-        copies[node] = flat.node_copy(node, copies.__getitem__)
-    results, structure = tree_flatten(output.args[0])
-    flat.output(tuple(copies.get(result) for result in results))
-    values = [attrgetter(str(node.target))(graph) for node in attributes]
-    return GraphModule(graph, flat), values, structure
+    results, structure = tree_flatten(flat.graph_copy(graph.graph, {}))
+    flat.output(tuple(results))
+    return GraphModule(graph, flat), structure
 
 
 def _log1p(u: Tensor) -> Tensor:

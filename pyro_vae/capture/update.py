@@ -99,7 +99,7 @@ class AdamUpdate:
         clip = (max_norm / (norm + 1e-6)).clamp(max=1)
         if norm.is_cuda or clip < 1:  # a pass over all gradients; a CUDA graph cannot choose
             gradients = list(torch._foreach_mul(gradients, clip))
-        is_finite = norm.isfinite().to(norm.dtype)
+        is_finite = norm.isfinite().float()  # the type that the kernel reads
         torch._foreach_add_(self._steps, is_finite)
         torch._fused_adam_(
             self.parameters,

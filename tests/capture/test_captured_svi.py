@@ -170,6 +170,30 @@ def test_running_means_dropout_and_a_parameter_without_gradient(digits):
     assert both(Normalized(), lambda svi, _: steps(svi, x), Trace_ELBO()) == 0  # of the unused
 
 
+class Transposed(nn.Module):
+    """A loss whose gradient has another layout in memory than its parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w = nn.Parameter(torch.randn(3, 16))
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("transposed", self)
+        twice = torch.cat([self.w.t(), self.w.t()]) * x.flatten(1)[:, :3].repeat(2, 1)
+        pyro.factor("loss", -(twice - 1).square().sum())
+
+    def guide(self, x: Tensor) -> None:
+        pyro.module("transposed", self)
+
+
+def test_gradient_of_another_layout(digits):
+    model, x = Transposed(), program(digits)[1] + 1
+    loss = Trace_ELBO().differentiable_loss(model.model, model.guide, x)
+    assert torch.autograd.grad(loss, model.w)[0].stride() != model.w.stride()
+    check_same(model, x, Trace_ELBO())
+
+
 def test_clipped_gradients(digits):
     vae, x = program(digits)
 
