@@ -34,7 +34,7 @@ from .guards import (
 from .optimizer import OneOptimizer
 from .products import by_onednn, onednn_is_faster
 from .tracing import CannotCapture, CudaGraph, compile_graph, errors_of_torch, trace_graph
-from .update import AdamUpdate
+from .update import AdamUpdate, in_layout_of
 
 # Largest difference between a gradient and the graph's, relative to the gradient's largest element.
 # Both come from the same operations in the same order: a larger difference shows a wrong graph.
@@ -135,14 +135,14 @@ def _build(call: Call, mode: Mode, snapshot: Snapshot) -> Graph:
         with snapshot:
             run = CudaGraph(run, inputs)
     with snapshot, torch.no_grad():
-        shared = () if update else _find_shared(run(*inputs), [*inputs, *leaves])
+        copied = () if update else _find_copied(run(*inputs), inputs, leaves)
     # If a new parameter was drawn, a later run gives another value. The next step then continues
     # from the random state after the first run, as without a capture.
     drawn = {p.name for p in parameters if not p.in_module} & snapshot.new_names()
     if drawn and not _is_close(value, expected[0]):
         snapshot.random_states.set(after)
     guards = Guards(leaves, parameters, modules, variables, update.entries() if update else [])
-    return Graph(run, leaves, guards, update, shared)
+    return Graph(run, leaves, guards, update, copied)
 
 
 def _run_eagerly(call: Call, snapshot: Snapshot) -> tuple[Any, list[Any], list[StoredParameter]]:
@@ -205,7 +205,7 @@ def _add_update(
         result = [x.clone() for x in update.changes]
     with snapshot, torch.no_grad():
         for i in trained:
-            leaves[i].grad = gradients[i].clone()
+            leaves[i].grad = in_layout_of(leaves[i], gradients[i])
         optimizer(update.parameters)
         _verify(update.changes, result)
     return step, update
@@ -220,18 +220,23 @@ def _compile(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         return graph
 
 
-def _find_shared(result: tuple[Any, ...], others: list[Tensor]) -> tuple[int, ...]:
-    """The positions of gradients that share memory with another tensor, or within themselves."""
+def _find_copied(
+    result: tuple[Any, ...], inputs: list[Tensor], leaves: list[Tensor]
+) -> tuple[int, ...]:
+    """The positions of gradients that share memory with another tensor, or within themselves, or
+    whose layout is not that of their leaf."""
     _, gradients, observed = result
-    taken = {x.untyped_storage().data_ptr() for x in (*others, *observed)}
-    shared = []
+    taken = {x.untyped_storage().data_ptr() for x in (*inputs, *leaves, *observed)}
+    copied = []
     for i, gradient in enumerate(gradients):
         if gradient is not None:
             storage = gradient.untyped_storage()
-            if storage.data_ptr() in taken or storage.nbytes() < gradient.nbytes:
-                shared.append(i)
+            is_whole = storage.nbytes() >= gradient.nbytes
+            is_like = gradient.stride() == leaves[i].stride()
+            if storage.data_ptr() in taken or not (is_whole and is_like):
+                copied.append(i)
             taken.add(storage.data_ptr())
-    return tuple(shared)
+    return tuple(copied)
 
 
 def find_leaves(loss: Tensor) -> list[Tensor]:

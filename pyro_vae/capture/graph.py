@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .guards import Guards, is_plain, layout, value_key
 from .optimizer import OneOptimizer
-from .update import AdamUpdate, adam_settings
+from .update import AdamUpdate, adam_settings, in_layout_of
 
 Mode = Literal["compiled", "graph", "eager"]
 
@@ -121,17 +121,17 @@ class Graph:
     leaves: list[Tensor]  # tensors with a gradient
     guards: Guards  # checked before each run
     update: AdamUpdate | None
-    # Gradients that share memory with another tensor. They are copied, because callers may change
-    # them in place.
-    shared: tuple[int, ...]
+    # Gradients to copy: callers may change them in place, but they share memory with another
+    # tensor; or optimizers expect the layout of their leaf.
+    copied: tuple[int, ...]
 
     @torch.no_grad()
     def __call__(self, inputs: list[Tensor]) -> tuple[Any, Any, tuple[Tensor, ...]]:
         if self.update is not None:
             inputs = [*inputs, self.update.scalars()]
         value, gradients, observed = self.run(*inputs)
-        if self.shared:
+        if self.copied:
             gradients = list(gradients)
-            for i in self.shared:
-                gradients[i] = gradients[i].clone(memory_format=torch.contiguous_format)
+            for i in self.copied:
+                gradients[i] = in_layout_of(self.leaves[i], gradients[i])
         return value, gradients, observed

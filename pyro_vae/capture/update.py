@@ -94,7 +94,7 @@ class AdamUpdate:
         beta1, beta2 = group["betas"]
         # The kernel reads all tensors of a parameter in the same order of memory.
         pairs = zip(gradients, self.parameters, strict=True)
-        gradients = [g if g.stride() == p.stride() else _like(p, g) for g, p in pairs]
+        gradients = [g if g.stride() == p.stride() else in_layout_of(p, g) for g, p in pairs]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         clip = (max_norm / (norm + 1e-6)).clamp(max=1)
         if norm.is_cuda or clip < 1:  # a pass over all gradients; a CUDA graph cannot choose
@@ -120,6 +120,9 @@ class AdamUpdate:
         return norm
 
 
-def _like(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient in the memory layout of its parameter."""
+def in_layout_of(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """A copy of a gradient in the memory layout of its parameter.
+
+    The backward pass would leave it there. Torch's fused optimizers are wrong with any other.
+    """
     return torch.empty_like(parameter).copy_(gradient)

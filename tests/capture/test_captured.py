@@ -1169,7 +1169,7 @@ def test_errors_in_the_capturing_need_no_words(monkeypatch):
     ("fault", "step_of_capture"),
     diagonal(
         [TypeError, KeyError, AttributeError, AssertionError],
-        ["trace_graph", "_own_result", "_find_shared", "Guards", "compile_graph"],
+        ["trace_graph", "_own_result", "_find_copied", "Guards", "compile_graph"],
     ),
 )
 def test_fault_of_ours_is_raised(fault, step_of_capture, monkeypatch):
