@@ -338,7 +338,7 @@ def _describe(run: RunFolder) -> None:
         f"{count:,} parameters on {next(run.vae.parameters()).device}"
     )
     if run_mode(run.config.fit, splits.train) == "compiled":
-        print("graph  the ELBO is compiled first, which takes about ten seconds")
+        print("graph  the ELBO is compiled first, which takes 10 to 20 seconds")
     print(f"run    {run.path}", flush=True)
 
 
