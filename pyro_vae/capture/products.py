@@ -60,8 +60,9 @@ def onednn_is_faster() -> bool:
     first = text.split("\n\n")[0]
     fields = dict(re.findall(r"^(.+?)\s*:\s*(.*)$", first, re.MULTILINE))
     has_avx512 = "avx512f" in fields.get("flags", "").split()
-    is_recent = fields.get("vendor_id") == "AuthenticAMD" and int(fields["cpu family"]) >= ZEN_5
-    return is_recent and has_avx512 and torch.backends.mkldnn.is_available()
+    is_recent = int(fields.get("cpu family", 0)) >= ZEN_5
+    is_amd = fields.get("vendor_id") == "AuthenticAMD"
+    return is_amd and is_recent and has_avx512 and torch.backends.mkldnn.is_available()
 
 
 def by_onednn(graph: GraphModule) -> GraphModule:
