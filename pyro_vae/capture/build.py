@@ -33,7 +33,14 @@ from .guards import (
 )
 from .optimizer import OneOptimizer
 from .products import by_onednn, onednn_is_faster
-from .tracing import CannotCapture, CudaGraph, compile_graph, errors_of_torch, trace_graph
+from .tracing import (
+    CannotCapture,
+    CudaGraph,
+    compile_graph,
+    errors_of_torch,
+    replaying,
+    trace_graph,
+)
 from .update import AdamUpdate, in_layout_of
 
 # Largest difference between a gradient and the graph's, relative to the gradient's largest element.
@@ -118,7 +125,7 @@ def _build(call: Call, mode: Mode, snapshot: Snapshot) -> Graph:
         graph = trace_graph(partial(call.run, leaves), call.inputs)
         if onednn_is_faster():
             graph = by_onednn(graph)
-    with snapshot, torch.no_grad():
+    with snapshot, replaying():
         result = graph(*call.inputs)
     with snapshot:
         expected = _own_result(call, leaves)
@@ -134,7 +141,7 @@ def _build(call: Call, mode: Mode, snapshot: Snapshot) -> Graph:
     if mode == "compiled" and inputs and all(x.is_cuda for x in inputs):
         with snapshot:
             run = CudaGraph(run, inputs)
-    with snapshot, torch.no_grad():
+    with snapshot, replaying():
         copied = () if update else _find_copied(run(*inputs), inputs, leaves)
     # If a new parameter was drawn, a later run gives another value. The next step then continues
     # from the random state after the first run, as without a capture.
@@ -200,7 +207,7 @@ def _add_update(
         loss, gradients, observed = graph(*inputs[:-1])
         return loss, update([gradients[i] for i in trained], inputs[-1]), observed
 
-    with snapshot, torch.no_grad():
+    with snapshot, replaying():
         step(*inputs, update.scalars())
         result = [x.clone() for x in update.changes]
     with snapshot, torch.no_grad():

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .guards import Guards, is_plain, layout, value_key
 from .optimizer import OneOptimizer
+from .tracing import replaying
 from .update import AdamUpdate, adam_settings, in_layout_of
 
 Mode = Literal["compiled", "graph", "eager"]
@@ -125,7 +126,7 @@ class Graph:
     # tensor; or optimizers expect the layout of their leaf.
     copied: tuple[int, ...]
 
-    @torch.no_grad()
+    @replaying()
     def __call__(self, inputs: list[Tensor]) -> tuple[Any, Any, tuple[Tensor, ...]]:
         if self.update is not None:
             inputs = [*inputs, self.update.scalars()]

@@ -66,6 +66,20 @@ def trace_graph(function: Callable[..., Any], inputs: list[Tensor]) -> GraphModu
         return make_fx(watched)(*copies)
 
 
+@contextmanager
+def replaying() -> Iterator[None]:
+    """The context in which graphs run: without autocast, whose casts they contain already.
+
+    It would cast once more, also where the traced function had switched it off.
+    """
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield
+
+
 def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     """Compile a graph with Inductor, the compiler of torch.compile.
 
@@ -85,7 +99,7 @@ def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any
     module, structure = _flattened(graph)
     # Of which the user needs none: that a CUDA toolkit is installed on a machine without a GPU
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    with errors_of_torch(), warnings.catch_warnings(), torch.no_grad(), config.patch(options):
+    with errors_of_torch(), warnings.catch_warnings(), replaying(), config.patch(options):
         warnings.simplefilter("ignore")  # the compiler's, about its own settings
         table: dict[Any, Any] = {**select_decomp_table(), **_DECOMPOSITIONS}
         compiled: Any = compile_fx(module, inputs, decompositions=table)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyro_vae.capture import tracing
+from pyro_vae.capture.captured import CapturedFunction
 from pyro_vae.capture.tracing import compile_graph, trace_graph
 
 slow = pytest.mark.slow
@@ -92,3 +93,23 @@ def test_draws_are_those_of_torch():
     torch.manual_seed(3)
     for result, draw in zip(run(x), expected, strict=True):
         assert torch.equal(result, draw)
+
+
+@pytest.mark.parametrize("mode", ["graph", pytest.param("compiled", marks=slow)])
+def test_autocast_does_not_act_again(mode, recwarn):
+    """A product that the function computes in float32, and one that autocast makes bfloat16."""
+    torch.manual_seed(0)
+    w, x = torch.randn(64, 64), torch.randn(8, 64)
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", enabled=False):
+            exact = x @ w
+        return exact, x @ w
+
+    captured = CapturedFunction(function, mode)
+    with torch.autocast("cpu", torch.bfloat16):
+        for result, expected in zip(captured(x), function(x), strict=True):
+            torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-4)
+    (graph,) = captured.graphs.graphs.values()
+    assert graph is not None
+    assert not recwarn
