@@ -133,7 +133,7 @@ def write_signature(
     app: Any, what: str, name: str, obj: Any, options: Any, signature: str, result: str
 ) -> tuple[str, str] | None:
     """The settings show their defaults without types, whose annotations describe flags."""
-    if not (dataclasses.is_dataclass(obj) and obj.__module__ == "pyro_vae.config"):
+    if not (dataclasses.is_dataclass(obj) and obj.__module__.startswith("pyro_vae.config.")):
         return None
     parts = []
     for field in dataclasses.fields(obj):

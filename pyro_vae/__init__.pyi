@@ -1,4 +1,5 @@
 from .config import Config, DataConfig, FitConfig, InputError, ModelConfig
+from .config.families import RefitConfig
 from .data.loading import load_data
 from .data.splits import DataSpec, Split, Splits
 from .diagnostics.draws import posterior_draws
@@ -12,7 +13,6 @@ from .diagnostics.refinement import gaps, refine
 from .diagnostics.sbc import check_ranks, miscalibration, simulate
 from .evidence.annealing import anneal
 from .evidence.importance import importance_sample, log_evidence, upper_bound
-from .families import RefitConfig
 from .models.autoencoder import Autoencoder
 from .models.build import build
 from .models.linear_gaussian import LinearGaussian

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeVar, get_
 import tyro
 
 from .config import Config, DataConfig, InputError, auto
+from .config.options import check_integer, expected, shown, typed, without_none
 from .files import printable, to_json
-from .options import check_integer, expected, shown, typed, without_none
 
 if TYPE_CHECKING:
     import torch

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from .cli import OpenRun, RunArguments, open_run, parse, refuse_existing, run_command
 from .config import InputError, auto
-from .options import check_integer
+from .config.options import check_integer
 
 if TYPE_CHECKING:
     import numpy as np

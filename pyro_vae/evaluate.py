@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from .cli import RunArguments, open_run, parse, print_json, run_command
 from .config import InputError, auto
-from .options import check_integer
+from .config.options import check_integer
 
 
 @dataclass(frozen=True, kw_only=True)

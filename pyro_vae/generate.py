@@ -20,7 +20,7 @@ import tyro
 
 from .cli import choose_device, parse, refuse_existing, run_command
 from .config import InputError
-from .options import check_integer
+from .config.options import check_integer
 
 
 @dataclass(frozen=True)

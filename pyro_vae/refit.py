@@ -29,8 +29,8 @@ import tyro
 
 from .cli import choose_device, load_run_data, parse, run_command
 from .config import InputError, auto
-from .families import RefitConfig
-from .options import check_integer
+from .config.families import RefitConfig
+from .config.options import check_integer
 
 if TYPE_CHECKING:
     from .data.splits import Splits

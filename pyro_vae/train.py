@@ -371,7 +371,7 @@ def _summarize(run: RunFolder) -> None:
 
 def _refit(run: RunFolder, best: Checkpoint) -> None:
     """Refit the guide of the best model, by default if that is cheap and raises its ELBO."""
-    from .families import RefitConfig
+    from .config.families import RefitConfig
     from .models.vae import VAE
     from .refit import refit_run
     from .training.records import Diverged

@@ -13,7 +13,7 @@ import pytest
 
 from pyro_vae import Config, DataConfig, FitConfig, InputError, ModelConfig
 from pyro_vae.config import PRESETS, read_config, resolve
-from pyro_vae.options import KL_WEIGHTED, OBJECTIVE_OPTIONS, Objective
+from pyro_vae.config.options import KL_WEIGHTED, OBJECTIVE_OPTIONS, Objective
 
 
 def test_round_trip_through_json(tmp_path):

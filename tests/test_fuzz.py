@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 import pyro_vae
 from pyro_vae import encode, evaluate, generate, train
-from pyro_vae.options import OBJECTIVE_OPTIONS, Objective
+from pyro_vae.config.options import OBJECTIVE_OPTIONS, Objective
 from pyro_vae.training.records import Diverged
 
 EXAMPLES = os.environ.get("FUZZ_EXAMPLES")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import DEFAULT_HIDDEN, InputError, ModelConfig
+from ..config.families import FlowGuide, FlowPrior, Guide, MixturePrior, RefinedGuide, VampPrior
 from ..data.splits import DataSpec, Splits, Units, moments
-from ..families import FlowGuide, FlowPrior, Guide, MixturePrior, RefinedGuide, VampPrior
 from ..memory import check_memory
 from ..randomness import derive, random_states, usual_settings
 from .autoencoder import Autoencoder

@@ -24,7 +24,7 @@ from pyro.distributions import (
 from torch import Tensor, nn
 from torch.distributions import constraints, kl_divergence, register_kl
 
-from ..families import DiagonalGuide, FlowGuide, FullGuide, Guide, MixtureGuide, RefinedGuide
+from ..config.families import DiagonalGuide, FlowGuide, FullGuide, Guide, MixtureGuide, RefinedGuide
 from .bounds import soft_clamp
 from .flows import FlowDistribution, coupling_flow, even_normals
 

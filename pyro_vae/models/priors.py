@@ -22,7 +22,7 @@ from pyro.distributions import (
 )
 from torch import Tensor, nn
 
-from ..families import (
+from ..config.families import (
     DiagonalGuide,
     FullGuide,
     MixturePrior,

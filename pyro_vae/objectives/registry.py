@@ -14,7 +14,7 @@ from typing import Any
 
 from pyro.infer import ELBO
 
-from ..options import OBJECTIVE_OPTIONS, check_objective
+from ..config.options import OBJECTIVE_OPTIONS, check_objective
 from . import elbos
 from . import importance_weighted as weighted
 

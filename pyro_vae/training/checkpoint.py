@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..config import VERSION, Config, InputError, ModelConfig
+from ..config.options import structure
 from ..data.splits import DataSpec, Splits
 from ..models.autoencoder import Autoencoder
 from ..models.build import build_blank
 from ..models.vae import VAE
-from ..options import structure
 from ..randomness import usual_settings
 from .records import check_tensor, unpack
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..capture.build import find_leaves
 from ..config import FitConfig, InputError
+from ..config.families import check_objective_families
 from ..data.splits import Split, Splits
-from ..families import check_objective_families
 from ..memory import check_memory
 from ..models.autoencoder import Autoencoder
 from ..models.refined import Refined

@@ -30,13 +30,13 @@ from torch import Tensor
 from ..capture.captured import CapturedSVI, capture
 from ..capture.optimizer import NonFiniteGradient, OneOptimizer
 from ..config import FitConfig, InputError, resolve_epochs
+from ..config.options import KL_WEIGHTED
 from ..data.splits import Splits
 from ..evidence.evaluation import elbo_terms
 from ..models.autoencoder import Autoencoder
 from ..models.interface import UNREGISTERED, uncompiled
 from ..models.vae import VAE
 from ..objectives.registry import objective
-from ..options import KL_WEIGHTED
 from ..randomness import OwnState, derive, usual_settings
 from . import distributed, schedules
 from .checks import check_model, check_particles, check_trained

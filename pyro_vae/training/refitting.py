@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from ..capture.captured import Mode, capture
 from ..capture.optimizer import NonFiniteGradient, OneOptimizer
 from ..config import FitConfig, ModelConfig, resolve_epochs
+from ..config.families import MixturePrior, RefinedGuide, RefitConfig, VampPrior
 from ..data.splits import Split, Splits
 from ..evidence.evaluation import elbo_terms
-from ..families import MixturePrior, RefinedGuide, RefitConfig, VampPrior
 from ..memory import Callback, check_memory, ignore, rows_at_once
 from ..models.build import new_guide
 from ..models.interface import held_fixed, uncompiled

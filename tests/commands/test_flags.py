@@ -26,9 +26,9 @@ from pyro_vae import (
 )
 from pyro_vae.cli import RunArguments, choose_device, open_run, parse, refuse_existing
 from pyro_vae.config import PRESETS
-from pyro_vae.families import FlowGuide, MixturePrior
+from pyro_vae.config.families import FlowGuide, MixturePrior
+from pyro_vae.config.options import check_integer
 from pyro_vae.memory import check_memory
-from pyro_vae.options import check_integer
 
 NAMES = {"data.source": "data", "data.root": "data-root", "model.kind": "model"}
 # The setting, its value as flags, and as the value in Config.

@@ -12,7 +12,7 @@ import torch
 import pyro_vae
 from pyro_vae import evaluate, train
 from pyro_vae.config import FitConfig
-from pyro_vae.families import FullGuide, RefitConfig
+from pyro_vae.config.families import FullGuide, RefitConfig
 from pyro_vae.page import write
 from pyro_vae.plots import from_model
 from pyro_vae.refit import main

@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 import pyro_vae
+from pyro_vae.config.families import MixturePrior
 from pyro_vae.data.splits import DataSpec
 from pyro_vae.diagnostics import draws as home
 from pyro_vae.diagnostics.draws import posterior_draws
@@ -28,7 +29,6 @@ from pyro_vae.diagnostics.nuts import chains
 from pyro_vae.diagnostics.recalibration import Recalibration
 from pyro_vae.evidence.importance import pareto_k, pareto_smoothed, reliable_k
 from pyro_vae.evidence.quadrature import quadrature
-from pyro_vae.families import MixturePrior
 from pyro_vae.models.likelihoods import LIKELIHOODS
 from pyro_vae.models.linear_gaussian import LinearGaussian
 from pyro_vae.models.priors import StandardNormal

@@ -17,11 +17,11 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 import pyro_vae
 from pyro_vae import Config, FitConfig, InputError, ModelConfig, train
-from pyro_vae.families import OBJECTIVE_FAMILIES, check_objective_families
+from pyro_vae.config.families import OBJECTIVE_FAMILIES, check_objective_families
+from pyro_vae.config.options import Objective
 from pyro_vae.models.build import build
 from pyro_vae.models.likelihoods import LIKELIHOODS
 from pyro_vae.models.posteriors import kl
-from pyro_vae.options import Objective
 
 OBJECTIVES = get_args(Objective)
 

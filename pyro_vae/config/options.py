@@ -11,6 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import tyro
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 MAX_NUMBER = 3.4e38  # about the largest in float32
@@ -244,3 +245,8 @@ def _check_ranges(name: str, num_particles: int, values: dict[str, Any]) -> None
         if not 0 < value <= MAX_NUMBER:
             limit = f", at most {MAX_NUMBER:g}" if MAX_NUMBER < value < math.inf else ""
             raise ValueError(f"{option} expects a finite number above 0{limit}; got {value}")
+
+
+def auto(metavar: str | None, meaning: str) -> Any:
+    """Flag metadata: the help shows `meaning` as the default instead of None or auto."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {meaning})")

@@ -1,0 +1,64 @@
+"""`DataConfig`: the data set and its splits."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from .options import InputError, Typed, auto, check_integer, check_path
+
+# torchvision's data sets by their names for --data. Write ./name for a folder of such a name.
+TORCHVISION_CLASSES = {
+    "mnist": "MNIST",
+    "fashion-mnist": "FashionMNIST",
+    "kmnist": "KMNIST",
+    "emnist": "EMNIST",
+}
+
+
+@dataclass(frozen=True)
+class DataConfig(Typed):
+    """The data set and its splits.
+
+    Attributes:
+        source: Data set: digits (included, needs no network); mnist, fashion-mnist, kmnist or
+            emnist (torchvision, downloaded to --data-root); or the path of a folder of images or of
+            a .npy, .npz or .csv file.
+        root: Folder of torchvision's data sets. Missing ones are downloaded to it.
+        image_size: Image height and width in pixels; one number is a square. Images in a folder
+            are resized to it; flat rows of an array or a table are reshaped to it.
+        max_value: Largest value that the data can take, for example 255 for 8-bit images.
+        validation_size: Number of validation rows, drawn from the training data by the seed.
+        test_size: Number of test rows, for data without a test split.
+    """
+
+    source: Annotated[str, tyro.conf.arg(name="data", metavar="NAME|PATH")] = "digits"
+    root: Annotated[Path, tyro.conf.arg(name="data-root", metavar="DIR")] = Path("data")
+    image_size: Annotated[tuple[int, int] | None, auto("H W", "as they are")] = None
+    max_value: Annotated[int | None, auto("INT", "1, 255 or the largest count in the data")] = None
+    validation_size: Annotated[int | None, auto("INT", "a tenth of the rows, at most 5000")] = None
+    test_size: Annotated[int | None, auto("INT", "a tenth, if the data have no test split")] = None
+
+    def absolute(self) -> DataConfig:
+        """The same data by absolute paths."""
+        root = self.root.expanduser().absolute()
+        if self.source == "digits" or self.source in TORCHVISION_CLASSES:
+            return dataclasses.replace(self, root=root)
+        source = str(Path(self.source).expanduser().absolute())
+        return dataclasses.replace(self, root=root, source=source)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.source:
+            raise InputError("--data expects the name of a data set or a path; got nothing")
+        check_path("data", self.source)
+        check_path("data-root", str(self.root))
+        check_integer("validation-size", self.validation_size)
+        check_integer("test-size", self.test_size)
+        check_integer("max-value", self.max_value)
+        for side in self.image_size or ():
+            check_integer("image-size", side)
