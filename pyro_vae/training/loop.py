@@ -212,16 +212,12 @@ def _epoch(
     Returns:
         Position and sums after the last step, and whether `on_step` requested to stop.
     """
-    alone = distributed.world() == 1
-    wish = stop = False
+    alone, wish = distributed.world() == 1, False
     run.vae.train()
     for batches in _batches(run, position):
         started = time.perf_counter()
         with active(run.own, run.config.precision):
-            if alone:
-                terms = _steps(run, position, batches)
-            else:
-                terms, stop = _common_step(run, position, batches[0], wish)
+            terms, stop = _steps(run, position, batches, wish)
         elapsed = time.perf_counter() - started
         position = position.after_steps(len(batches), elapsed)
         sums = sums.after_steps(sum(map(len, batches)), elapsed, terms)
@@ -244,46 +240,36 @@ def _batches(run: _Run, position: Position) -> list[tuple[Tensor, ...]]:
     return [batches[i:j] for i, j in pairwise(starts) if i < j]
 
 
-def _steps(run: _Run, position: Position, batches: Sequence[Tensor]) -> list[float]:
-    """Make a step for each batch. Returns the sums of their terms."""
-    size = len(batches[0])
-    svi = run.svi if size == run.config.batch_size else run.svi_of_rest
+def _steps(
+    run: _Run, position: Position, batches: Sequence[Tensor], wish: bool
+) -> tuple[list[float], bool]:
+    """Make a step for each batch. Of several ranks, each takes its part of the one batch.
+
+    Returns:
+        The terms, summed over steps and ranks, and whether any rank requests to stop.
+    """
+    config, size, alone = run.config, len(batches[0]), distributed.world() == 1
+    svi = run.svi if size == config.batch_size else run.svi_of_rest
+    if not alone:
+        run.own.seed(f"training {distributed.rank()} {position.step}", run.seed)
+        batches = [distributed.part(batches[0])]
     rows = run.splits.train.take(torch.cat([*batches]), run.vae.likelihood_module.units)
-    step, found = None, []
-    for i, x in enumerate(rows.split(size)):
+    step, stop, found = None, False, []
+    for i, x in enumerate(rows.split([len(batch) for batch in batches])):
         weights = _set_schedules(run, position.step + i, size)
         if step is None:  # the guards of a graph are checked once
             step = svi.prepared(x, **weights) if isinstance(svi, CapturedSVI) else svi.step
         try:
-            loss, *terms = step(x, **weights)
+            if alone:
+                loss, *terms = step(x, **weights)
+            else:
+                (loss, *terms), stop = distributed.step(svi, x, wish, **weights)
         except NonFiniteGradient:
-            raise _diverged("gradient", run.config, position.after_steps(i, 0.0)) from None
+            raise _diverged("gradient", config, position.after_steps(i, 0.0)) from None
         if not math.isfinite(loss):
-            raise _diverged("loss", run.config, position.after_steps(i, 0.0))
+            raise _diverged("loss", config, position.after_steps(i, 0.0))
         found.append(terms)
-    return [sum(column) for column in zip(*found, strict=True)]
-
-
-def _common_step(
-    run: _Run, position: Position, batch: Tensor, stop: bool
-) -> tuple[list[float], bool]:
-    """Make a step of all ranks on a batch, of which each takes its part.
-
-    Returns:
-        The terms summed over the ranks, and whether any rank requests to stop.
-    """
-    config = run.config
-    svi = run.svi if len(batch) == config.batch_size else run.svi_of_rest
-    run.own.seed(f"training {distributed.rank()} {position.step}", run.seed)
-    x = run.splits.train.take(distributed.part(batch), run.vae.likelihood_module.units)
-    weights = _set_schedules(run, position.step, len(batch))
-    try:
-        (loss, *terms), stop = distributed.step(svi, x, stop, **weights)
-    except NonFiniteGradient:
-        raise _diverged("gradient", config, position) from None
-    if not math.isfinite(loss):
-        raise _diverged("loss", config, position)
-    return terms, stop
+    return [sum(column) for column in zip(*found, strict=True)], stop
 
 
 def _set_schedules(run: _Run, step: int, num_rows: int) -> dict[str, Tensor]:
