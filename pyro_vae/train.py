@@ -26,14 +26,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from .cli import choose_device, config_of, fail, parse, run_command
+from .cli.progress import add_scalars, describe, say, show, summary_writer
 from .config import PRESETS, Config, InputError, auto, read_config, resolve
 
 if TYPE_CHECKING:
     import torch
-    from tqdm import tqdm
 
     from .training.checkpoint import Checkpoint
     from .training.records import Progress, Record
@@ -141,7 +141,7 @@ def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: tor
     asked = config_of(arguments)
     asked = dataclasses.replace(asked, data=asked.data.absolute())
     if arguments.tensorboard:
-        _summary_writer()
+        summary_writer()
     with distributed.first_here():  # which may download them
         spec = None if checkpoint is None else checkpoint.vae.likelihood_module.spec
         splits = load_data(asked.data, asked.seed, spec=spec).to(device)
@@ -179,7 +179,7 @@ def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: tor
             path = stack.enter_context(new_folder(*place))
         stack.enter_context(explained(path))
         folder = RunFolder(path, asked, config, vae, splits, checkpoint)
-        _describe(folder)
+        describe(folder)
         status = _record(folder, records, arguments.tensorboard)
         if status == 0:
             _summarize(folder)
@@ -213,14 +213,14 @@ def _record(folder: RunFolder, records: Callable[..., Iterator[Record]], tensorb
     from .training.stop import StopSignals
 
     path, seed, epochs = folder.path, folder.config.seed, folder.config.fit.epochs or 0
-    writer = _summary_writer()(str(path / "tensorboard")) if tensorboard else nullcontext()
+    writer = summary_writer()(str(path / "tensorboard")) if tensorboard else nullcontext()
     bar = tqdm(disable=None, unit="step", dynamic_ncols=True, smoothing=0.05)
     again = f"--resume {quote(str(path))}"
     interrupted = False
 
     def on_step(progress: Progress) -> bool:
         nonlocal interrupted
-        _show(bar, progress)
+        show(bar, progress)
         interrupted = signals.requested()
         folder.reached(progress.state, save=interrupted)
         return interrupted
@@ -230,12 +230,12 @@ def _record(folder: RunFolder, records: Callable[..., Iterator[Record]], tensorb
             for record in records(on_step=on_step):
                 line = folder.add(record)
                 if tensorboard:
-                    _add_scalars(writer, line)
+                    add_scalars(writer, line)
                 if record.epoch == 1:
                     name = "reconstructions_first_epoch"
                     draw_reconstructions(folder.vae, folder.splits, path / "figures", name, 1, seed)
                 if bar.disable:
-                    _say(line, epochs)
+                    say(line, epochs)
             folder.save()
         except Diverged as error:
             kept = f"{path / 'checkpoints'} keeps the last good state, of epoch"
@@ -247,32 +247,6 @@ def _record(folder: RunFolder, records: Callable[..., Iterator[Record]], tensorb
         print(f"stopped; continue with: python -m pyro_vae.train {again}")
         return 128 + (signals.received or 0)
     return 0
-
-
-def _show(bar: tqdm[Any], progress: Progress) -> None:
-    """Update the progress bar."""
-    if bar.total is None:
-        bar.reset(total=progress.epochs * progress.steps_per_epoch)
-        bar.update(progress.step - 1)
-    bar.update()
-    bar.set_description(f"epoch {progress.epoch}/{progress.epochs}", refresh=False)
-    parts = {"ELBO": progress.elbo, "rec": progress.reconstruction, "KL": progress.kl}
-    shown = {key: f"{value:.2f}" for key, value in parts.items() if value is not None}
-    bar.set_postfix({**shown, "rows/s": f"{progress.images_per_second:,.0f}"}, refresh=False)
-
-
-def _say(line: dict[str, Any], epochs: int) -> None:
-    """Print an epoch if there is no progress bar; in long runs, about 20 epochs in all."""
-    if line["epoch"] % max(1, epochs // 20) == 0 or line["epoch"] == 1:
-        names = ("train_elbo", "validation_elbo", "reconstruction", "kl")
-        terms = "  ".join(f"{n} {line[n]:.2f}" for n in names if line[n] is not None)
-        print(f"epoch {line['epoch']}/{epochs}  {terms}", flush=True)
-
-
-def _add_scalars(writer: Any, line: dict[str, Any]) -> None:
-    for name, value in line.items():
-        if value is not None and name not in ("epoch", "step"):
-            writer.add_scalar(name, value, line["epoch"])
 
 
 def _check_resumable(arguments: TrainArguments, checkpoint: Checkpoint) -> None:
@@ -302,44 +276,6 @@ def _check_resumable(arguments: TrainArguments, checkpoint: Checkpoint) -> None:
         )
     if done == arguments.fit.epochs and os.environ.get("RANK", "0") == "0":
         print(f"the run is complete with {done} epochs (--epochs adds more); redrawing its figures")
-
-
-def _summary_writer() -> Any:
-    """TensorBoard's writer class."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError(
-            "--tensorboard requires a package: pip install 'pyro-vae[tensorboard]'"
-        ) from None
-    return SummaryWriter
-
-
-def _describe(run: RunFolder) -> None:
-    """Print data, model and run folder before the training."""
-    from .training.modes import run_mode
-
-    splits, model, spec = run.splits, run.config.model, run.splits.spec
-    sizes = " ".join(str(size) for size in model.hidden or ()) or "without hidden layers"
-    count = sum(p.numel() for p in run.vae.parameters())
-    binarized = spec.binarizes(run.vae.likelihood_module.units)
-    binarization = " (binarized at random at each access)" if binarized else ""
-    print(
-        f"data   {splits.name}: {len(splits.train):,} training, {len(splits.validation):,} "
-        f"validation, {len(splits.test):,} test rows of {'x'.join(map(str, spec.shape))}, "
-        f"{splits.describe()}"
-        f"{f', {len(splits.class_names)} classes' if splits.class_names else ''}"
-    )
-    for line in filter(None, (splits.found, spec.describe_units())):
-        print(f"       {line}")
-    print(
-        f"model  {model.kind}: {model.architecture} {sizes}, {model.latent_dim} latents, "
-        f"likelihood {model.likelihood}{binarization}, "
-        f"{count:,} parameters on {next(run.vae.parameters()).device}"
-    )
-    if run_mode(run.config.fit, splits.train) == "compiled":
-        print("graph  the ELBO is compiled first, which takes 10 to 20 seconds")
-    print(f"run    {run.path}", flush=True)
 
 
 def _summarize(run: RunFolder) -> None:

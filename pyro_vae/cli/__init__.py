@@ -1,0 +1,24 @@
+"""Shared by the commands: flags from dataclasses, errors without tracebacks, devices, data.
+
+This wing and the commands import torch only when they start to work, so that `--help` and an
+invalid flag are answered at once.
+"""
+
+from .flags import config_of, parse
+from .runs import OpenRun, RunArguments, choose_device, load_run_data, open_run, refuse_existing
+from .streams import fail, print_json, run_command, share_cores
+
+__all__ = [
+    "OpenRun",
+    "RunArguments",
+    "choose_device",
+    "config_of",
+    "fail",
+    "load_run_data",
+    "open_run",
+    "parse",
+    "print_json",
+    "refuse_existing",
+    "run_command",
+    "share_cores",
+]

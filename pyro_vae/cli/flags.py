@@ -1,0 +1,113 @@
+"""Flags from dataclasses."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import tyro
+
+from ..config import Config, InputError
+from ..config.options import expected, shown, typed, without_none
+
+Arguments = TypeVar("Arguments")
+
+
+def parse(
+    arguments: type[Arguments],
+    argv: Sequence[str] | None,
+    prog: str,
+    doc: str | None,
+    default: Any = None,
+) -> Arguments:
+    """Parse flags into a dataclass. Of a flag given twice, the last counts. `--help` exits with 0.
+
+    Raises:
+        InputError: a flag is unknown or missing, or its value is invalid.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    options = {} if default is None else {"default": default}
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(_flag_value)
+    errors = io.StringIO()
+    if shutil.get_terminal_size().columns < 40:  # tyro's help hangs in one of 5
+        os.environ["COLUMNS"] = "40"
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                arguments,
+                args=argv,
+                prog=f"python -m pyro_vae.{prog}",
+                description=doc,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+                registry=registry,
+                **options,
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        cause: BaseException | None = stop
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__context__
+        raise InputError(_one_line(errors.getvalue()) if cause is None else str(cause)) from None
+
+
+def _flag_value(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """How tyro reads a number, several integers or a choice: the error says what is expected."""
+    hint: Any = info.type
+    kind = without_none(hint)
+    several = kind in (tuple[int, int], tuple[int, ...])
+    if not (several or kind in (int, float) or get_origin(kind) is Literal):
+        return None
+    convert = {Literal: str, float: float}.get(get_origin(kind) or kind, _integer)
+
+    def read(texts: list[str]) -> Any:
+        if texts == ["None"] and kind is not hint:
+            return None
+        with contextlib.suppress(ValueError):  # InputError is one
+            values = tuple(convert(text) for text in texts)
+            square = kind == tuple[int, int] and len(values) == 1
+            return typed(values if several and not square else values[0], hint, "")
+        raise ValueError(f"expects {expected(hint)}; got {shown(' '.join(texts))}")
+
+    choices = ",".join(get_args(kind)) if get_origin(kind) is Literal else ""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*" if several else 1,
+        metavar=f"{{{choices}}}" if choices else "FLOAT" if kind is float else "INT",
+        instance_from_str=read,
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: list(
+            map(str, value if isinstance(value, tuple) else [value])
+        ),
+    )
+
+
+def _integer(text: str) -> int:
+    return int(text[:4000])  # Python reads at most 4300 digits; no setting has more than 19
+
+
+def _one_line(box: str) -> str:
+    """tyro's message on one line. tyro prints a title, then sections: the message, then advice."""
+    lines = re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]
+    text = "\n".join(line.strip(" │╰╯") for line in lines)
+    message, *advice = [part for part in re.split(r"^[─-]*$", text, flags=re.MULTILINE) if part]
+    message = re.sub(r"^Error parsing (--[\w-]+):", r"\1", " ".join(message.split()))
+    similar = re.search(r"^--[\w-]+", "\n".join(advice), re.MULTILINE)
+    if message.startswith("Unrecognized") and similar:
+        message += f"; did you mean {similar[0]}?"
+    return message
+
+
+def config_of(arguments: Config) -> Config:
+    """The `Config` in the arguments of a command that extends it."""
+    names = [field.name for field in dataclasses.fields(Config)]
+    return Config(**{name: getattr(arguments, name) for name in names})

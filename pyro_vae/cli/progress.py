@@ -1,0 +1,77 @@
+"""What `train` shows of a run: the data and the model, then its progress."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..config import InputError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from ..training.records import Progress
+    from ..training.run import RunFolder
+
+
+def show(bar: tqdm[Any], progress: Progress) -> None:
+    """Update the progress bar."""
+    if bar.total is None:
+        bar.reset(total=progress.epochs * progress.steps_per_epoch)
+        bar.update(progress.step - 1)
+    bar.update()
+    bar.set_description(f"epoch {progress.epoch}/{progress.epochs}", refresh=False)
+    parts = {"ELBO": progress.elbo, "rec": progress.reconstruction, "KL": progress.kl}
+    shown = {key: f"{value:.2f}" for key, value in parts.items() if value is not None}
+    bar.set_postfix({**shown, "rows/s": f"{progress.images_per_second:,.0f}"}, refresh=False)
+
+
+def say(line: dict[str, Any], epochs: int) -> None:
+    """Print an epoch if there is no progress bar; in long runs, about 20 epochs in all."""
+    if line["epoch"] % max(1, epochs // 20) == 0 or line["epoch"] == 1:
+        names = ("train_elbo", "validation_elbo", "reconstruction", "kl")
+        terms = "  ".join(f"{n} {line[n]:.2f}" for n in names if line[n] is not None)
+        print(f"epoch {line['epoch']}/{epochs}  {terms}", flush=True)
+
+
+def add_scalars(writer: Any, line: dict[str, Any]) -> None:
+    for name, value in line.items():
+        if value is not None and name not in ("epoch", "step"):
+            writer.add_scalar(name, value, line["epoch"])
+
+
+def describe(run: RunFolder) -> None:
+    """Print data, model and run folder before the training."""
+    from ..training.modes import run_mode
+
+    splits, model, spec = run.splits, run.config.model, run.splits.spec
+    sizes = " ".join(str(size) for size in model.hidden or ()) or "without hidden layers"
+    count = sum(p.numel() for p in run.vae.parameters())
+    binarized = spec.binarizes(run.vae.likelihood_module.units)
+    binarization = " (binarized at random at each access)" if binarized else ""
+    print(
+        f"data   {splits.name}: {len(splits.train):,} training, {len(splits.validation):,} "
+        f"validation, {len(splits.test):,} test rows of {'x'.join(map(str, spec.shape))}, "
+        f"{splits.describe()}"
+        f"{f', {len(splits.class_names)} classes' if splits.class_names else ''}"
+    )
+    for line in filter(None, (splits.found, spec.describe_units())):
+        print(f"       {line}")
+    print(
+        f"model  {model.kind}: {model.architecture} {sizes}, {model.latent_dim} latents, "
+        f"likelihood {model.likelihood}{binarization}, "
+        f"{count:,} parameters on {next(run.vae.parameters()).device}"
+    )
+    if run_mode(run.config.fit, splits.train) == "compiled":
+        print("graph  the ELBO is compiled first, which takes 10 to 20 seconds")
+    print(f"run    {run.path}", flush=True)
+
+
+def summary_writer() -> Any:
+    """TensorBoard's writer class."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError(
+            "--tensorboard requires a package: pip install 'pyro-vae[tensorboard]'"
+        ) from None
+    return SummaryWriter
