@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -31,6 +31,9 @@ class DataConfig(Typed):
         root: Folder of torchvision's data sets. Missing ones are downloaded to it.
         image_size: Image height and width in pixels; one number is a square. Images in a folder
             are resized to it; flat rows of an array or a table are reshaped to it.
+        layout: Shape of the rows of an array. auto: (N, D) rows, (N, H, W) and (N, H, W, C) images,
+            (N, D, H, W) volumes. sequences: (N, T) or (N, T, C). volumes: (N, D, H, W) also where D
+            or W is 1 or 3, which auto reads as channels.
         max_value: Largest value that the data can take, for example 255 for 8-bit images.
         validation_size: Number of validation rows, drawn from the training data by the seed.
         test_size: Number of test rows, for data without a test split.
@@ -39,6 +42,7 @@ class DataConfig(Typed):
     source: Annotated[str, tyro.conf.arg(name="data", metavar="NAME|PATH")] = "digits"
     root: Annotated[Path, tyro.conf.arg(name="data-root", metavar="DIR")] = Path("data")
     image_size: Annotated[tuple[int, int] | None, auto("H W", "as they are")] = None
+    layout: Literal["auto", "sequences", "volumes"] = "auto"
     max_value: Annotated[int | None, auto("INT", "1, 255 or the largest count in the data")] = None
     validation_size: Annotated[int | None, auto("INT", "a tenth of the rows, at most 5000")] = None
     test_size: Annotated[int | None, auto("INT", "a tenth, if the data have no test split")] = None

@@ -33,7 +33,8 @@ class ModelConfig(Typed):
     Attributes:
         kind: vae: variational autoencoder. ae: deterministic autoencoder with the same networks
             and the reconstruction loss only, as a baseline.
-        architecture: Encoder and decoder networks: mlp for any data, conv (strided) for images.
+        architecture: Encoder and decoder networks: mlp for any data; conv (strided) for images,
+            volumes and sequences.
         latent_dim: Number of latent dimensions Z.
         guide: q(z|x). diagonal: a Gaussian with independent latents. full: a Gaussian with full
             covariance. flow (transforms=4 hidden=64): a normalizing flow after such a Gaussian.
@@ -42,7 +43,7 @@ class ModelConfig(Typed):
             (components=100): of posteriors of pseudo-inputs, arXiv 1705.07120. flow (transforms=3
             hidden=128): a masked autoregressive flow.
         hidden: Sizes of the encoder's hidden layers; the decoder reverses them. Units for mlp;
-            channels for conv, where each layer halves height and width.
+            channels for conv, where each layer halves every side.
         encoder_hidden: Sizes of the encoder's hidden layers, if they are not those of the decoder.
         activation: Name of an activation in torch.nn: SiLU, ReLU, Tanh, Softplus, GELU, …
         likelihood: p(x|z). bernoulli: binary data; grey images are binarized at random at each

@@ -31,14 +31,7 @@ FAR_AWAY = 1e3
 
 
 def load_data(
-    source: Any = "digits",
-    seed: int = 0,
-    *,
-    image_size: tuple[int, int] | None = None,
-    max_value: int | None = None,
-    validation_size: int | None = None,
-    test_size: int | None = None,
-    spec: DataSpec | None = None,
+    source: Any = "digits", seed: int = 0, *, spec: DataSpec | None = None, **settings: Any
 ) -> Splits:
     """Read data and split them into training, validation and test rows.
 
@@ -48,8 +41,9 @@ def load_data(
         load_data((x, y))                            the same with labels (N,), integers or strings
         load_data(dataset)                           a map-style torch Dataset
 
-    Arrays and tensors hold rows (N, D) or images (N, H, W), (N, H, W, C) or (N, C, H, W) of 1 or 3
-    channels. A column of a DataFrame called label, class or target holds its labels. A Dataset
+    Arrays and tensors hold rows (N, D), images (N, H, W), (N, H, W, C) or (N, C, H, W), or volumes
+    (N, D, H, W), (N, D, H, W, C) or (N, C, D, H, W), of 1 or 3 channels; or sequences, by
+    `layout`. A column of a DataFrame called label, class or target holds its labels. A Dataset
     yields arrays, tensors or PIL images, or pairs of such an item and its label. Each item is read
     once: random transforms are not drawn again for each epoch.
 
@@ -59,27 +53,16 @@ def load_data(
     Args:
         source: the data, as above, or a `DataConfig` with all settings.
         seed: selects the validation rows, and the test rows if the data have no test split.
-        image_size: height and width of images, in pixels. Images of a folder, and PIL images of a
-            Dataset, are resized to it; flat rows (N, H·W) are read as grey images.
-        max_value: largest value that the data can take, for example 255 for 8-bit images. Default:
-            1, 255 or the largest count, as the values suggest.
-        validation_size: number of validation rows. Default: a tenth of the training data, at most
-            5000.
-        test_size: number of test rows. Default: a tenth, or the data's own test split.
         spec: that of a trained model, `vae.likelihood_module.spec`, for its own data or others like
             them. Columns are matched by name, and x has the offset and scale of the training.
+        settings: those of `DataConfig`: `image_size`, `layout`, `max_value`, `validation_size` and
+            `test_size`. Image sizes also apply to the PIL images of a Dataset.
 
     Raises:
         InputError: the data are missing, damaged or of an unsupported kind or shape, hold values
             that are not finite, or have too few rows.
     """
-    config = DataConfig(
-        image_size=image_size,
-        max_value=max_value,
-        validation_size=validation_size,
-        test_size=test_size,
-    )
-    config, data = _read(source, config)
+    config, data = _read(source, DataConfig(**settings))
     if spec is not None:
         data = _match_columns(data, spec)
     rows, scan = _draw_splits(data, config, seed), scan_values(data)
@@ -251,11 +234,11 @@ def _note_units(splits: Splits, units: Units, mean: Tensor, std: Tensor) -> None
     x = torch.cat(list(splits.test.fixed("unit" if units == "binary" else units, 0, count)))
     z = ((x - mean.to(x)) / std.to(x)).flatten(1)
     far, extent = z.abs().median(dim=0).values, z.amax(0) - z.amin(0)
-    if spec.is_image:
+    if not spec.is_table:
         far, extent = z.abs().median()[None], extent.max()[None]
     narrow = (extent > 0) & (extent < 1 / FAR_AWAY) & (count >= 10)
     for column in ((far > FAR_AWAY) | narrow).nonzero()[:3, 0].tolist():
-        where = "" if spec.is_image else f"{column_name(spec.columns, column)} of "
+        where = "" if not spec.is_table else f"{column_name(spec.columns, column)} of "
         size = f"lie {far[column]:.2g} standard deviations of the training data from their mean"
         if not far[column] > FAR_AWAY:
             size = f"vary by {extent[column]:.2g} standard deviations of the training data"
@@ -341,7 +324,9 @@ def _tensor(values: np.ndarray, *, wide: bool = False) -> Tensor:
     if values.dtype == bool:
         values = values.view(np.uint8)
     if isinstance(values, np.memmap) and values.dtype in (np.uint8, np.float32, np.float64):
-        return torch.from_numpy(values)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            return torch.from_numpy(values)
     if wide and values.dtype != np.float32:
         return torch.from_numpy(np.require(values, np.float64, ["C", "W"]))
     byte = values.dtype.kind in "iu" and values.min() >= 0 and values.max() <= 255

@@ -11,6 +11,7 @@ and nothing is unpickled: arrays are read with `allow_pickle=False`.
 
 from __future__ import annotations
 
+import errno
 import lzma
 import math
 import pickle
@@ -153,13 +154,23 @@ def _npy(path: Path, config: DataConfig) -> Source:
             expected = file.tell() + math.prod(shape) * dtype.itemsize
             if not dtype.hasobject and expected != path.stat().st_size:
                 raise ValueError(f"it should have {expected} bytes, not {path.stat().st_size}")
-            # Copy on write: torch needs writable memory; the file is never changed.
-            values = np.load(path, mmap_mode="c", allow_pickle=False)
+            values = _mapped(path)
     except InputError:
         raise
     except DAMAGED as error:
         raise InputError(f"{path} is not a whole .npy file of numbers: {_reason(error)}") from None
     return from_array(values, None, config, path.stem, path)
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """The array in a .npy file, mapped into memory. The file is never changed."""
+    try:
+        return np.load(path, mmap_mode="c", allow_pickle=False)  # torch needs writable memory
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+    # The system counts writable pages as memory in use, and refuses more than there is.
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _reason(error: BaseException) -> str:

@@ -174,7 +174,8 @@ def _note_extreme(sample: np.ndarray, source: Source) -> None:
     if not ratio[column] > EXTREME:
         return
     value = values[distance[:, column].argmax(), column]
-    place = np.argwhere(source.values == value)[0]
+    found = ((chunk == value, start) for start, chunk in _chunks(source.values))
+    place = next(_place(equal, start) for equal, start in found if equal.any())
     where = column_name(source.columns, column) if source.values.ndim == 2 else f"at {place[1:]}"
     warnings.warn(
         f"row {place[0]} of {source.name} (counted from 0) holds {value:g} in {where}, "
@@ -185,7 +186,12 @@ def _note_extreme(sample: np.ndarray, source: Source) -> None:
 
 
 def _sample(source: Source, train: Tensor) -> np.ndarray:
-    """Training rows at even distances, as columns (M, D), or (M, 1) for images."""
+    """Training rows at even distances, as columns (M, D), or (M, 1) for images.
+
+    Each channel of a sequence is a column.
+    """
     step = max(1, len(train) * math.prod(source.values.shape[1:]) // SAMPLED_VALUES)
     rows = source.values[train[::step].numpy()]
-    return rows.reshape(-1, 1) if rows.ndim > 2 else rows
+    if rows.ndim == 3:
+        return rows.swapaxes(1, 2).reshape(-1, rows.shape[1])
+    return rows.reshape(-1, 1) if rows.ndim > 3 else rows

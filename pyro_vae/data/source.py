@@ -14,6 +14,8 @@ from ..config import DataConfig, InputError
 LABEL_COLUMNS = ("label", "labels", "class", "target", "targets")
 LABEL_NAMES = (*LABEL_COLUMNS, "y")  # a table may have a coordinate called y
 
+CHANNELS = (1, 3)  # of images and volumes
+
 # More different labels that are not whole numbers are no classes.
 MAX_REAL_CLASSES = 20
 
@@ -54,13 +56,14 @@ def from_array(
     name: str,
     origin: Path | str,
 ) -> Source:
-    """Check the type and shape of an array; view images as (N, C, H, W), without a copy.
+    """Check the type and shape of an array; view it with its channels first, without a copy.
 
     Args:
-        values: (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), C 1 or 3.
+        values: (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), (N, D, H, W), (N, D, H, W, C) or
+            (N, C, D, H, W), C 1 or 3; as sequences (N, T) or (N, T, C).
         labels: (N,) or (N, 1), of one sortable type, or one-hot (N, K), or None. The classes
             are the distinct labels, sorted.
-        config: for `image_size`, which turns (N, D) into images.
+        config: for `image_size`, which turns (N, D) into images, and `layout`.
         name: name of the data.
         origin: name of the data in error messages.
 
@@ -71,30 +74,55 @@ def from_array(
         raise InputError(f"expected numbers in {origin}; got an array of dtype {values.dtype}")
     if values.size == 0:
         raise InputError(f"expected rows of numbers in {origin}; got an empty array {values.shape}")
-    size = config.image_size
-    if values.ndim == 2 and size:
-        if values.shape[1] != size[0] * size[1]:
-            raise InputError(
-                f"--image-size {size[0]} {size[1]} expects rows of {size[0] * size[1]} values; "
-                f"{origin} has {values.shape[1]}"
-            )
-        values = values.reshape(len(values), 1, *size)
-    elif values.ndim == 3:
-        values = values[:, None]
-    elif values.ndim == 4 and values.shape[3] in (1, 3):
-        values = np.moveaxis(values, 3, 1)
-    elif values.ndim != 2 and not (values.ndim == 4 and values.shape[1] in (1, 3)):
-        raise InputError(
-            f"expected rows (N, D), grey images (N, H, W) or images of 1 or 3 channels "
-            f"(N, H, W, C) or (N, C, H, W) in {origin}; got an array {values.shape}"
-        )
+    size, values = config.image_size, _arranged(values, config, origin)
     codes, classes = (None, ()) if labels is None else _classes(labels, len(values), origin)
     if size and size != values.shape[2:]:
+        if values.ndim != 4:
+            raise InputError(f"--image-size has no effect on {name}, which has no images; drop it")
         raise InputError(
             f"--image-size resizes folders of images only; {name} has images of "
             f"{'x'.join(map(str, values.shape[2:]))}, --image-size asks for {size[0]}x{size[1]}"
         )
     return Source(name, values, codes, classes)
+
+
+def _arranged(values: np.ndarray, config: DataConfig, origin: Path | str) -> np.ndarray:
+    """Rows (N, D), sequences (N, C, T), images (N, C, H, W) or volumes (N, C, D, H, W)."""
+    size, layout, dims = config.image_size, config.layout, values.ndim
+    first, last = (
+        dims > 3 and values.shape[1] in CHANNELS,
+        dims > 3 and values.shape[-1] in CHANNELS,
+    )
+    if layout == "sequences" and dims in (2, 3) and not size:
+        return values[:, None] if dims == 2 else values.swapaxes(1, 2)
+    if (
+        dims == 4
+        and not size
+        and (layout == "volumes" or (layout == "auto" and not (first or last)))
+    ):
+        return values[:, None]
+    if dims == 5 and not size and layout in ("auto", "volumes") and (first or last):
+        return np.moveaxis(values, 4, 1) if last else values
+    if layout == "auto" and dims == 2:
+        if not size:
+            return values
+        if values.shape[1] != size[0] * size[1]:
+            raise InputError(
+                f"--image-size {size[0]} {size[1]} expects rows of {size[0] * size[1]} values; "
+                f"{origin} has {values.shape[1]}"
+            )
+        return values.reshape(len(values), 1, *size)
+    if layout == "auto" and dims == 3:
+        return values[:, None]
+    if layout == "auto" and dims == 4 and (first or last):
+        return np.moveaxis(values, 3, 1) if last else values
+    shapes = {
+        "auto": "rows (N, D), grey images (N, H, W), images of 1 or 3 channels (N, H, W, C) or "
+        "(N, C, H, W), or volumes (N, D, H, W), perhaps with 1 or 3 channels",
+        "sequences": "sequences (N, T) or (N, T, C), without --image-size,",
+        "volumes": "volumes (N, D, H, W), perhaps with 1 or 3 channels, without --image-size,",
+    }
+    raise InputError(f"expected {shapes[layout]} in {origin}; got an array {values.shape}")
 
 
 def _classes(

@@ -37,12 +37,13 @@ class DataSpec:
     """Shape and range of the data of a model.
 
     Attributes:
-        shape: shape of one row: (C, H, W) for images, (D,) for tables.
+        shape: shape of one row: (D,) for tables, (C, T) for sequences, (C, H, W) for images,
+            (C, D, H, W) for volumes.
         max_value: the largest value that the data can take, or None for unbounded data.
         discrete: whether the values are integers from 0 to `max_value`.
         columns: the names of the columns of a table, or empty.
-        offset, scale: of each column of a table, or one of each for images, see `precision`. None
-            if float32 keeps the values. Bounded data have none.
+        offset, scale: of each column of a table or channel of a sequence, or one of each for images
+            and volumes, see `precision`. None if float32 keeps the values. Bounded data have none.
     """
 
     shape: tuple[int, ...]
@@ -54,9 +55,13 @@ class DataSpec:
 
     def __post_init__(self) -> None:
         if self.offset is not None or self.scale is not None:
-            size = 1 if self.is_image else math.prod(self.shape)
+            size = math.prod(self.scale_shape)
             if not (len(self.offset or ()) == len(self.scale or ()) == size):
                 raise ValueError(f"expected {size} offsets and scales")
+
+    @property
+    def is_table(self) -> bool:
+        return len(self.shape) == 1
 
     @property
     def is_image(self) -> bool:
@@ -65,7 +70,18 @@ class DataSpec:
     @property
     def row(self) -> str:
         """The word for a datum in titles and messages."""
-        return "image" if self.is_image else "row"
+        return {2: "sequence", 3: "image", 4: "volume"}.get(len(self.shape), "row")
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """Shape of the standard deviations, which broadcasts against `shape`.
+
+        (D,) for tables and (C, 1) for sequences, whose columns and channels may differ in units;
+        else ().
+        """
+        if self.is_table:
+            return self.shape
+        return (self.shape[0], 1) if len(self.shape) == 2 else ()
 
     @property
     def bound(self) -> int:
@@ -113,12 +129,13 @@ class DataSpec:
         return x if units == "count" or self.max_value is None else x * self.max_value
 
     def _offset_and_scale(self, device: torch.device) -> Tensor:
-        return torch.tensor([self.offset, self.scale], dtype=torch.float64, device=device)
+        pair = torch.tensor([self.offset, self.scale], dtype=torch.float64, device=device)
+        return pair.reshape(2, *self.scale_shape)
 
     @property
     def log_scale(self) -> float:
         """log p(x) - log p(value) of a row, in nats: the sum of the logarithms of the scales."""
-        repeats = math.prod(self.shape) if self.is_image else 1
+        repeats = math.prod(self.shape) // math.prod(self.scale_shape)
         return repeats * sum(map(math.log, self.scale or ()))
 
     def describe_units(self) -> str:
@@ -128,10 +145,12 @@ class DataSpec:
         pairs = list(zip(self.offset, self.scale, strict=True))
         shown = [i for i, pair in enumerate(pairs) if pair != (0.0, 1.0)]
         parts = [f"offset {pairs[i][0]:.6g}, scale {pairs[i][1]:g}" for i in shown[:3]]
-        if not self.is_image:
+        if len(self.shape) == 2:
+            parts = [f"channel {i}: {part}" for i, part in zip(shown, parts, strict=False)]
+        if self.is_table:
             names = [column_name(self.columns, i) for i in shown]
             parts = [f"{name}: {part}" for name, part in zip(names, parts, strict=False)]
-        rest = f"; and {len(shown) - 3} more columns" if len(shown) > 3 else ""
+        rest = f"; and {len(shown) - 3} more" if len(shown) > 3 else ""
         density = "log p(x) is also that of the values"
         if self.log_scale:
             density = f"add {-self.log_scale:.6g} nats per row to log p(x) for that of the values"
@@ -290,8 +309,7 @@ def moments(split: Split, units: Units, num_images: int = 50_000) -> tuple[Tenso
             spaced rows are read.
 
     Returns:
-        mean (*shape); standard deviation, () for images, (D,) for tables, whose columns may differ
-        in units. It is 1 for a constant column.
+        mean (*shape); standard deviation (*scale_shape), 1 for a constant column.
     """
     step = max(1, len(split) // num_images)
     sample = dataclasses.replace(split, rows=split.rows[::step], device=torch.device("cpu"))
@@ -305,10 +323,11 @@ def moments(split: Split, units: Units, num_images: int = 50_000) -> tuple[Tenso
 
     mean = average(lambda x: x)
     # A second pass, because the difference of two large sums would lose a small variance.
-    centre = mean.mean() if split.spec.is_image else mean
+    size = split.spec.scale_shape
+    centre = mean if split.spec.is_table else mean.reshape(*size, -1).mean(-1).reshape(size)
     variance = average(lambda x: (x - centre).square())
-    if split.spec.is_image:
-        variance = variance.mean()
+    if not split.spec.is_table:
+        variance = variance.reshape(*size, -1).mean(-1).reshape(size)
     # A constant column has a variance below the rounding error of float32.
     varies = variance > 1e-14 * centre.square()
     std = torch.where(varies, variance.sqrt(), torch.ones_like(variance))

@@ -65,8 +65,8 @@ def predictive_check(
         vae: model with `posterior(x)` and `likelihood(z)`.
         x: (B, *data_shape).
         statistics: name → f(x (S, B, *data_shape), z (S, B, Z)) → (S, B). By default mean, standard
-            deviation, log p(x|z) and, for images, the mean absolute difference of neighbours, as
-            far as a row has more than one value or neighbours.
+            deviation, log p(x|z) and, but for tables, the mean absolute difference of neighbours,
+            as far as a row has more than one value or neighbours.
         num_draws: S, at least 2.
 
     Raises:
@@ -107,7 +107,7 @@ def _statistics(vae: LatentModel, shape: torch.Size) -> dict[str, Statistic]:
     if shape.numel() > 1:
         statistics["standard deviation"] = lambda x, z: x.flatten(2).std(-1)
     statistics["log p(x|z)"] = lambda x, z: vae.likelihood(z).log_prob(x)
-    sides = [side for side in (-1, -2) if len(shape) == 3 and shape[side] > 1]
+    sides = [side for side in range(1 - len(shape), 0) if shape[side] > 1]  # not the channels
     if sides:
         statistics["roughness"] = lambda x, z: torch.stack(
             [x.diff(dim=side).abs().flatten(2).mean(-1) for side in sides]

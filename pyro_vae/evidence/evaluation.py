@@ -80,7 +80,7 @@ def note_outlier(vae: VAE | Autoencoder, split: Split, values: Tensor, what: str
         f"{values.median():.5g}"
     )
     likelihood = vae.likelihood_module
-    if likelihood.units == "real" and not split.spec.is_image:
+    if likelihood.units == "real" and split.spec.is_table:
         x = split.take(torch.tensor([row], device="cpu"), "real")[0]
         away = likelihood.deviations(x)
         column = int(away.abs().argmax())

@@ -73,7 +73,7 @@ def build_blank(config: ModelConfig, spec: DataSpec, device: str = "cpu") -> VAE
         torch.device(device),
     ):
         mean = torch.full(spec.shape, 0.5)
-        std = torch.ones(() if spec.is_image else spec.shape)
+        std = torch.ones(spec.scale_shape)
         return _assemble(config, LIKELIHOODS[config.likelihood](spec, mean, std))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +23,21 @@ from .bounds import soft_clamp
 MAX_STANDARDIZED = 1024.0
 
 
+# By the number of dimensions of a row with its channels.
+_CONV: dict[int, Any] = {2: nn.Conv1d, 3: nn.Conv2d, 4: nn.Conv3d}
+_TRANSPOSED: dict[int, Any] = {
+    2: nn.ConvTranspose1d,
+    3: nn.ConvTranspose2d,
+    4: nn.ConvTranspose3d,
+}
+
+
 class Encoder(nn.Module):
     """x (..., *data_shape) → features (..., num_features).
 
     Args:
-        architecture: `mlp`, or `conv` for images (C, H, W).
+        architecture: `mlp`, or `conv` for sequences (C, T), images (C, H, W) and volumes
+            (C, D, H, W), by convolutions in one, two and three dimensions.
         data_shape: shape of one x.
         hidden: units of each hidden layer (mlp) or channels of each strided layer (conv).
         activation: name of an activation in `torch.nn`.
@@ -62,7 +73,7 @@ class Encoder(nn.Module):
         if architecture == "conv":
             size = hidden[-1] * _size(_conv_sizes(self.data_shape, hidden)[-1])
             for below, above in pairwise([data_shape[0], *hidden]):
-                layers.append(nn.Conv2d(below, above, 4, stride=2, padding=1))
+                layers.append(_CONV[len(data_shape)](below, above, 4, stride=2, padding=1))
                 layers.append(_activation(activation))
             layers.append(nn.Flatten())
         else:
@@ -113,14 +124,14 @@ class Decoder(nn.Module):
             channels = [len(bias) * data_shape[0], *hidden]
             for i in reversed(range(len(hidden))):
                 layers.append(
-                    nn.ConvTranspose2d(
+                    _TRANSPOSED[len(data_shape)](
                         channels[i + 1],
                         channels[i],
                         kernel_size=4,
                         stride=2,
                         padding=1,
                         # Halving rounds down; output padding restores the odd row or column.
-                        output_padding=(sizes[i][0] % 2, sizes[i][1] % 2),
+                        output_padding=[side % 2 for side in sizes[i]],
                         bias=i > 0,
                     )
                 )
@@ -152,22 +163,27 @@ def _size(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def _conv_sizes(data_shape: tuple[int, ...], hidden: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(height, width) before each strided layer and after the last."""
-    if len(data_shape) != 3:
+def _conv_sizes(data_shape: tuple[int, ...], hidden: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Length, or height and width, or all three, before each strided layer and after the last."""
+    if len(data_shape) not in _CONV:
         raise InputError(
-            f"--architecture conv expects images; the data are rows of {data_shape[0]} values. Use "
-            f"--architecture mlp, or --image-size H W if the rows are images"
+            f"--architecture conv expects images, volumes or sequences; the data are rows of "
+            f"{data_shape[0]} values. Use --architecture mlp, --image-size H W if the rows are "
+            f"images, or --layout sequences"
         )
-    height, width = data_shape[1:]
-    least = max(8, 2 ** len(hidden))
-    if min(height, width) < least:
+    sides, least = data_shape[1:], max(8, 2 ** len(hidden))
+    if min(sides) < least:
+        kind, unit, remedy = {
+            2: ("sequences", "values", ""),
+            3: ("images", "pixels", ", a larger --image-size"),
+            4: ("volumes", "voxels", ""),
+        }[len(data_shape)]
         raise InputError(
-            f"--architecture conv with {len(hidden)} layers expects images of at least "
-            f"{least}x{least} pixels; got {height}x{width}. Use fewer layers in --hidden, a larger "
-            f"--image-size or --architecture mlp"
+            f"--architecture conv with {len(hidden)} layers expects {kind} of at least "
+            f"{'x'.join([str(least)] * len(sides))} {unit}; got {'x'.join(map(str, sides))}. Use "
+            f"fewer layers in --hidden{remedy} or --architecture mlp"
         )
-    return [(height >> i, width >> i) for i in range(len(hidden) + 1)]
+    return [tuple(side >> i for side in sides) for i in range(len(hidden) + 1)]
 
 
 def _activation(name: str) -> nn.Module:

@@ -48,7 +48,8 @@ class Explorer:
         anchors: (M,) indices into `Codes` of the rows whose codes the other latents keep.
         sheets: PNG of each (anchor, first latent, second latent), by positions in `anchors` and
             `latents`; of a single latent, that latent twice.
-        tile: height, width and channels of a tile; a table's row is one pixel high.
+        tile: height, width and channels of a tile; a table's row is one pixel high, a sequence as
+            many as it has channels.
         span: the values of black and white.
         reduced: whether the tiles are smaller than the images.
     """
@@ -91,7 +92,7 @@ def explore(vae: VAE | Autoencoder, codes: Codes, budget: int) -> Explorer:
             break
     height, width, *channels = tiles(vae, codes.x[:1], span)[0].shape
     tile = (height, width, channels[0] if channels else 1)
-    reduced = codes.x.ndim == 4 and (height, width) != tuple(codes.x.shape[-2:])
+    reduced = _is_picture(vae) and (height, width) != tuple(codes.x.shape[-2:])
     return Explorer(latents, grid, anchors, drawn, tile, span, reduced)
 
 
@@ -103,18 +104,24 @@ def tiles(
 ) -> np.ndarray:
     """x (N, *data_shape) → (N, H, W) or (N, H, W, 3) of 8 bits.
 
-    Images with a side of more than `largest` pixels are reduced to it. Rows of a table become
-    (N, 1, D), `span` being black and white.
+    Images, and the middle slices of volumes, with a side of more than `largest` pixels are reduced
+    to it. Rows of a table become (N, 1, D) and sequences (N, C, T), `span` being black and white.
     """
     values = torch.as_tensor(to_display(vae, x))
-    if values.ndim != 4:
-        values = (values[:, None, None] - span[0]) / (span[1] - span[0] or 1)
+    if not _is_picture(vae):
+        values = values.reshape(len(values), 1, -1, values.shape[-1])
+        values = (values - span[0]) / (span[1] - span[0] or 1)
     longest = max(values.shape[-2:])
-    if x.ndim == 4 and longest > largest:
+    if _is_picture(vae) and longest > largest:
         size = [max(1, round(side * largest / longest)) for side in values.shape[-2:]]
         values = torch.nn.functional.interpolate(values, size, mode="area")
     bits = (255 * values.clamp(0, 1)).round().to(torch.uint8).movedim(1, -1)
     return (bits[..., 0] if bits.shape[-1] == 1 else bits).numpy()
+
+
+def _is_picture(vae: VAE | Autoencoder) -> bool:
+    """Whether rows are images or volumes, which are shown as pictures."""
+    return not vae.likelihood_module.spec.scale_shape
 
 
 def sheet(parts: np.ndarray, columns: int) -> bytes:
@@ -175,7 +182,7 @@ def _sheets(
     pairs = list(combinations(range(len(latents)), 2)) or [(0, 0)]
     keys = [(m, *pair) for m in range(len(anchors)) for pair in pairs]
     span = (0.0, 1.0)
-    if codes.x.ndim != 4:  # one scale for all rows of a table
+    if not _is_picture(vae):  # one scale for all rows of a table
         shown = [to_display(vae, part) for key in keys for part in decoded(key)]
         span = float(min(part.min() for part in shown)), float(max(part.max() for part in shown))
     drawn: dict[tuple[int, int, int], bytes] = {}
@@ -219,8 +226,8 @@ def interactive(
 
 
 def _thumbnails(vae: VAE | Autoencoder, codes: Codes, num_runs: int) -> dict[str, Any] | None:
-    """The images of the dots on one sheet; None for tables, or if the sheet is too large."""
-    if codes.x.ndim != 4:
+    """The images of the dots on one sheet; None without images, or if the sheet is too large."""
+    if not _is_picture(vae):
         return None
     parts = tiles(vae, codes.x, largest=32)
     columns = math.ceil(math.sqrt(len(parts)))

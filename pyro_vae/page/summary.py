@@ -365,6 +365,9 @@ def _explorer_words(found: Explorer, vae: VAE | Autoencoder, codes: Codes) -> st
         words += f", for the {len(found.latents)} latents whose means vary most"
     if found.reduced:
         words += f"; reduced to {found.tile[1]} × {found.tile[0]} pixels"
-    if codes.x.ndim != 4:
-        words += "; standardized columns from left to right"
+    words += {
+        1: "; standardized columns from left to right",
+        2: "; standardized channels over time",
+        4: "; the middle slice of each",
+    }.get(codes.x.ndim - 1, "")
     return words + "."

@@ -27,16 +27,21 @@ QUANTILE_DRAWS = 10_000  # from a prior without quantiles in closed form
 
 
 def to_display(vae: VAE | Autoencoder, x: Tensor) -> np.ndarray:
-    """x in the likelihood's units → intensities in [0, 1], or standardized columns of tables."""
+    """x in the likelihood's units → intensities in [0, 1], or standardized tables and sequences.
+
+    Of a volume, the middle slice.
+    """
     likelihood = vae.likelihood_module
     spec = likelihood.spec
-    if not spec.is_image:
+    if spec.scale_shape:
         x = (x - likelihood.mean) / likelihood.std
     elif likelihood.units == "count":
         x = x / spec.bound
     elif spec.max_value is None:
         mean, reach = likelihood.mean.mean(), 3 * likelihood.std
         x = ((x - mean + reach) / (2 * reach)).clamp(0, 1)
+    if len(spec.shape) == 4:
+        x = x.select(-3, spec.shape[1] // 2)
     return x.cpu().numpy()
 
 
@@ -51,7 +56,7 @@ def _decoded(vae: VAE | Autoencoder, z: Tensor) -> np.ndarray:
 
 
 def _reduced(values: np.ndarray) -> np.ndarray:
-    """Images (N, C, H, W) at the size of a tile; rows of tables as they are."""
+    """Images (N, C, H, W) at the size of a tile; tables and sequences as they are."""
     return tiles.reduced(values, MOST_PIXELS) if values.ndim == 4 else values
 
 
@@ -116,7 +121,7 @@ def run_figures(
         curves = figures.elbo_curves(history, _title(splits, "training"), splits.spec.row)
         drawn = {"elbo": curves, "interpolations": _interpolations(vae, splits, seed)}
         if isinstance(vae, VAE):
-            z = vae.prior().sample((100 if splits.spec.is_image else 24,))
+            z = vae.prior().sample((24 if splits.spec.scale_shape else 100,))
             title = _title(splits, "means of p(x|z) at draws of z from the prior")
             drawn["samples"] = tiles.image_grid(tiles.in_rows(_decoded(vae, z)), title)
     return drawn
@@ -125,7 +130,7 @@ def run_figures(
 @torch.no_grad()
 def _interpolations(vae: VAE | Autoencoder, splits: Splits, seed: int) -> Figure:
     """Straight lines between the posterior means of test rows, decoded at even steps."""
-    rows, steps = max(1, min(6, len(splits.test) // 2)), 11 if splits.spec.is_image else 7
+    rows, steps = max(1, min(6, len(splits.test) // 2)), 7 if splits.spec.scale_shape else 11
     x = first_rows(splits.test, vae, 2 * rows, seed)
     x = x.expand(2 * rows, *splits.spec.shape)  # for a single test row, the line is a point
     means = vae.posterior(x).mean
@@ -144,7 +149,7 @@ def _interpolations(vae: VAE | Autoencoder, splits: Splits, seed: int) -> Figure
 @torch.no_grad()
 def _manifold(vae: VAE, splits: Splits) -> Figure:
     """The decoder's means on a grid of quantiles of the two latents under the prior."""
-    side = 16 if splits.spec.is_image else 6
+    side = 6 if splits.spec.scale_shape else 16
     quantiles = (torch.arange(side) + 0.5) / side
     lines = _quantiles(vae.prior(), quantiles.to(next(vae.parameters()).device))
     second, first = torch.meshgrid(lines[1], lines[0], indexing="ij")

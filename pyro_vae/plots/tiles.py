@@ -1,8 +1,9 @@
 """Grids of images and of profiles: arrays in, matplotlib Figure out, of bounded size.
 
-Images come as arrays (..., C, H, W) of intensities in [0, 1] and rows of tables as (..., D). Tables
-are drawn as profiles, curves over the columns, and so are images of at most 3 pixels by many. The
-values of one-column tables are the points of a curve along each line of the grid.
+Images come as arrays (..., C, H, W) of intensities in [0, 1], sequences as (..., C, T) and rows of
+tables as (..., D). Tables are drawn as profiles, curves over the columns, and so are sequences,
+with a curve for each channel, and images of at most 3 pixels by many. The values of one-column
+tables are the points of a curve along each line of the grid.
 """
 
 from __future__ import annotations
@@ -162,13 +163,15 @@ def _mosaic(values: np.ndarray, gap: int) -> np.ndarray:
 
 
 def _draw_profiles(axes: Axes, values: np.ndarray) -> None:
-    """Curves (rows, columns, D) or (rows, columns, C, H, W), all on one scale, a panel for each.
+    """Curves (rows, columns, D), (…, C, T) or (…, C, H, W), all on one scale, a panel for each.
 
     The panel of row i and column j is the unit square at (j, i), rows counted downwards.
     """
     rows, columns = values.shape[:2]
     colours = [TRAIN]
-    if values.ndim == 5:
+    if values.ndim == 4:
+        colours = [f"C{i % 10}" for i in range(values.shape[2])]
+    elif values.ndim == 5:
         channels, height, width = values.shape[2:]
         values = values.swapaxes(-1, -2) if height > width else values
         colours = [c for c in CHANNELS for _ in range(min(height, width))][: 3 * channels]

@@ -36,6 +36,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "data.source": ("rows.npy", "rows.npy"),
     "data.root": ("there", Path("there")),
     "data.image_size": ("3 4", (3, 4)),
+    "data.layout": ("volumes", "volumes"),
     "data.max_value": ("7", 7),
     "data.validation_size": ("8", 8),
     "data.test_size": ("9", 9),

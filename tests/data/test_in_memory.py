@@ -358,7 +358,7 @@ def test_bad_datasets(dataset, message):
         (torch.eye(9).to_sparse(), "an array of numbers; got Tensor"),
         (torch.zeros(9, 2, device="meta"), "an array of numbers; got Tensor"),
         (np.zeros(5), r"rows \(N, D\), .* in the array; got an array \(5,\)"),
-        (np.zeros((5, 9, 8, 4)), r"got an array \(5, 9, 8, 4\)"),
+        (np.zeros((5, 9, 8, 4, 4)), r"got an array \(5, 9, 8, 4, 4\)"),
         (np.zeros((0, 4)), r"rows of numbers in the array; got an empty array \(0, 4\)"),
         (np.zeros((2, 4)), "array has 2 rows; training, validation and test need at least one"),
         (np.ma.masked_less(np.arange(12.0).reshape(4, 3), 5), "without masked values"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 from pathlib import Path
 
@@ -244,7 +245,25 @@ def test_npy_is_memory_mapped_and_left_alone(tmp_path):
     assert np.array_equal(np.load(path), values)
 
 
-@pytest.mark.parametrize("shape", [(5,), (), (5, 9, 8, 4), (2, 3, 4, 5, 6), (0, 4), (4, 0)])
+def test_a_file_larger_than_the_memory_is_mapped_read_only(tmp_path, monkeypatch):
+    """The system refuses to map more writable pages than there is memory."""
+    path, load = tmp_path / "big.npy", np.load
+    values = RANDOM.integers(0, 256, (50, 9, 8), dtype=np.uint8)
+    np.save(path, values)
+
+    def limited(*args, mmap_mode, **options):
+        if mmap_mode == "c":
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return load(*args, mmap_mode=mmap_mode, **options)
+
+    monkeypatch.setattr(np, "load", limited)
+    splits = load_data(str(path))
+    assert not read(DataConfig(str(path))).values.flags.writeable
+    x = splits.train.take(torch.tensor([3, 1]), "count")
+    np.testing.assert_array_equal(x[:, 0].numpy(), values[splits.train.rows[[3, 1]].numpy()])
+
+
+@pytest.mark.parametrize("shape", [(5,), (), (5, 9, 8, 4, 4), (2, 4, 4, 5, 6), (0, 4), (4, 0)])
 def test_arrays_of_wrong_shape(shape, tmp_path):
     np.save(tmp_path / "a.npy", np.zeros(shape))
     with pytest.raises(InputError, match="expected"):

@@ -25,6 +25,11 @@ def bodies(architecture, shape, hidden, activation="SiLU", parameters=2):
         for channels in (1, 3)
         for size in [(8, 8), (9, 8), (28, 28), (17, 31), (33, 8)]
         for hidden in [(4,), (4, 5), (4, 5, 6)]
+    ]
+    + [
+        ("conv", (channels, *size), (4, 5))
+        for channels in (1, 2)
+        for size in [(8,), (9,), (31,), (8, 9, 10), (11, 8, 8)]
     ],
 )
 def test_shapes(architecture, shape, hidden):
@@ -78,5 +83,5 @@ def test_images_too_small_for_conv():
         bodies("conv", (1, 15, 20), (4, 4, 4, 4))
     with pytest.raises(InputError, match="at least 8x8 pixels; got 7x20"):
         bodies("conv", (1, 7, 20), (4,))
-    with pytest.raises(InputError, match="expects images; the data are rows of 30 values"):
+    with pytest.raises(InputError, match="volumes or sequences; the data are rows of 30 values"):
         bodies("conv", (30,), (4,))

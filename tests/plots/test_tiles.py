@@ -66,6 +66,13 @@ def test_tables_are_profiles_in_order():
     assert figure.axes[0].get_xlabel() == f"each panel from {low:.3g} to {high:.3g}"
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 12])
+def test_sequences_are_a_curve_for_each_channel(channels):
+    values = RANDOM.normal(size=(2, 3, channels, 5))
+    drawn = profiles(tiles.image_grid(values), 2, 3)
+    np.testing.assert_allclose(drawn, scaled(values))
+
+
 def test_reconstructed_rows_stand_below_their_originals():
     values = RANDOM.standard_normal((8, 7))
     figure = tiles.reconstructions(values, values + 10)

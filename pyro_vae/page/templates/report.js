@@ -140,22 +140,26 @@
       .drawImage(image, column * width, row * height, width, height, 0, 0, width, height);
   }
 
-  /** Draw a tile of a table's sheet, one pixel high, as a profile. */
+  /** Draw a tile of a table's or sequence's sheet as a profile for each line of its pixels. */
   function drawProfile(canvas, image, tile, column, row) {
     profiles.set(canvas, [image, tile, column, row]);
-    const strip = element("canvas"), width = tile[1];
+    const strip = element("canvas"), [height, width] = tile;
     drawTile(strip, image, tile, column, row);
-    const values = strip.getContext("2d").getImageData(0, 0, width, 1).data;
+    const values = strip.getContext("2d").getImageData(0, 0, width, height).data;
     [canvas.width, canvas.height] = [300, 150];
     const context = canvas.getContext("2d", { willReadFrequently: true });
     context.strokeStyle = getComputedStyle(canvas).color;
-    context.beginPath();
-    for (let i = 0; i < width; i++) {
-      const x = width > 1 ? 5 + (290 * i) / (width - 1) : 150;
-      context.lineTo(x, 145 - (140 * values[4 * i]) / 255);
-      if (width === 1) context.lineTo(x + 1, 145 - (140 * values[0]) / 255);
+    for (let line = 0; line < height; line++) {
+      context.globalAlpha = 1 - (0.7 * line) / height; // later channels are paler
+      context.beginPath();
+      for (let i = 0; i < width; i++) {
+        const x = width > 1 ? 5 + (290 * i) / (width - 1) : 150;
+        const y = 145 - (140 * values[4 * (line * width + i)]) / 255;
+        context.lineTo(x, y);
+        if (width === 1) context.lineTo(x + 1, y);
+      }
+      context.stroke();
     }
-    context.stroke();
   }
 
   const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowDown: [0, -1], ArrowUp: [0, 1] };
@@ -171,7 +175,7 @@
   function explorer(host, view) {
     const { latents, grid, anchors, sheets: sources, images, tile, codes, more } = view.explorer;
     const single = latents.length === 1;
-    const draw = view.row === "row" ? drawProfile : drawTile;
+    const draw = ["row", "sequence"].includes(view.row) ? drawProfile : drawTile;
     const find = (selector) => host.querySelector(selector);
     const canvas = find(".decoded canvas"), output = find("output");
     const plane = new Plane(
