@@ -37,6 +37,10 @@ class DataConfig(Typed):
         max_value: Largest value that the data can take, for example 255 for 8-bit images.
         validation_size: Number of validation rows, drawn from the training data by the seed.
         test_size: Number of test rows, for data without a test split.
+        missing: Missing values: NaN in arrays, empty cells or NA, NaN, null and the like in tables.
+            refuse: an error. model: the model observes the others, and the encoder is told which
+            they are. Values are assumed to be missing at random: whether one is missing may depend
+            on the observed values only.
     """
 
     source: Annotated[str, tyro.conf.arg(name="data", metavar="NAME|PATH")] = "digits"
@@ -46,6 +50,7 @@ class DataConfig(Typed):
     max_value: Annotated[int | None, auto("INT", "1, 255 or the largest count in the data")] = None
     validation_size: Annotated[int | None, auto("INT", "a tenth of the rows, at most 5000")] = None
     test_size: Annotated[int | None, auto("INT", "a tenth, if the data have no test split")] = None
+    missing: Literal["refuse", "model"] = "refuse"
 
     def absolute(self) -> DataConfig:
         """The same data by absolute paths."""

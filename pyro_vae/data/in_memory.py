@@ -13,6 +13,7 @@ Neither pandas nor polars is imported: any object with `to_numpy` and `columns` 
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..config import DataConfig, InputError
 from .images import pixel_mode, pixels
+from .missing import REMEDY, as_numbers
 from .precision import offset_and_scale
 from .source import LABEL_COLUMNS, Source, from_array
 from .tables import named
@@ -34,12 +36,14 @@ def read_object(data: Any, config: DataConfig) -> Source:
 
     Args:
         data: one of the objects above. Its memory is shared, not copied, if possible.
-        config: for `image_size`, which turns flat rows into images and resizes PIL images.
+        config: for `image_size`, which turns flat rows into images and resizes PIL images, and
+            `missing`.
 
     Raises:
         InputError: the object is of another kind, or does not hold rows of numbers.
     """
     x, y = data if isinstance(data, tuple) and len(data) == 2 else (data, None)
+    lacking = config.missing == "model"
     names: list[str] | None = None
     label: str | None = None
     indexed = False
@@ -48,10 +52,10 @@ def read_object(data: Any, config: DataConfig) -> Source:
         values, labels = _from_dataset(x, config, name)
     elif hasattr(x, "to_numpy") and hasattr(x, "columns"):
         name = "DataFrame"
-        values, labels, names, label, indexed = _from_frame(x)
+        values, labels, names, label, indexed = _from_frame(x, lacking)
     elif isinstance(x, Tensor) or hasattr(x, "__array__"):
         name = "tensor" if isinstance(x, Tensor) else "array"
-        values, labels = _array(x), None
+        values, labels = _array(x, lacking), None
     elif hasattr(x, "toarray"):
         raise InputError(f"expected a dense array; got a sparse {type(x).__name__}: x.toarray()")
     else:
@@ -72,8 +76,13 @@ def read_object(data: Any, config: DataConfig) -> Source:
     return named(source, tuple(names), None if source.labels is None else label, indexed)
 
 
-def _from_frame(frame: Any) -> tuple[np.ndarray, np.ndarray | None, list[str], str | None, bool]:
-    """Values (N, D) and labels (N,) of a DataFrame; the names of the columns and of the labels."""
+def _from_frame(
+    frame: Any, lacking: bool
+) -> tuple[np.ndarray, np.ndarray | None, list[str], str | None, bool]:
+    """Values (N, D) and labels (N,) of a DataFrame; the names of the columns and of the labels.
+
+    `lacking`: whether values may be missing.
+    """
     names = list(frame.columns)
     # pandas reads its own index as such a column.
     indexed = len(names) > 1 and names[0] == "Unnamed: 0"
@@ -82,12 +91,12 @@ def _from_frame(frame: Any) -> tuple[np.ndarray, np.ndarray | None, list[str], s
     if len(set(names)) < len(names):
         raise InputError(f"expected DataFrame columns of different names; got {names}")
     label = next((name for name in names if str(name).lower() in LABEL_COLUMNS), None)
-    columns = {name: _array(frame[name]) for name in names if name != label}
+    columns = {name: _array(frame[name], lacking) for name in names if name != label}
     for name, column in columns.items():
         if column.dtype.kind not in "biuf":
             raise InputError(
                 f"expected numbers in every column of the DataFrame; got {column.dtype} in column "
-                f"{name!r}: drop it, encode it as numbers or impute missing values"
+                f"{name!r}: drop it, encode it as numbers, or {REMEDY}"
             )
     values = np.column_stack(list(columns.values())) if columns else np.empty((len(frame), 0))
     for name, column in columns.items():
@@ -132,15 +141,24 @@ def _from_dataset(
     return values, _labels(_array([_array(label) for label in labels]), name, real=False)
 
 
-def _array(data: Any) -> np.ndarray:
-    """An object as an array that shares its memory if possible."""
+def _array(data: Any, lacking: bool = False) -> np.ndarray:
+    """An object as an array that shares its memory if possible.
+
+    `lacking`: whether values may be missing, which become NaN.
+    """
     if isinstance(data, np.ma.MaskedArray) and np.ma.is_masked(data):
-        raise InputError("expected an array without masked values; got some: impute or drop them")
+        if lacking:
+            return as_numbers(data)
+        raise InputError(f"expected an array without masked values; got some: {REMEDY}")
     try:
         if isinstance(data, Tensor):
             data = data.detach().cpu()
             data = data.float() if data.dtype == torch.bfloat16 else data
-        return np.asarray(data)
+        values = np.asarray(data)
+        if lacking and values.dtype == object:
+            with contextlib.suppress(TypeError, ValueError):  # text, which the caller refuses
+                return as_numbers(data)
+        return values
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"expected an array of numbers; got {type(data).__name__}: {error}"

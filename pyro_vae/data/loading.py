@@ -1,7 +1,7 @@
 """Data of any kind → `Splits`.
 
 read        name, path or object in memory → `Source`, one array of rows
-scan        one pass over all values: range, type, fingerprint; NaN and infinities are errors
+scan        one pass over all values: range, type, fingerprint; values must be finite, or missing
 split       test rows first, which no choice uses; then validation rows from the rest, by a seed
 """
 
@@ -55,32 +55,51 @@ def load_data(
         seed: selects the validation rows, and the test rows if the data have no test split.
         spec: that of a trained model, `vae.likelihood_module.spec`, for its own data or others like
             them. Columns are matched by name, and x has the offset and scale of the training.
-        settings: those of `DataConfig`: `image_size`, `layout`, `max_value`, `validation_size` and
-            `test_size`. Image sizes also apply to the PIL images of a Dataset.
+            Values may be missing if they could be in the training.
+        settings: those of `DataConfig`: `image_size`, `layout`, `max_value`, `validation_size`,
+            `test_size` and `missing`. Image sizes also apply to the PIL images of a Dataset.
 
     Raises:
         InputError: the data are missing, damaged or of an unsupported kind or shape, hold values
-            that are not finite, or have too few rows.
+            that are not finite, or have too few rows; a row, or a column of the training rows, has
+            no observed value.
     """
-    config, data = _read(source, DataConfig(**settings))
+    config, data = _read(source, DataConfig(**settings), spec)
     if spec is not None:
         data = _match_columns(data, spec)
-    rows, scan = _draw_splits(data, config, seed), scan_values(data)
+    lacking = config.missing == "model"
+    rows, scan = _draw_splits(data, config, seed), scan_values(data, lacking)
     if spec is None:
-        spec = choose_spec(data, config.max_value, scan, rows[0])
+        if lacking and not scan.missing:
+            warnings.warn(
+                f"--missing model: no value of {data.name} is missing. The encoder learns from "
+                f"complete rows only; other numbers that mark missing values must be made NaN",
+                stacklevel=2,
+            )
+        spec = choose_spec(data, config.max_value, scan, rows[0], lacking)
     return _splits(data, scan, spec, *rows)
 
 
-def _read(source: Any, config: DataConfig) -> tuple[DataConfig, Source]:
-    """The settings of the data, and their rows as they are stored."""
+def _read(source: Any, config: DataConfig, spec: DataSpec | None) -> tuple[DataConfig, Source]:
+    """The settings of the data, and their rows as they are stored.
+
+    `spec`: see `load_data`. It decides whether values may be missing.
+    """
     if isinstance(source, DataConfig):
         if config != DataConfig():
             raise InputError("expected all settings in the DataConfig; got others as arguments")
-        return source, read(source)
-    if isinstance(source, (str, PathLike)):
+        config = source
+    elif isinstance(source, (str, PathLike)):
         config = dataclasses.replace(config, source=str(source))
-        return config, read(config)
-    return config, read_object(source, config)
+    if spec is not None:
+        config = _as_trained(config, spec)
+    in_memory = not isinstance(source, (str, PathLike, DataConfig))
+    return config, read_object(source, config) if in_memory else read(config)
+
+
+def _as_trained(config: DataConfig, spec: DataSpec) -> DataConfig:
+    """The settings for data of a trained model, which accepts missing values or not."""
+    return dataclasses.replace(config, missing="model" if spec.missing else "refuse")
 
 
 def _draw_splits(source: Source, config: DataConfig, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,8 +161,8 @@ def load_foreign(
         InputError: the data are missing, damaged, outside the shape and range of `spec`, or in
             units that cannot be told.
     """
-    source = _match_columns(read(config), spec)
-    scan = scan_values(source)
+    source = _match_columns(read(_as_trained(config, spec)), spec)
+    scan = scan_values(source, spec.missing)
     fits = source.values.shape[1:] == spec.shape
     if fits:
         source, scan = _convert(source, scan, config.max_value, max_value, spec)
@@ -202,12 +221,14 @@ def _convert(
         )
     factor = spec.bound / largest
     values = source.values.astype(np.float64) * factor
-    ends = bool(np.isin(values, (0.0, spec.bound)).all())
+    ends = bool(np.isin(values[~np.isnan(values)], (0.0, spec.bound)).all())
     if spec.discrete and (spec.bound > 1 or ends):
         values = np.rint(values)
-    values = values.astype(np.uint8 if spec.discrete and 1 < spec.bound <= 255 else np.float32)
-    integral = bool((values == np.rint(values)).all())
-    low, high = float(values.min()), float(values.max())
+    bytes_suffice = spec.discrete and 1 < spec.bound <= 255 and not scan.missing
+    values = values.astype(np.uint8 if bytes_suffice else np.float32)
+    known = values[~np.isnan(values)]
+    integral = bool((known == np.rint(known)).all())
+    low, high = float(known.min()), float(known.max())
     scan = dataclasses.replace(scan, low=low, high=high, integral=integral)
     return dataclasses.replace(source, values=values), scan
 
@@ -233,9 +254,11 @@ def _note_units(splits: Splits, units: Units, mean: Tensor, std: Tensor) -> None
     spec, count = splits.spec, min(len(splits.test), max(1, SAMPLED_VALUES // mean.numel()))
     x = torch.cat(list(splits.test.fixed("unit" if units == "binary" else units, 0, count)))
     z = ((x - mean.to(x)) / std.to(x)).flatten(1)
-    far, extent = z.abs().median(dim=0).values, z.amax(0) - z.amin(0)
+    # Without missing values; a column of them only has neither.
+    far = z.abs().nanmedian(dim=0).values
+    extent = z.nan_to_num(-torch.inf).amax(0) - z.nan_to_num(torch.inf).amin(0)
     if not spec.is_table:
-        far, extent = z.abs().median()[None], extent.max()[None]
+        far, extent = z.abs().nanmedian()[None], extent.max()[None]
     narrow = (extent > 0) & (extent < 1 / FAR_AWAY) & (count >= 10)
     for column in ((far > FAR_AWAY) | narrow).nonzero()[:3, 0].tolist():
         where = "" if not spec.is_table else f"{column_name(spec.columns, column)} of "

@@ -1,6 +1,6 @@
 """One pass over all values, and the range and precision of the data that follow from it.
 
-scan        range, type, fingerprint; NaN and infinities are errors
+scan        range, type, fingerprint; infinities are errors, and NaN unless values may be missing
 spec        largest possible value, or offset and scale of unbounded data, from the training rows
 """
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config import InputError
+from .missing import REMEDY, check_columns, check_observed, without_missing
 from .precision import column_name, offset_and_scale
 from .source import Source
 from .splits import CHUNK, DataSpec, interval
@@ -45,6 +46,7 @@ class Scan:
     high: float
     integral: bool
     fingerprint: str
+    missing: float = 0.0
 
     def describe(self) -> str:
         """Type and range of the values, for example "integers from 0 to 16"."""
@@ -52,25 +54,40 @@ class Scan:
         return f"{kind} from {interval(self.low, self.high)}"
 
 
-def scan_values(source: Source) -> Scan:
-    low, high, integral, bad = np.inf, -np.inf, True, 0
+def scan_values(source: Source, missing: bool = False) -> Scan:
+    """Scan all values.
+
+    Args:
+        missing: whether NaN marks a missing value, which is left out. Each row must then hold an
+            observed one.
+
+    Raises:
+        InputError: a value is not finite or missing, or a row holds none.
+    """
+    low, high, integral, bad, absent = np.inf, -np.inf, True, 0, 0
     first: tuple[int, ...] = ()
     digest = hashlib.blake2b(repr((source.values.shape, str(source.values.dtype))).encode())
+    if missing:
+        check_observed(source)
     for start, chunk in _chunks(source.values):
         digest.update(chunk.tobytes())
         if chunk.dtype.kind == "f":
             wrong = ~(np.abs(chunk) <= min(MAX_VALUE, float(np.finfo(chunk.dtype).max)))
+            unknown = np.isnan(chunk) & missing
+            absent += int(unknown.sum())
+            wrong &= ~unknown
             if wrong.any():
                 first = first or _place(wrong, start)
                 bad += int(wrong.sum())
                 continue
+            chunk = chunk[~unknown] if unknown.any() else chunk
             integral = integral and bool((chunk == np.rint(chunk)).all())
         low, high = min(low, float(chunk.min())), max(high, float(chunk.max()))
     if bad:
         raise _not_usable(source, bad, first, "1e307")
     if source.values.dtype.kind == "f" and max(-low, high) > 2**53:
         integral = False  # all numbers of this size are integers in float64
-    return Scan(low, high, integral, digest.hexdigest())
+    return Scan(low, high, integral, digest.hexdigest(), absent / source.values.size)
 
 
 def _chunks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -93,7 +110,7 @@ def _not_usable(source: Source, count: int, first: tuple[int, ...], limit: str) 
     return InputError(
         f"{source.name} holds {count} value{'s' * (count > 1)} that are NaN, infinite or beyond "
         f"{limit}, the first in {place}{axes}{column} (counted from 0); "
-        f"remove or impute them"
+        f"remove them, or {REMEDY}"
     )
 
 
@@ -107,7 +124,7 @@ def check_float32(source: Source, spec: DataSpec) -> None:
     first: tuple[int, ...] = ()
     for start, chunk in _chunks(source.values):
         x = spec.to_units(torch.from_numpy(chunk.astype(np.float64)), "real")
-        wrong = ~torch.isfinite(x).numpy()
+        wrong = ~torch.isfinite(x).numpy() & ~np.isnan(chunk)
         if wrong.any():
             first = first or _place(wrong, start)
             bad += int(wrong.sum())
@@ -116,8 +133,13 @@ def check_float32(source: Source, spec: DataSpec) -> None:
         raise _not_usable(source, bad, first, beyond)
 
 
-def choose_spec(source: Source, max_value: int | None, scan: Scan, train: Tensor) -> DataSpec:
-    """Shape, range, offset and scale of the data, the latter two from the training rows."""
+def choose_spec(
+    source: Source, max_value: int | None, scan: Scan, train: Tensor, missing: bool = False
+) -> DataSpec:
+    """Shape, range, offset and scale of the data, the latter two from the training rows.
+
+    `missing`: whether values may be missing, now or in other data for the model.
+    """
     low, high, integral = scan.low, scan.high, scan.integral
     limit = max_value or source.max_value
     if limit is not None and not 0 <= low <= high <= limit:
@@ -137,6 +159,8 @@ def choose_spec(source: Source, max_value: int | None, scan: Scan, train: Tensor
         limit = 1
     shares = limit is None and low >= 0 and LEAST_SHARE < high <= 1
     units, sample = None, np.empty((0, 0))
+    if missing:
+        check_columns(source, train)
     if not integral or limit is None:
         sample = _sample(source, train)
         units = offset_and_scale(sample, source.columns, source.name)
@@ -160,6 +184,7 @@ def choose_spec(source: Source, max_value: int | None, scan: Scan, train: Tensor
         columns=source.columns,
         offset=offset,
         scale=scale,
+        missing=missing,
     )
 
 
@@ -193,5 +218,8 @@ def _sample(source: Source, train: Tensor) -> np.ndarray:
     step = max(1, len(train) * math.prod(source.values.shape[1:]) // SAMPLED_VALUES)
     rows = source.values[train[::step].numpy()]
     if rows.ndim == 3:
-        return rows.swapaxes(1, 2).reshape(-1, rows.shape[1])
-    return rows.reshape(-1, 1) if rows.ndim > 3 else rows
+        rows = rows.swapaxes(1, 2).reshape(-1, rows.shape[1])
+    rows = rows.reshape(-1, 1) if rows.ndim > 3 else rows
+    if rows.dtype.kind != "f" or not np.isnan(rows).any():
+        return rows
+    return without_missing(rows, source.values, train.numpy())

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .missing import hidden_as
 from .precision import column_name
 
 Units = Literal["binary", "unit", "count", "real"]
@@ -44,6 +45,7 @@ class DataSpec:
         columns: the names of the columns of a table, or empty.
         offset, scale: of each column of a table or channel of a sequence, or one of each for images
             and volumes, see `precision`. None if float32 keeps the values. Bounded data have none.
+        missing: whether values may be missing, which NaN marks, in stored values and in x.
     """
 
     shape: tuple[int, ...]
@@ -52,6 +54,7 @@ class DataSpec:
     columns: tuple[str, ...] = ()
     offset: tuple[float, ...] | None = None
     scale: tuple[float, ...] | None = None
+    missing: bool = False
 
     def __post_init__(self) -> None:
         if self.offset is not None or self.scale is not None:
@@ -115,7 +118,8 @@ class DataSpec:
         if self.binarizes(units):
             # Twice as fast as torch.bernoulli, which draws doubles.
             uniform = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-            x = torch.gt(x, uniform, out=uniform)  # 1.0 or 0.0, without a boolean tensor
+            drawn = torch.gt(x, uniform, out=uniform)  # 1.0 or 0.0, without a boolean tensor
+            x = hidden_as(drawn, x) if self.missing else drawn
         return x
 
     def from_units(self, x: Tensor, units: Units) -> Tensor:
@@ -240,6 +244,7 @@ class Splits:
         low, high: the smallest and the largest value.
         integral: whether all values are integers.
         fingerprint: a digest of all values, which identifies the data.
+        missing: share of the values that are missing.
         found: how the columns of a table or the arrays of a file were read, or empty.
     """
 
@@ -254,12 +259,14 @@ class Splits:
     high: float
     integral: bool
     fingerprint: str
+    missing: float = 0.0
     found: str = ""
 
     def describe(self) -> str:
         """Type and range of the values, for example "integers from 0 to 16"."""
         kind = "integers" if self.integral else "real values"
-        return f"{kind} from {interval(self.low, self.high)}"
+        share = f", {100 * self.missing:.3g}% missing, assumed missing at random"
+        return f"{kind} from {interval(self.low, self.high)}{share if self.missing else ''}"
 
     def whole(self) -> Split:
         """All rows in the order of the data, as one split."""
@@ -309,25 +316,37 @@ def moments(split: Split, units: Units, num_images: int = 50_000) -> tuple[Tenso
             spaced rows are read.
 
     Returns:
-        mean (*shape); standard deviation (*scale_shape), 1 for a constant column.
+        mean (*shape); standard deviation (*scale_shape), 1 for a constant column. Missing values do
+        not count. A pixel that is never observed has the mean of the others.
     """
-    step = max(1, len(split) // num_images)
+    lacking = split.spec.missing
+    step = 1 if lacking else max(1, len(split) // num_images)
     sample = dataclasses.replace(split, rows=split.rows[::step], device=torch.device("cpu"))
     intensity: Units = "unit" if units == "binary" else units
 
     def average(function: Callable[[Tensor], Tensor]) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device="cpu")
+        total = count = torch.zeros((), dtype=torch.float64, device="cpu")
         for x in sample.fixed(intensity, seed=0):
-            total = total + function(x.to(torch.float64)).sum(0)
-        return total / len(sample)
+            values = function(x.to(torch.float64))
+            total = total + (values.nan_to_num(0.0) if lacking else values).sum(0)
+            if lacking:
+                count = count + (~x.isnan()).sum(0)
+        return total / (count if lacking else len(sample))  # NaN if never observed
+
+    size = split.spec.scale_shape
+
+    def over_places(values: Tensor) -> Tensor:
+        """Means over the places of an image, volume or channel."""
+        if split.spec.is_table:
+            return values
+        flat = values.reshape(*size, -1)
+        return (flat.nanmean(-1) if lacking else flat.mean(-1)).reshape(size)
 
     mean = average(lambda x: x)
     # A second pass, because the difference of two large sums would lose a small variance.
-    size = split.spec.scale_shape
-    centre = mean if split.spec.is_table else mean.reshape(*size, -1).mean(-1).reshape(size)
-    variance = average(lambda x: (x - centre).square())
-    if not split.spec.is_table:
-        variance = variance.reshape(*size, -1).mean(-1).reshape(size)
+    centre = over_places(mean)
+    variance = over_places(average(lambda x: (x - centre).square()))
+    mean = torch.where(mean.isnan(), centre, mean) if lacking else mean
     # A constant column has a variance below the rounding error of float32.
     varies = variance > 1e-14 * centre.square()
     std = torch.where(varies, variance.sqrt(), torch.ones_like(variance))

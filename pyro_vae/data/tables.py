@@ -8,6 +8,7 @@ be read in two ways is an error that names both.
 from __future__ import annotations
 
 import csv
+import math
 import re
 from array import array
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import DataConfig, InputError
+from .missing import MARKS, REMEDY
 from .precision import column_name
 from .source import LABEL_COLUMNS, Source, from_array, is_number
 
@@ -60,7 +62,7 @@ def read_table(path: Path, config: DataConfig) -> Source:
         low = [name.lower() for name in form.names]
         label = next((i for i, name in enumerate(low) if name in LABEL_COLUMNS), None)
         kept = [i for i in range(form.indexed, form.width) if i != label]
-        values, labels = _read(path, form, kept, label)
+        values, labels = _read(path, form, kept, label, config.missing == "model")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"cannot read {path} as text: {error}; a table is expected in UTF-8"
@@ -90,15 +92,15 @@ def named(
 
 
 def _read(
-    path: Path, form: _Structure, kept: list[int], label: int | None
+    path: Path, form: _Structure, kept: list[int], label: int | None, missing: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The values (N, D) and labels (N,)."""
-    values, labels = array("d"), []
+    """The values (N, D) and labels (N,). `missing`: whether cells may be `MARKS`, read as NaN."""
+    values, labels, marks = array("d"), [], MARKS if missing else ()
     for number, cells in _body(path, form):
         try:
-            values.extend([_number(cells[i]) for i in kept])
+            values.extend([math.nan if cells[i] in marks else _number(cells[i]) for i in kept])
         except ValueError:
-            at = next(i for i in kept if not is_number(cells[i]))
+            at = next(i for i in kept if not (is_number(cells[i]) or cells[i] in marks))
             raise InputError(_no_number(path, number, at, cells[at], form)) from None
         if label is not None:
             labels.append(cells[label])
@@ -130,11 +132,15 @@ def _rows(lines: Iterator[str], delimiter: str) -> Rows:
     def content() -> Iterator[str]:
         nonlocal number
         for number, line in enumerate(lines, 1):  # noqa: B007 (read below)
-            if line.strip() and not line.startswith("#"):
+            if line.strip() and not _is_comment(line):
                 yield line.strip(" \r\n") + "\n"
 
     for cells in csv.reader(content(), delimiter=delimiter, skipinitialspace=True):
         yield number, [cell.strip() for cell in cells]
+
+
+def _is_comment(line: str) -> bool:
+    return line.startswith("#") and not re.match(r"#N/?A\b", line)  # a mark of a missing value
 
 
 def _number(cell: str) -> float:
@@ -148,8 +154,8 @@ def _no_number(path: Path, line: int, column: int, cell: str, form: _Structure) 
     where = f"line {line}, column {column + 1}"
     where += f" ({form.names[column][:40]})" if form.names else ""
     remedy = "drop the column, encode it as numbers, or call it label in a first line of names"
-    if not cell:
-        remedy = "impute the missing value, or remove the row"
+    if cell in MARKS:
+        remedy = f"{REMEDY}, or remove the row"
     elif re.fullmatch(r"[+-]?[\d.]*,\d+", cell):
         remedy = "write decimal points, not commas"
     return (
@@ -178,7 +184,7 @@ def _structure(path: Path) -> _Structure:
         lines: list[str] = []
         comment = ""
         for line in islice(file, 1000):
-            if line.startswith("#"):
+            if _is_comment(line):
                 comment = comment if lines else line.strip("# \r\n")
             elif line.strip():
                 lines.append(line)
@@ -277,5 +283,5 @@ def _steps(cells: list[str]) -> set[int] | None:
 
 
 def _like_number(cell: str) -> bool:
-    """Whether a cell is a number, perhaps with a decimal comma."""
-    return is_number(cell.replace(",", ".", 1))
+    """Whether a cell is a number, perhaps with a decimal comma, or marks a missing one."""
+    return is_number(cell.replace(",", ".", 1)) or (cell != "" and cell in MARKS)

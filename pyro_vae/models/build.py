@@ -54,7 +54,8 @@ def _start_at_rows(prior: Vamp, splits: Splits, units: Units) -> None:
     order = torch.randperm(len(splits.train), device="cpu")
     rows = splits.train.take(order[torch.arange(len(prior.rows)) % len(order)], units)
     with torch.no_grad():
-        prior.rows.copy_((rows.cpu() - prior.mean) / prior.std)
+        # Pseudo-inputs lack no values: the mean stands for those that the rows lack.
+        prior.rows.copy_(((rows.cpu() - prior.mean) / prior.std).nan_to_num(0.0))
 
 
 def build_blank(config: ModelConfig, spec: DataSpec, device: str = "cpu") -> VAE | Autoencoder:
@@ -152,7 +153,8 @@ def _new_encoder(vae: VAE, hidden: tuple[int, ...] | None, size: int) -> Encoder
     kind = (old.architecture, old.activation) if isinstance(old, Encoder) else ("mlp", "SiLU")
     hidden = DEFAULT_HIDDEN[kind[0]] if hidden is None else hidden
     moments, bounded = (likelihood.mean, likelihood.std), likelihood.units != "real"
-    return Encoder(kind[0], likelihood.spec.shape, hidden, kind[1], size, *moments, bounded)
+    network, spec = (kind[0], likelihood.spec.shape, hidden, kind[1]), likelihood.spec
+    return Encoder(*network, size, *moments, bounded, spec.missing)
 
 
 def _family(guide: Guide, latent_dim: int) -> nn.Module:
@@ -165,13 +167,14 @@ def _assemble(config: ModelConfig, likelihood: Likelihood) -> VAE | Autoencoder:
     hidden = DEFAULT_HIDDEN[config.architecture] if config.hidden is None else config.hidden
     shape, is_conv = likelihood.spec.shape, config.architecture == "conv"
     encoder_hidden = hidden if config.encoder_hidden is None else config.encoder_hidden
-    _check_size(config, shape[0] if is_conv else math.prod(shape), encoder_hidden, hidden)
+    inputs = shape[0] if is_conv else math.prod(shape)
+    _check_size(config, inputs * (1 + likelihood.spec.missing), encoder_hidden, hidden)
     latent_dim, guide = config.latent_dim, config.guide
     size = latent_dim if config.kind == "ae" else num_features(guide, latent_dim)
     moments = (likelihood.mean, likelihood.std)
     bounded = likelihood.units != "real"
     network = (config.architecture, shape, encoder_hidden, config.activation)
-    encoder = Encoder(*network, size, *moments, bounded)
+    encoder = Encoder(*network, size, *moments, bounded, likelihood.spec.missing)
     network = (config.architecture, shape, hidden, config.activation)
     decoder = Decoder(*network, latent_dim, likelihood.initial_bias())
     if config.kind == "ae":

@@ -24,6 +24,7 @@ from torch.distributions import constraints
 
 from ..data.splits import DataSpec, Units
 from .bounds import soft_clamp
+from .missing import ObservedPart
 
 # Minimum standard deviation of the Gaussian, in units of the data's. Without it, the density of a
 # column that the decoder predicts exactly would be unbounded.
@@ -83,7 +84,11 @@ class Likelihood(nn.Module):
         return raw.select(raw.dim() - len(self.spec.shape) - 1, index)
 
     def _event(self, distribution: TorchDistribution) -> Distribution:
-        return distribution.to_event(len(self.spec.shape))
+        if not self.spec.missing:
+            return distribution.to_event(len(self.spec.shape))
+        # The data's mean is in the support, and near the values that the decoder expects.
+        fill = self.mean.round() if self.is_discrete else self.mean
+        return ObservedPart(distribution, len(self.spec.shape), fill)
 
 
 class BernoulliLikelihood(Likelihood):

@@ -45,6 +45,8 @@ class Encoder(nn.Module):
         mean, std: moments of the data, in the units of x. They standardize the input, so that the
             same initial weights suit data of any scale.
         bounded: whether the range of x is bounded. If not, an outlier is: see `MAX_STANDARDIZED`.
+        missing: whether values of x may be NaN. The network then sees zeros in their place and,
+            beside the values, which are observed: as further channels (conv) or inputs (mlp).
 
     Raises:
         InputError: the activation is unknown, or the data do not suit the architecture.
@@ -63,21 +65,23 @@ class Encoder(nn.Module):
         mean: Tensor,
         std: Tensor,
         bounded: bool = False,
+        missing: bool = False,
     ) -> None:
         super().__init__()
-        self.data_shape, self.bounded = tuple(data_shape), bounded
+        self.data_shape, self.bounded, self.missing = tuple(data_shape), bounded, missing
+        copies = 2 if missing else 1  # the values, and which are observed
         self.architecture, self.activation = architecture, activation
         self.register_buffer("mean", mean.clone())
         self.register_buffer("std", std.clone())
         layers: list[nn.Module] = []
         if architecture == "conv":
             size = hidden[-1] * _size(_conv_sizes(self.data_shape, hidden)[-1])
-            for below, above in pairwise([data_shape[0], *hidden]):
+            for below, above in pairwise([copies * data_shape[0], *hidden]):
                 layers.append(_CONV[len(data_shape)](below, above, 4, stride=2, padding=1))
                 layers.append(_activation(activation))
             layers.append(nn.Flatten())
         else:
-            sizes = [_size(self.data_shape), *hidden]
+            sizes = [copies * _size(self.data_shape), *hidden]
             size = sizes[-1]
             layers += [nn.Flatten(), *_mlp(sizes, activation)]
         self.layers = nn.Sequential(*layers, nn.Linear(size, num_features))
@@ -88,7 +92,12 @@ class Encoder(nn.Module):
         if not self.bounded:
             limit = MAX_STANDARDIZED
             standardized = soft_clamp(standardized, -limit, limit, width=limit)
-        features = self.layers(standardized.reshape(-1, *self.data_shape))
+        standardized = standardized.reshape(-1, *self.data_shape)
+        if self.missing:
+            observed = ~standardized.isnan()
+            values = torch.where(observed, standardized, 0.0)
+            standardized = torch.cat([values, observed.to(values)], dim=1)
+        features = self.layers(standardized)
         return features.to(x.dtype).reshape(*batch_shape, -1)
 
 

@@ -36,7 +36,7 @@ FORMAT = "pyro_vae checkpoint"
 FORMAT_VERSION = 2
 
 # Fields of `DataSpec` that checkpoints of version 0.1 do not have.
-SPEC_OPTIONS = ("columns", "offset", "scale")
+SPEC_OPTIONS = ("columns", "offset", "scale", "missing")
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "data.max_value": ("7", 7),
     "data.validation_size": ("8", 8),
     "data.test_size": ("9", 9),
+    "data.missing": ("model", "model"),
     "model.kind": ("ae", "ae"),
     "model.architecture": ("conv", "conv"),
     "model.latent_dim": ("3", 3),
