@@ -13,6 +13,7 @@ from .diagnostics.refinement import gaps, refine
 from .diagnostics.sbc import check_ranks, miscalibration, simulate
 from .evidence.annealing import anneal
 from .evidence.importance import importance_sample, log_evidence, upper_bound
+from .evidence.imputation import impute
 from .models.autoencoder import Autoencoder
 from .models.build import build
 from .models.linear_gaussian import LinearGaussian
@@ -48,6 +49,7 @@ __all__ = [
     "fit",
     "gaps",
     "importance_sample",
+    "impute",
     "iterate",
     "latent_use",
     "load",

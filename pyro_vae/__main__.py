@@ -4,6 +4,7 @@
   pyro-vae evaluate   compute ELBO, log p(x), bits per dimension and active units of a run
   pyro-vae generate   generate data from a run
   pyro-vae encode     write posterior means and standard deviations of data
+  pyro-vae impute     write missing values, imputed from the observed ones of the same row
   pyro-vae diagnose   check the posterior of a run
   pyro-vae refit      replace the guide of a run, with the model held fixed
   pyro-vae report     write one HTML page for a run, or several side by side
@@ -19,7 +20,7 @@ import sys
 from .cli import fail, run_command
 from .config import VERSION
 
-COMMANDS = ("train", "evaluate", "generate", "encode", "diagnose", "refit", "report")
+COMMANDS = ("train", "evaluate", "generate", "encode", "impute", "diagnose", "refit", "report")
 
 
 def main() -> int:

@@ -13,6 +13,7 @@ RUN/refit.jsonl has the records, and figures and report.html are drawn anew.
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import sys
 import time
@@ -169,16 +170,25 @@ def _copy(run: Path, path: Path) -> None:
     (path / "figures").mkdir(exist_ok=True)
 
 
-class _Callable(ModuleType):
-    """This module. Once imported, it is in the place of the function `pyro_vae.refit`."""
+def also_function(command: str, home: str, name: str) -> None:
+    """Make the module of a command callable as the public function of the same name.
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from .training.refitting import refit
+    Once imported, the module is in the place of the function `pyro_vae.NAME`.
 
-        return refit(*args, **kwargs)
+    Args:
+        command: the module.
+        home: the module of the function.
+        name: the name of both.
+    """
+
+    class Command(ModuleType):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return getattr(importlib.import_module(home), name)(*args, **kwargs)
+
+    sys.modules[command].__class__ = Command
 
 
-sys.modules[__name__].__class__ = _Callable
+also_function(__name__, "pyro_vae.training.refitting", "refit")
 
 if __name__ == "__main__":
     sys.exit(main())

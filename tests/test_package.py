@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import pyro_vae
+from pyro_vae.__main__ import COMMANDS
 
 PACKAGE = Path(pyro_vae.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -29,7 +30,7 @@ def test_no_module_above_400_lines_and_no_function_above_60():
 
 
 def test_help_does_not_wait_for_torch():
-    for command in ("train", "evaluate", "generate", "encode", "diagnose", "report", "refit"):
+    for command in COMMANDS:
         code = (
             f"import sys; from pyro_vae.{command} import main\n"
             "try: main(['--help'])\nexcept SystemExit: pass\n"
@@ -46,19 +47,23 @@ def test_every_public_name_can_be_imported():
 def test_no_public_function_has_the_name_of_a_module():
     """Importing such a module would put it in the function's place."""
     modules = {path.stem for path in PACKAGE.iterdir()}
-    assert modules & set(pyro_vae.__all__) == {"refit"}  # both the command and the function
+    assert modules & set(pyro_vae.__all__) == {"refit", "impute"}  # commands and functions
 
 
 @pytest.mark.slow
-def test_the_command_refit_can_be_called_as_the_function():
+@pytest.mark.parametrize(
+    ("name", "home"),
+    [("refit", "pyro_vae.training.refitting"), ("impute", "pyro_vae.evidence.imputation")],
+)
+def test_commands_can_be_called_as_the_functions_of_their_names(name, home):
     """In either order of the imports."""
-    before = "import pyro_vae; assert pyro_vae.refit.__module__ == 'pyro_vae.training.refitting'"
+    before = f"import pyro_vae; assert pyro_vae.{name}.__module__ == '{home}'"
     after = (
-        "import pyro_vae.refit, pyro_vae\n"
+        f"import pyro_vae.{name}, pyro_vae\n"
         "from unittest import mock\n"
-        "assert callable(pyro_vae.refit.main)\n"
-        "with mock.patch('pyro_vae.training.refitting.refit', lambda *a, **k: (a, k)):\n"
-        "    assert pyro_vae.refit(1, seed=2) == ((1,), {'seed': 2})"
+        f"assert callable(pyro_vae.{name}.main)\n"
+        f"with mock.patch('{home}.{name}', lambda *a, **k: (a, k)):\n"
+        f"    assert pyro_vae.{name}(1, seed=2) == ((1,), {{'seed': 2}})"
     )
     for code in (before, after):
         subprocess.run([sys.executable, "-c", code], check=True)

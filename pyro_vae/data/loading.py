@@ -61,8 +61,7 @@ def load_data(
 
     Raises:
         InputError: the data are missing, damaged or of an unsupported kind or shape, hold values
-            that are not finite, or have too few rows; a row, or a column of the training rows, has
-            no observed value.
+            that are not finite, have too few rows, or a row or column without observed values.
     """
     config, data = _read(source, DataConfig(**settings), spec)
     if spec is not None:
@@ -70,12 +69,6 @@ def load_data(
     lacking = config.missing == "model"
     rows, scan = _draw_splits(data, config, seed), scan_values(data, lacking)
     if spec is None:
-        if lacking and not scan.missing:
-            warnings.warn(
-                f"--missing model: no value of {data.name} is missing. The encoder learns from "
-                f"complete rows only; other numbers that mark missing values must be made NaN",
-                stacklevel=2,
-            )
         spec = choose_spec(data, config.max_value, scan, rows[0], lacking)
     return _splits(data, scan, spec, *rows)
 
@@ -311,7 +304,9 @@ def _splits(source: Source, scan: Scan, spec: DataSpec, *rows: Tensor) -> Splits
         )
     if spec.offset is not None or max(abs(scan.low), abs(scan.high)) > FLOAT32_MAX:
         check_float32(source, spec)
-    values = _tensor(source.values, wide=spec.offset is not None)
+    # Observed values are written as they were read, see `impute`.
+    wide = spec.offset is not None or (spec.missing and source.values.dtype.kind == "f")
+    values = _tensor(source.values, wide=wide)
     labels = None if source.labels is None else torch.from_numpy(source.labels)
     train, validation, test = (
         Split(values, part, spec, None if labels is None else labels[part]) for part in rows

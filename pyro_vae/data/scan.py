@@ -161,6 +161,12 @@ def choose_spec(
     units, sample = None, np.empty((0, 0))
     if missing:
         check_columns(source, train)
+    if missing and not scan.missing:
+        warnings.warn(
+            f"--missing model: no value of {source.name} is missing. The encoder learns from "
+            f"complete rows only; other numbers that mark missing values must be made NaN",
+            stacklevel=3,
+        )
     if not integral or limit is None:
         sample = _sample(source, train)
         units = offset_and_scale(sample, source.columns, source.name)

@@ -20,6 +20,7 @@ from conftest import wait_for_epoch
 
 import pyro_vae
 from pyro_vae import encode, evaluate, generate, train
+from pyro_vae.__main__ import COMMANDS
 from pyro_vae.capture import captured as capture
 from pyro_vae.cli import run_command
 from pyro_vae.evidence import evaluation
@@ -793,9 +794,7 @@ def test_one_message_for_too_few_particles(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize(
-    "command", ["train", "evaluate", "generate", "encode", "diagnose", "refit", "report"]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_to_a_reader_that_has_gone(command, unbuffered):
     """As in `--help | head`: no traceback. Buffered output is written when the command ends."""
     reader, writer = os.pipe()
