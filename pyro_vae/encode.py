@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # Copies of the draws in memory, at most: their parts, whole, by row, in the file's buffer twice
 COPIES = 5
+# Rows of data whose missing values simulated rows lack
+EXAMPLES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,10 +133,14 @@ def _moments(run: OpenRun) -> tuple[dict[str, np.ndarray], list[str]]:
 def _recalibrate(run: OpenRun, arrays: dict[str, np.ndarray]) -> str:
     """Add recalibrated standard deviations and their factors; a line with the coverage."""
     from .diagnostics.recalibration import recalibrate
+    from .diagnostics.suite import random_rows
     from .randomness import derive, random_states
 
+    units, like = run.vae.likelihood_module.units, None
+    if run.splits.spec.missing:
+        like = random_rows(run.splits.whole(), units, EXAMPLES, run.seed)
     with random_states(run.device, derive(run.seed, "recalibrate")):
-        found = recalibrate(run.vae)  # type: ignore[arg-type]
+        found = recalibrate(run.vae, like=like)  # type: ignore[arg-type]
     arrays["factors"] = found.factors
     wider = arrays["standard_deviation"] * found.factors
     arrays["recalibrated_standard_deviation"] = wider.astype(arrays["mean"].dtype)

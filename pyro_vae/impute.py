@@ -178,10 +178,16 @@ def _table(run: OpenRun, values: np.ndarray) -> str:
     if columns:
         writer.writerow(columns + ["label"] * bool(named))
     for i, row in enumerate(values):
-        # The shortest text from which the same number is read
-        cells = [str(value).removesuffix(".0") for value in row]
-        writer.writerow(cells + (named[i] if named else []))
+        writer.writerow([_cell(value) for value in row] + (named[i] if named else []))
     return text.getvalue()
+
+
+def _cell(value: np.floating) -> str:
+    """The shortest text from which the same number is read, in float32 if it is one."""
+    import numpy as np
+
+    single = np.float32(value)
+    return str(single if single == value else value).removesuffix(".0")
 
 
 also_function(__name__, "pyro_vae.evidence.imputation", "impute")

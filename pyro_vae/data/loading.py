@@ -64,8 +64,6 @@ def load_data(
             that are not finite, have too few rows, or a row or column without observed values.
     """
     config, data = _read(source, DataConfig(**settings), spec)
-    if spec is not None:
-        data = _match_columns(data, spec)
     lacking = config.missing == "model"
     rows, scan = _draw_splits(data, config, seed), scan_values(data, lacking)
     if spec is None:
@@ -76,7 +74,7 @@ def load_data(
 def _read(source: Any, config: DataConfig, spec: DataSpec | None) -> tuple[DataConfig, Source]:
     """The settings of the data, and their rows as they are stored.
 
-    `spec`: see `load_data`. It decides whether values may be missing.
+    `spec`: see `load_data`. It decides whether values may be missing, and the order of columns.
     """
     if isinstance(source, DataConfig):
         if config != DataConfig():
@@ -87,7 +85,8 @@ def _read(source: Any, config: DataConfig, spec: DataSpec | None) -> tuple[DataC
     if spec is not None:
         config = _as_trained(config, spec)
     in_memory = not isinstance(source, (str, PathLike, DataConfig))
-    return config, read_object(source, config) if in_memory else read(config)
+    data = read_object(source, config) if in_memory else read(config)
+    return config, data if spec is None else _match_columns(data, spec)
 
 
 def _as_trained(config: DataConfig, spec: DataSpec) -> DataConfig:

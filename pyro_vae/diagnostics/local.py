@@ -31,6 +31,7 @@ import torch
 from pyro.distributions import Distribution
 from torch import Tensor
 
+from ..data.missing import hidden_at_random
 from ..memory import Callback, ignore, rows_at_once
 from ..models.interface import LatentModel
 from ..randomness import one_thread
@@ -75,7 +76,8 @@ def local_test(
 
     Args:
         vae: model with `prior()`, `posterior(x)`, with mean and variance, and `likelihood(z)`.
-        x_observed: (B, *data_shape), the rows.
+        x_observed: (B, *data_shape), the rows. Simulated rows lack the values that one of them
+            lacks, chosen at random, as in `simulate`.
         num_pairs: N, simulated pairs to train on, and as many others to measure `correct`.
         num_draws: draws from q(z|x) of each row.
         num_permutations: number of random labellings.
@@ -93,8 +95,8 @@ def local_test(
     from sklearn.linear_model import Ridge
     from sklearn.preprocessing import StandardScaler
 
-    features = _features(vae)
-    truths, draws = _pairs(vae, num_pairs, features, on_chunk)
+    features = _features(vae, x_observed)
+    truths, draws = _pairs(vae, num_pairs, features, x_observed, on_chunk)
     shape = (num_pairs, num_permutations + 1)
     label = np.random.default_rng(seed).integers(0, 2, shape, np.int8).astype(np.float32) - 0.5
     label[:, 0] = 0.5  # the truth is the truth
@@ -111,20 +113,20 @@ def local_test(
         table.append((margins.clip(-0.5, 0.5) ** 2).mean(0))
     statistics = np.stack(table)
 
-    truths, draws = _pairs(vae, num_pairs, features, on_chunk)
+    truths, draws = _pairs(vae, num_pairs, features, x_observed, on_chunk)
     preferred = (scaler.transform(truths) - scaler.transform(draws)) @ ridge.coef_[0] > 0
     return LocalTest(preferred, statistics[:, 0], (statistics >= statistics[:, :1]).mean(1))
 
 
 def _pairs(
-    vae: LatentModel, count: int, features: Features, on_chunk: Callback
+    vae: LatentModel, count: int, features: Features, like: Tensor, on_chunk: Callback
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features (N, F) of the true z, and of one draw from q(z|x), for N rows of the model."""
     parts = []
     z = vae.prior().sample((count,))
     size = vae.likelihood(z[:1]).event_shape.numel()
     for truth in z.split(rows_at_once(size, z.device)):
-        x = vae.likelihood(truth).sample()
+        x = hidden_at_random(vae.likelihood(truth).sample(), like)
         posterior = vae.posterior(x)
         parts.append([features(posterior, x, z) for z in (truth, posterior.sample())])
         on_chunk(len(x))
@@ -132,12 +134,15 @@ def _pairs(
     return truths, draws
 
 
-def _features(vae: LatentModel) -> Features:
+def _features(vae: LatentModel, like: Tensor | None = None) -> Features:
     """The features (B, F) of z (B, Z), given q(z|x) and x (B or 1, *data_shape)."""
     from sklearn.decomposition import PCA
 
     x = vae.likelihood(vae.prior().sample((FITTED_ROWS,))).sample()
+    centre = x.mean(0)  # stands for missing values
+    x = hidden_at_random(x, like)
     means = vae.posterior(x).mean
+    x = torch.where(x.isnan(), centre, x)
     values = [v.flatten(1).cpu().numpy() for v in (x, means)]
     with np.errstate(invalid="ignore"):  # shares of no variance, if x or the means are constant
         components = [
@@ -148,6 +153,7 @@ def _features(vae: LatentModel) -> Features:
 
     def features(posterior: Distribution, x: Tensor, z: Tensor) -> np.ndarray:
         u = _units(posterior, z)
+        x = torch.where(x.isnan(), centre, x)
         values = (v.flatten(1).cpu().numpy() for v in (x, posterior.mean))
         c = [pca.transform(v) for pca, v in zip(components, values, strict=True)]
         context = np.concatenate(c, axis=1).clip(-REACH, REACH)[:, None]  # (B, 1, C)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.missing import hidden_as
 from ..memory import rows_at_once
 from ..models.interface import LatentModel
 from ..randomness import one_thread
@@ -58,15 +59,15 @@ def predictive_check(
 ) -> PredictiveCheck:
     """Compare statistics of x with those of draws from the model.
 
-    On held-out x this checks the model, given the guide. Draws come from torch's global random
-    state.
+    On held-out x this checks the model, given the guide. Replicates lack the values that x lacks.
+    Draws come from torch's global random state.
 
     Args:
         vae: model with `posterior(x)` and `likelihood(z)`.
         x: (B, *data_shape).
         statistics: name → f(x (S, B, *data_shape), z (S, B, Z)) → (S, B). By default mean, standard
             deviation, log p(x|z) and, but for tables, the mean absolute difference of neighbours,
-            as far as a row has more than one value or neighbours.
+            as far as a row has more than one value or neighbours; of observed values only.
         num_draws: S, at least 2.
 
     Raises:
@@ -75,7 +76,7 @@ def predictive_check(
     if num_draws < 2:
         raise ValueError(f"num_draws expects at least 2; got {num_draws}")
     if statistics is None:
-        statistics = _statistics(vae, x.shape[1:])
+        statistics = _statistics(vae, x)
     rows = rows_at_once(num_draws * x[0].numel(), x.device, CHUNKS_PER_BLOCK)
     parts = [_compare(vae, part, statistics, num_draws) for part in x.split(rows)]
     observed, mean, scale, p_values = torch.cat(parts, dim=1).cpu().numpy()
@@ -89,6 +90,7 @@ def _compare(
     z = vae.posterior(x).sample((num_draws,))
     replicated = vae.likelihood(z).sample()
     same = x.expand(replicated.shape)
+    replicated = hidden_as(replicated, same)
     columns = []
     for name, statistic in statistics.items():
         here, there = statistic(same, z).double(), statistic(replicated, z).double()
@@ -101,15 +103,30 @@ def _compare(
     return torch.stack(columns, dim=-1)
 
 
-def _statistics(vae: LatentModel, shape: torch.Size) -> dict[str, Statistic]:
-    """The default statistics of rows of this shape that are numbers, rather than NaN."""
-    statistics: dict[str, Statistic] = {"mean": lambda x, z: x.flatten(2).mean(-1)}
+def _statistics(vae: LatentModel, x: Tensor) -> dict[str, Statistic]:
+    """The default statistics of rows like x (B, *data_shape) that are numbers, rather than NaN."""
+    shape = x.shape[1:]
+    lacking = bool(x.isnan().any())
+    mean, deviation = (_mean, _deviation) if lacking else (torch.mean, torch.std)
+    statistics: dict[str, Statistic] = {"mean": lambda x, z: mean(x.flatten(2), -1)}
     if shape.numel() > 1:
-        statistics["standard deviation"] = lambda x, z: x.flatten(2).std(-1)
+        statistics["standard deviation"] = lambda x, z: deviation(x.flatten(2), -1)
     statistics["log p(x|z)"] = lambda x, z: vae.likelihood(z).log_prob(x)
     sides = [side for side in range(1 - len(shape), 0) if shape[side] > 1]  # not the channels
     if sides:
         statistics["roughness"] = lambda x, z: torch.stack(
-            [x.diff(dim=side).abs().flatten(2).mean(-1) for side in sides]
+            [mean(x.diff(dim=side).abs().flatten(2), -1) for side in sides]
         ).sum(0)
     return statistics
+
+
+def _mean(x: Tensor, dim: int) -> Tensor:
+    """Mean of observed values; 0 if there are none."""
+    return x.nanmean(dim).nan_to_num(0.0)
+
+
+def _deviation(x: Tensor, dim: int) -> Tensor:
+    """Standard deviation of observed values; 0 if there is only one."""
+    count = (~x.isnan()).sum(dim)
+    squares = (x - x.nanmean(dim, keepdim=True)).square().nansum(dim)
+    return (squares / (count - 1).clamp_min(1)).sqrt()

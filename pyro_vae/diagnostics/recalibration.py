@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
+from torch import Tensor
 
 from ..memory import Callback, ignore
 from ..models.interface import LatentModel
@@ -54,6 +55,7 @@ def recalibrate(
     num_simulations: int = 4000,
     level: float = 0.9,
     on_chunk: Callback = ignore,
+    like: Tensor | None = None,
 ) -> Recalibration:
     """Learn the factors on rows simulated from the model, and test them on others.
 
@@ -64,6 +66,7 @@ def recalibrate(
         num_simulations: number of rows, one half to learn from and one to test.
         level: probability of the intervals.
         on_chunk: called with the number of simulations just done.
+        like: rows of data whose missing values simulated rows lack, see `simulate`.
 
     Raises:
         ValueError: `level` is not between 0 and 1, or there are too few simulations for it.
@@ -78,7 +81,8 @@ def recalibrate(
             f"num_simulations expects at least {least} for intervals of {level:g}; got "
             f"{num_simulations}"
         )
-    scores = np.abs(simulate(vae, num_simulations, num_draws=1, on_chunk=on_chunk).z_scores)
+    found = simulate(vae, num_simulations, num_draws=1, on_chunk=on_chunk, like=like)
+    scores = np.abs(found.z_scores)
     normal = stats.norm.isf((1 - level) / 2)
     factors = np.sort(scores[:learned], axis=0)[rank - 1] / normal
     test = scores[learned:]

@@ -26,6 +26,7 @@ from pyro.distributions import Distribution
 from scipy import special, stats
 from torch import Tensor
 
+from ..data.missing import hidden_at_random
 from ..memory import Callback, ignore, rows_at_once
 from ..models.interface import LatentModel
 from ..models.log_weights import log_likelihood
@@ -87,6 +88,7 @@ def simulate(
     num_draws: int = 199,
     quantities: Mapping[str, Quantity] | None = None,
     on_chunk: Callback = ignore,
+    like: Tensor | None = None,
 ) -> Simulations:
     """Draw data from the model, and rank the true z among draws from the guide.
 
@@ -98,6 +100,9 @@ def simulate(
         num_draws: L. With L + 1 a multiple of 200, central regions of 50, 90 and 95% are exact.
         quantities: further quantities to rank, name → f(z (S, B, Z), x (B, *data_shape)) → (S, B).
         on_chunk: called with the number of simulations just done.
+        like: (M, *data_shape), rows of data. Each simulated row lacks the values that one of them
+            lacks, chosen at random: the guide is then tested on rows as it sees them. This assumes
+            that values are missing completely at random.
 
     Raises:
         ValueError: a number is not positive, or a quantity has the wrong shape or is NaN.
@@ -112,7 +117,7 @@ def simulate(
     rows = rows_at_once(size * (num_draws + 1), truths.device, CHUNKS_PER_BLOCK)
     ranks, means, scales = [], [], []
     for truth in truths.split(rows):
-        x = vae.likelihood(truth).sample()
+        x = hidden_at_random(vae.likelihood(truth).sample(), like)
         posterior = vae.posterior(x)
         z = torch.cat([truth.unsqueeze(0), posterior.sample((num_draws,))])  # (1 + L, B, Z)
         values = _quantities(vae, posterior, x, z, quantities or {})

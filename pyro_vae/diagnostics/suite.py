@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..data.missing import hidden_at_random
 from ..data.splits import Split, Units
 from ..evidence.annealing import anneal
 from ..evidence.evaluation import mean_kl
@@ -74,6 +75,8 @@ def studies(
 ) -> Iterator[Study]:
     """Make all studies in turn. Draws come from torch's global random state.
 
+    Simulated rows lack values as held-out rows do, see `simulate`.
+
     Args:
         vae: the model with its guide.
         held_out: (B, *data_shape) rows outside the training split, at least 5.
@@ -94,12 +97,12 @@ def studies(
     refined = held_out[: effort.refined]
     fitted = _gaps(vae, refined, effort, part(25, 2 * effort.refine_steps))
     yield fitted
-    yield _calibration(vae, effort, part(8, effort.simulations))
+    yield _calibration(vae, effort, part(8, effort.simulations), held_out)
     moves = 3 * effort.anneal_steps * effort.annealed * effort.anneal_chains
-    yield _bounds(vae, effort, part(24, moves))
+    yield _bounds(vae, effort, part(24, moves), held_out)
     transitions = effort.chains * (effort.chain_warmup + effort.chain_draws)
     yield _chains(vae, held_out[: effort.chain_rows], effort, part(25, transitions))
-    yield _aggregate(vae, training, effort)
+    yield _aggregate(vae, training, effort, held_out)
     advance(2)
     yield local_study(vae, refined, numbers, effort, part(6, 4 * effort.simulations))
     yield worst_rows(vae, held_out, numbers, weights.rows | fitted.rows, effort)
@@ -173,8 +176,10 @@ def _gaps(vae: VAE, x: Tensor, effort: Effort, on_step: Callable[[int], object])
     return Study(verdicts.about_gaps(result), details, {"gaps": figure}, rows)
 
 
-def _calibration(vae: VAE, effort: Effort, on_chunk: Callable[[int], object]) -> Study:
-    simulations = simulate(vae, effort.simulations, effort.draws, on_chunk=on_chunk)
+def _calibration(
+    vae: VAE, effort: Effort, on_chunk: Callable[[int], object], like: Tensor | None = None
+) -> Study:
+    simulations = simulate(vae, effort.simulations, effort.draws, on_chunk=on_chunk, like=like)
     covered, sizes = coverage(simulations), miscalibration(simulations)
     names = simulations.names[: simulations.z.shape[1]]
 
@@ -234,10 +239,12 @@ def _calibration_figures(simulations: Simulations, names: Sequence[str]) -> dict
     }
 
 
-def _bounds(vae: VAE, effort: Effort, on_step: Callable[[int], object]) -> Study:
+def _bounds(
+    vae: VAE, effort: Effort, on_step: Callable[[int], object], like: Tensor | None = None
+) -> Study:
     with torch.no_grad():
         z = vae.prior().sample((effort.annealed,))
-        x = vae.likelihood(z).sample()
+        x = hidden_at_random(vae.likelihood(z).sample(), like)
     importance = importance_sample(vae, x, effort.importance_samples).log_evidence
     free = upper_bound(vae, x, z, effort.importance_samples)
     annealed = anneal(vae, x, effort.anneal_steps, effort.anneal_chains, z, on_step)
@@ -296,12 +303,13 @@ def _chains(vae: VAE, x: Tensor, effort: Effort, on_sample: Callable[[int], obje
     return Study(verdicts.about_chains(result), details, {"nuts": figure})
 
 
-def _aggregate(vae: VAE, training: Tensor, effort: Effort) -> Study:
+def _aggregate(vae: VAE, training: Tensor, effort: Effort, like: Tensor | None = None) -> Study:
     count = min(effort.aggregate, len(training))
     with torch.no_grad():
         z = vae.prior().sample((effort.aggregate,))
         rows = rows_at_once(training[0].numel(), z.device)
         x = torch.cat([vae.likelihood(part).sample() for part in z.split(rows)])
+        x = hidden_at_random(x, like)
         prior = _array(vae.prior().sample((effort.aggregate,)))
     simulated, seen = aggregate_posterior(vae, x), aggregate_posterior(vae, training[:count])
     blocks = zip(np.array_split(simulated, 10), np.array_split(prior, 10), strict=True)

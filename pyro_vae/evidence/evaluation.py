@@ -83,7 +83,7 @@ def note_outlier(vae: VAE | Autoencoder, split: Split, values: Tensor, what: str
     if likelihood.units == "real" and split.spec.is_table:
         x = split.take(torch.tensor([row], device="cpu"), "real")[0]
         away = likelihood.deviations(x)
-        column = int(away.abs().argmax())
+        column = int(away.abs().nan_to_num(0.0).argmax())
         text += (
             f". Its {column_name(split.spec.columns, column)} holds {x[column]:.5g}, "
             f"{away[column]:.3g} standard deviations from the mean of the training data"
@@ -117,7 +117,8 @@ class Evaluation:
         monte_carlo_error: of the mean log p(x) of these rows, from the importance weights.
         unreliable_weights: share of rows whose weights have too heavy a tail to rely on log p(x)
             and on the Monte Carlo error (`evidence.reliable_k`).
-        bits_per_dim: −log p(x) / (D log 2), of discrete data.
+        bits_per_dim: −log p(x) / (D log 2), of discrete data; D is the mean number of observed
+            values of a row.
         active_units: number of latents whose posterior mean varies over rows by `ACTIVE_VARIANCE`.
         num_images: number of rows.
         num_samples: importance samples per row.
@@ -167,19 +168,22 @@ def evaluate(
         mean, _ = elbo_terms(vae, split, seed, count, note=True)
         return Evaluation(reconstruction=mean, num_images=count, binarization=binarization)
 
-    size = math.prod(split.spec.shape)
-    mode, with_tail = choose_mode(count * num_samples * size), num_samples >= MIN_TAIL_SAMPLES
+    values = count * num_samples * math.prod(split.spec.shape)
+    mode, with_tail = choose_mode(values), num_samples >= MIN_TAIL_SAMPLES
     parts: list[tuple[Tensor, ...]] = []
+    observed = 0
     with random_states(split.device, derive(seed, "posterior")):
         for x in batches:
             evidence = importance_sample(vae, x, num_samples, on_chunk, with_tail, mode=mode)
             parts.append(_terms(vae, x, evidence))
+            observed += int((~x.isnan()).sum())
             if on_batch is not None:
                 log_evidence, reconstruction, kl, *_ = _joined(parts)
                 on_batch((reconstruction - kl).mean().item(), log_evidence.mean().item())
     log_evidence, reconstruction, kl, errors, tails, means = _joined(parts)
     note_outlier(vae, split, log_evidence, "log p(x)")
 
+    size = observed / count
     density, deviation = log_evidence.mean().item(), errors.square().sum().sqrt().item()
     unreliable = (tails > reliable_k(num_samples)).double().mean().item()
     several = count > 1

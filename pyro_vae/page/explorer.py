@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from ..data.splits import Splits
 from ..memory import rows_at_once
@@ -26,6 +27,7 @@ from ..models.autoencoder import Autoencoder
 from ..models.vae import VAE
 from ..plots.codes import Codes
 from ..plots.from_model import to_display
+from ..plots.tiles import MISSING
 from .render import data_url
 
 # Latents, anchors, points per side; the first plan whose sheets fit the budget is used.
@@ -90,7 +92,7 @@ def explore(vae: VAE | Autoencoder, codes: Codes, budget: int) -> Explorer:
         drawn, span = _sheets(vae, codes, latents, grid, anchors, most)
         if drawn:
             break
-    height, width, *channels = tiles(vae, codes.x[:1], span)[0].shape
+    height, width, *channels = tiles(vae, codes.x[:1].nan_to_num(0.0), span)[0].shape
     tile = (height, width, channels[0] if channels else 1)
     reduced = _is_picture(vae) and (height, width) != tuple(codes.x.shape[-2:])
     return Explorer(latents, grid, anchors, drawn, tile, span, reduced)
@@ -106,15 +108,22 @@ def tiles(
 
     Images, and the middle slices of volumes, with a side of more than `largest` pixels are reduced
     to it. Rows of a table become (N, 1, D) and sequences (N, C, T), `span` being black and white.
+    If any value is missing, all tiles are in colour.
     """
     values = torch.as_tensor(to_display(vae, x))
     if not _is_picture(vae):
         values = values.reshape(len(values), 1, -1, values.shape[-1])
         values = (values - span[0]) / (span[1] - span[0] or 1)
     longest = max(values.shape[-2:])
+    missing = values.isnan()
     if _is_picture(vae) and longest > largest:
         size = [max(1, round(side * largest / longest)) for side in values.shape[-2:]]
-        values = torch.nn.functional.interpolate(values, size, mode="area")
+        known = interpolate((~missing).to(values), size, mode="area") if missing.any() else 1.0
+        values = interpolate(values.nan_to_num(0.0), size, mode="area") / known
+        missing = values.isnan()  # 0 / 0, where all pixels of an area are
+    if missing.any():
+        colour = torch.tensor(MISSING, dtype=values.dtype)[:, None, None]
+        values = torch.where(missing.any(1, keepdim=True), colour, values)
     bits = (255 * values.clamp(0, 1)).round().to(torch.uint8).movedim(1, -1)
     return (bits[..., 0] if bits.shape[-1] == 1 else bits).numpy()
 

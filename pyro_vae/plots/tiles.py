@@ -3,7 +3,8 @@
 Images come as arrays (..., C, H, W) of intensities in [0, 1], sequences as (..., C, T) and rows of
 tables as (..., D). Tables are drawn as profiles, curves over the columns, and so are sequences,
 with a curve for each channel, and images of at most 3 pixels by many. The values of one-column
-tables are the points of a curve along each line of the grid.
+tables are the points of a curve along each line of the grid. NaN marks a missing value: a pixel of
+the colour `MISSING`, a gap in a profile. A tile of NaN is not drawn.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .run import TRAIN, VALIDATION, new_figure, styled
 
 # Without interpolation an SVG holds the pixels unchanged.
 TILES: Any = {"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "none"}
+MISSING = (0.96, 0.7, 0.68)  # light red
 CHANNELS = (VALIDATION, "#3a8f4f", TRAIN)
 
 MOST_INCHES = 14.0  # of a grid, in either direction
@@ -85,7 +87,14 @@ def in_rows(values: np.ndarray, columns: int = 0) -> np.ndarray:
 
 
 def reduced(values: np.ndarray, most_pixels: int) -> np.ndarray:
-    """Images (..., H, W) of about `most_pixels` or fewer, by means of equal blocks."""
+    """Images (..., H, W) of about `most_pixels` or fewer, by means of equal blocks.
+
+    Missing pixels do not count; a block is missing if all of its pixels are.
+    """
+    if np.isnan(values).any():
+        known = reduced((~np.isnan(values)).astype(float), most_pixels)
+        sums = reduced(np.nan_to_num(values), most_pixels)
+        return np.divide(sums, known, out=np.full_like(sums, np.nan), where=known > 0)
     factor = math.sqrt(math.prod(values.shape[-2:]) / most_pixels)
     for axis in (-2, -1) if factor > 1 else ():
         side = values.shape[axis]
@@ -150,16 +159,25 @@ def _grid(values: np.ndarray, title: str, row_labels: Sequence[str] = ()) -> Fig
 
 
 def _mosaic(values: np.ndarray, gap: int) -> np.ndarray:
-    """(rows, columns, C, H, W) → one image: (height, width), NaN in the gaps, or RGBA."""
+    """(rows, columns, C, H, W) → one image: (height, width), NaN in the gaps, or RGBA.
+
+    Grey images without missing pixels are drawn in grey.
+    """
     rows, _, channels, height, _ = values.shape
     room = [(0, 0)] * 3 + [(0, gap)] * 2
     padded = np.pad(values.astype(float), room, constant_values=np.nan)
     sheet = padded.transpose(0, 3, 1, 4, 2).reshape(rows * (height + gap), -1, channels)
     sheet = sheet[:-gap, :-gap]
-    if channels == 1:
+    absent = np.isnan(values)
+    some = absent.any(2) & ~absent.all((2, 3, 4))[..., None, None]  # pixels; not of empty tiles
+    if channels == 1 and not some.any():
         return sheet[..., 0]
     opaque = np.isfinite(sheet[..., :1]).astype(float)
-    return np.concatenate([np.nan_to_num(sheet).clip(0, 1), opaque], axis=-1)
+    colours = np.nan_to_num(sheet).clip(0, 1).repeat(3 // channels, axis=-1)
+    picture = np.concatenate([colours, opaque], axis=-1)
+    marked = np.pad(some, [(0, 0)] * 2 + [(0, gap)] * 2).transpose(0, 2, 1, 3)
+    picture[marked.reshape(rows * (height + gap), -1)[:-gap, :-gap]] = (*MISSING, 1.0)
+    return picture
 
 
 def _draw_profiles(axes: Axes, values: np.ndarray) -> None:
@@ -186,7 +204,9 @@ def _draw_profiles(axes: Axes, values: np.ndarray) -> None:
     y = np.pad(y, apart, constant_values=np.nan)
     x = np.broadcast_to(np.pad(x, [(0, 0), (0, 1)], mode="edge"), y[:, :, 0].shape)
     for k, colour in enumerate(colours):
-        look: Any = {"linewidth": 0.8, "marker": "o" if size <= 30 else None, "markersize": 2}
+        # A value between two missing ones has no line.
+        points = size <= 30 or np.isnan(curves).any()
+        look: Any = {"linewidth": 0.8, "marker": "o" if points else None, "markersize": 2}
         axes.plot(x.ravel(), y[:, :, k].ravel(), color=colour, **look)
     frame: Any = {"color": "0.85", "linewidth": 0.6, "zorder": 0}
     axes.hlines(np.arange(rows + 1), 0, columns, **frame)

@@ -27,6 +27,7 @@ from ..capture.captured import Mode, capture
 from ..capture.optimizer import NonFiniteGradient, OneOptimizer
 from ..config import FitConfig, ModelConfig, resolve_epochs
 from ..config.families import MixturePrior, RefinedGuide, RefitConfig, VampPrior
+from ..data.missing import hidden_as, hidden_at_random
 from ..data.splits import Split, Splits
 from ..evidence.evaluation import elbo_terms
 from ..memory import Callback, check_memory, ignore, rows_at_once
@@ -117,7 +118,8 @@ def refit(
         refitted = new_guide(vae, config.guide, config.encoder_hidden, seed).eval()
         started = time.perf_counter()
         if isinstance(refitted.family, Refined):
-            refitted.family.set_tail(_radii(refitted, derive(seed, "refit tail"), on_step))
+            like = _examples(splits.train, vae)
+            refitted.family.set_tail(_radii(refitted, derive(seed, "refit tail"), on_step, like))
             seconds = time.perf_counter() - started
             on_record(_record(refitted, splits, config, seed, 0, seconds))
             return refitted
@@ -198,6 +200,8 @@ def _step(svi: SVI, vae: VAE, trained: VAE, train: Split, config: RefitConfig) -
         near = vae.likelihood(trained.posterior(x[:num_near]).sample()).sample()
         z = vae.prior().sample((len(x),))
         simulated = vae.likelihood(z).sample()
+        # They lack the values that rows of data lack, which are in random order.
+        near, simulated = hidden_as(near, x[:num_near]), hidden_as(simulated, x)
     try:
         loss = svi.step(torch.cat([near, x[num_near:]]), simulated, z)
     except NonFiniteGradient:
@@ -210,10 +214,12 @@ def _step(svi: SVI, vae: VAE, trained: VAE, train: Split, config: RefitConfig) -
 
 
 @torch.no_grad()
-def _radii(vae: VAE, seed: int, on_row: Callback = ignore) -> np.ndarray:
+def _radii(
+    vae: VAE, seed: int, on_row: Callback = ignore, like: Tensor | None = None
+) -> np.ndarray:
     """Distances (N,) of simulated z from the mean, in units of the guide's scale."""
     found = []
-    for x, z in _pairs(vae, TAIL_PAIRS, seed):
+    for x, z in _pairs(vae, TAIL_PAIRS, seed, like):
         on_row(len(z))
         q: Any = vae.posterior(x)
         away = (z - q.loc).unsqueeze(-1)
@@ -222,13 +228,26 @@ def _radii(vae: VAE, seed: int, on_row: Callback = ignore) -> np.ndarray:
     return torch.cat(found).double().cpu().numpy()
 
 
-def _pairs(vae: VAE, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Simulated x (B, *data_shape) and z (B, Z), `count` in all, the same at every call."""
+def _pairs(
+    vae: VAE, count: int, seed: int, like: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Simulated x (B, *data_shape) and z (B, Z), `count` in all, the same at every call.
+
+    They lack values as the rows of `like` do, see `hidden_at_random`.
+    """
     device = next(vae.parameters()).device
     with random_states(device, seed):
         z = vae.prior().sample((count,))
         for part in z.split(rows_at_once(math.prod(vae.likelihood_module.spec.shape), device)):
-            yield vae.likelihood(part).sample(), part
+            yield hidden_at_random(vae.likelihood(part).sample(), like), part
+
+
+def _examples(train: Split, vae: VAE) -> Tensor | None:
+    """`SCORED` training rows at even distances, whose missing values simulated rows lack."""
+    if not train.spec.missing:
+        return None
+    rows = train.rows[:: max(1, len(train) // SCORED)]
+    return torch.cat(list(replace(train, rows=rows).fixed(vae.likelihood_module.units, seed=0)))
 
 
 def _record(
@@ -236,7 +255,8 @@ def _record(
 ) -> RefitRecord:
     vae.eval()
     elbo = validation_elbo(vae, splits, seed)
-    pairs = _pairs(vae, SCORED, derive(seed, "refit score"))
+    like = _examples(splits.train, vae)
+    pairs = _pairs(vae, SCORED, derive(seed, "refit score"), like)
     with torch.no_grad():
         log_q = [vae.posterior(x).log_prob(z) for x, z in pairs]
     mean_log_q = torch.cat(log_q).double().mean().item()

@@ -22,7 +22,7 @@ import pytest
 
 import pyro_vae
 from pyro_vae import __main__ as package
-from pyro_vae import diagnose, encode, evaluate, generate, report, train
+from pyro_vae import diagnose, encode, evaluate, generate, impute, report, train
 from pyro_vae.cli import print_json, run_command
 from pyro_vae.diagnostics import findings, suite
 from pyro_vae.diagnostics.intervals import Interval
@@ -33,6 +33,7 @@ COMMANDS = {
     "evaluate": evaluate.main,
     "generate": generate.main,
     "encode": encode.main,
+    "impute": impute.main,
     "diagnose": diagnose.main,
     "report": report.main,
 }
