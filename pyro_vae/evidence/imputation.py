@@ -93,7 +93,8 @@ def impute(
     mean, draws = x.clone(), x.expand(num_draws, *x.shape).clone()
     k = torch.full((len(x),), torch.nan, dtype=torch.float64, device=x.device)
     (latent_dim,) = vae.prior().event_shape
-    for rows in todo.split(rows_at_once(num_samples * latent_dim, x.device, CHUNKS)):
+    size = rows_at_once(num_samples * latent_dim, x.device, CHUNKS)
+    for rows in todo.split(size) if len(todo) else ():
         part = x[rows]
         z, shares, k[rows] = _weighted(vae, part, num_samples)
         mean[rows] = _completed(part, _mean(vae, z, shares))

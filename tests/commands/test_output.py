@@ -22,10 +22,11 @@ import pytest
 
 import pyro_vae
 from pyro_vae import __main__ as package
-from pyro_vae import diagnose, encode, evaluate, generate, impute, report, train
+from pyro_vae import diagnose, encode, evaluate, generate, report, train
 from pyro_vae.cli import print_json, run_command
 from pyro_vae.diagnostics import findings, suite
 from pyro_vae.diagnostics.intervals import Interval
+from pyro_vae.impute import main as impute
 
 TINY = ["--epochs", "1", "--hidden", "8", "--latent-dim", "2"]
 COMMANDS = {
@@ -33,7 +34,7 @@ COMMANDS = {
     "evaluate": evaluate.main,
     "generate": generate.main,
     "encode": encode.main,
-    "impute": impute.main,
+    "impute": impute,
     "diagnose": diagnose.main,
     "report": report.main,
 }
