@@ -127,8 +127,8 @@ def _open(arguments: ImputeArguments) -> OpenRun:
             f"{arguments.run} was trained without missing values, of which its encoder knows "
             f"nothing: train with --missing model"
         )
-    if arguments.out.suffix.lower() == ".csv" and spec.is_image:
-        raise InputError(f"--out expects .npz or .npy for images; got {arguments.out}")
+    if arguments.out.suffix.lower() == ".csv" and not spec.is_table:
+        raise InputError(f"--out expects .npz or .npy for {spec.row}s; got {arguments.out}")
     if arguments.out.suffix.lower() == ".npz":
         count, draws = len(run.splits.whole()), arguments.draws or DRAWS
         what = f"{draws:,} draws for each of {count:,} rows"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import example_vae
+from masked import missing_vae
 from PIL import Image
 from torch import nn
 
@@ -19,6 +20,7 @@ from pyro_vae.models.priors import StandardNormal
 from pyro_vae.models.vae import VAE
 from pyro_vae.page.explorer import PLANS, WHOLE, explore, sheet, tiles
 from pyro_vae.plots.codes import Codes
+from pyro_vae.plots.tiles import MISSING
 
 PLENTY = 1 << 30
 
@@ -249,3 +251,27 @@ def test_a_flat_table_is_drawn_without_a_division_by_zero(tmp_path):
 def test_png_is_lossless(shape):
     values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     np.testing.assert_array_equal(opened(sheet(values[None], 1)), values)
+
+
+def test_missing_pixels_of_thumbnails_are_red():
+    """Also of reduced ones, in which they do not count; and cells of tables."""
+    vae, splits = missing_vae("gaussian", (1, 4, 6))
+    x = torch.cat(list(splits.test.fixed("real", 0)))
+    red = np.rint(255 * np.array(MISSING)).astype(np.uint8)
+    found = tiles(vae, x)
+    assert found.shape == (len(x), 4, 6, 3)
+    gone = x.isnan()[:, 0].numpy()
+    assert (found[gone] == red).all()
+    plain = tiles(vae, x.nan_to_num(0.0))
+    assert plain.ndim == 3
+    assert (found[~gone] == plain[~gone][:, None]).all()
+    x[:, :, :2, :2] = torch.nan
+    small = tiles(vae, x, largest=3)
+    assert small.shape == (len(x), 2, 3, 3)
+    assert (small[:, 0, 0] == red).all()
+    means = np.random.default_rng(0).normal(size=(len(x), 3)).astype(np.float32)
+    assert explore(vae, codes_of(x, means), PLENTY).tile == (4, 6, 1)
+    table, splits = missing_vae("gaussian", (5,))
+    rows = torch.cat(list(splits.test.fixed("real", 0)))
+    cells = tiles(table, rows, (-2.0, 2.0))
+    assert (cells[:, 0][rows.isnan().numpy()] == red).all()

@@ -403,3 +403,49 @@ def test_a_full_disk_ends_no_training(tmp_path, monkeypatch, capsys):
     assert list((tmp_path / "run" / "figures").iterdir()) == []
     assert (tmp_path / "run" / "report.html").exists()
     assert pyro_vae.load(tmp_path / "run") is not None
+
+
+# --- missing values -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_missing_pixels_have_a_colour_of_their_own(channels):
+    """Gaps and empty tiles stay transparent; other pixels keep their intensity."""
+    values = RANDOM.random((3, channels, 5, 4))
+    values[0, 0, 1:3, 2] = np.nan
+    values[2, :, :, :2] = np.nan
+    picture = sheet(tiles.image_grid(tiles.in_rows(values, 2)))  # a tile is empty
+    assert picture.shape == (11, 9, 4)
+    places = {(0, 0): values[0], (0, 5): values[1], (6, 0): values[2]}
+    for (top, left), image in places.items():
+        tile = picture[top : top + 5, left : left + 4]
+        gone = np.isnan(image).any(0)
+        assert (tile[..., 3] == 1).all()
+        np.testing.assert_allclose(tile[gone, :3] - tiles.MISSING, 0)
+        seen = np.broadcast_to(image, (3, 5, 4)).transpose(1, 2, 0)[~gone]
+        np.testing.assert_allclose(tile[~gone, :3], seen)
+    assert (picture[5] == 0).all()
+    assert (picture[:, 4] == 0).all()
+    assert (picture[6:, 5:] == 0).all()
+
+
+def test_missing_pixels_do_not_count_in_a_reduced_image():
+    values = np.ones((1, 8, 8))
+    values[0, 0, 0], values[0, 0, 1], values[0, 6:, 6:] = np.nan, 5.0, np.nan
+    expected = np.ones((1, 4, 4))
+    expected[0, 0, 0], expected[0, 3, 3] = 7 / 3, np.nan
+    np.testing.assert_allclose(tiles.reduced(values, 16), expected)
+    np.testing.assert_allclose(tiles.reduced(np.nan_to_num(values), 16)[0, 0, 0], 7 / 4)
+
+
+def test_values_between_missing_ones_are_points():
+    """In a long profile too, where a lone value has no line to its neighbours."""
+    values = RANDOM.random((1, 1, 50))
+    values[..., 1::2] = np.nan
+    figure = tiles.image_grid(values)
+    (line,) = figure.axes[0].lines
+    assert line.get_marker() == "o"
+    values[...] = 0.5
+    values[..., 0] = 1.0
+    (line,) = tiles.image_grid(values).axes[0].lines
+    assert line.get_marker() != "o"
