@@ -84,7 +84,7 @@ def scan_values(source: Source, missing: bool = False) -> Scan:
             integral = integral and bool((chunk == np.rint(chunk)).all())
         low, high = min(low, float(chunk.min())), max(high, float(chunk.max()))
     if bad:
-        raise _not_usable(source, bad, first, "1e307")
+        raise _not_usable(source, bad, first, "1e307", missing)
     if source.values.dtype.kind == "f" and max(-low, high) > 2**53:
         integral = False  # all numbers of this size are integers in float64
     return Scan(low, high, integral, digest.hexdigest(), absent / source.values.size)
@@ -102,15 +102,17 @@ def _place(wrong: np.ndarray, start: int) -> tuple[int, ...]:
     return (start + row, *place)
 
 
-def _not_usable(source: Source, count: int, first: tuple[int, ...], limit: str) -> InputError:
+def _not_usable(
+    source: Source, count: int, first: tuple[int, ...], limit: str, missing: bool
+) -> InputError:
     column = f", {column_name(source.columns, first[1])}" if source.columns else ""
     arrays = " (of all arrays in order)" if source.num_test or source.num_validation else ""
     place = f"row {first[0]}{arrays} at {first[1:]}"
     axes = " (channel, row, column of pixels)" if len(first) == 4 else ""
     return InputError(
-        f"{source.name} holds {count} value{'s' * (count > 1)} that are NaN, infinite or beyond "
-        f"{limit}, the first in {place}{axes}{column} (counted from 0); "
-        f"remove them, or {REMEDY}"
+        f"{source.name} holds {count} value{'s' * (count > 1)} that are {'NaN, ' * (not missing)}"
+        f"infinite or beyond {limit}, the first in {place}{axes}{column} (counted from 0); "
+        f"remove them, or {'make them NaN if they are missing' if missing else REMEDY}"
     )
 
 
@@ -130,7 +132,7 @@ def check_float32(source: Source, spec: DataSpec) -> None:
             bad += int(wrong.sum())
     if bad:
         beyond = "3e38" if spec.offset is None else "3e38 times the scale of their column"
-        raise _not_usable(source, bad, first, beyond)
+        raise _not_usable(source, bad, first, beyond, spec.missing)
 
 
 def choose_spec(

@@ -183,10 +183,9 @@ def evaluate(
     log_evidence, reconstruction, kl, errors, tails, means = _joined(parts)
     note_outlier(vae, split, log_evidence, "log p(x)")
 
-    size = observed / count
     density, deviation = log_evidence.mean().item(), errors.square().sum().sqrt().item()
     unreliable = (tails > reliable_k(num_samples)).double().mean().item()
-    several = count > 1
+    several, size = count > 1, observed / count
     return Evaluation(
         elbo=reconstruction.mean().item() - kl.mean().item(),
         reconstruction=reconstruction.mean().item(),
