@@ -1,7 +1,7 @@
 """Fixtures, and the false-alarm budget of the statistical tests.
 
 A run of all tests, the slow ones included, makes about 700 comparisons at four standard errors
-(6.3e-5 each) and 150 at 1e-4. With new random numbers, at least one of them would fail on sound
+(6.3e-5 each) and 160 at 1e-4. With new random numbers, at least one of them would fail on sound
 code in at most 6% of runs (the sum of the rates). Seeds are fixed: a test that passes once passes
 always, until torch or numpy draws other numbers.
 """

@@ -230,6 +230,27 @@ def test_a_trained_refit_comes_near_the_exact_posterior():
     assert away["after"] < away["before"]
 
 
+def test_a_step_of_a_refit_sees_rows_that_lack_values():
+    """Those near training rows, and those from the prior, lack what rows of the data lack."""
+    vae, splits = linear_vae()
+    seen = []
+
+    class Svi:
+        def step(self, *rows):
+            seen.append(rows)
+            return 0.0
+
+    config = RefitConfig(guide=FullGuide(), steps=1, batch_size=32)
+    refitting._step(Svi(), vae, vae, splits.train, config)
+    ((x, simulated, z),) = seen
+    assert (len(x), len(z)) == (32, 32)
+    patterns = {tuple(row) for row in splits.train.values[splits.train.rows].isnan().tolist()}
+    assert {tuple(row) for row in x.isnan().tolist()} <= patterns
+    assert torch.equal(simulated.isnan(), x.isnan())
+    assert x[:16].isnan().any()
+    assert x[16:].isnan().any()
+
+
 def test_bits_per_dimension_count_observed_values():
     splits = missing_splits("binomial")
     model = pyro_vae.ModelConfig(latent_dim=2, hidden=(8,))
