@@ -18,22 +18,24 @@ from ..config import InputError
 from .precision import column_name
 from .source import Source
 
-# Cells of a table, and of text in memory, that mark a missing value, as in pandas
+# Cells of a table that mark a missing value, as pandas reads them
 MARKS = {"", "#N/A", "#NA", "-NaN", "-nan", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a"}
 MARKS |= {"nan", "null"}
 
-# Rows that are looked at together
+# Rows that are checked together
 ROWS = 2048
 
 REMEDY = "impute missing values, or model them by --missing model"
 
 
 def as_numbers(values: Any) -> np.ndarray:
-    """Numbers, None and marks of missing values of pandas, numpy or polars → float64 with NaN.
+    """Numbers, None and the missing values of pandas, polars or numpy → float64 with NaN.
 
     Raises:
         TypeError, ValueError: a value is no number.
     """
+    if any(isinstance(value, str) for value in np.asarray(values).flat):
+        raise TypeError("expected numbers; got text")
     if isinstance(values, np.ma.MaskedArray):
         return np.ma.filled(values.astype(np.float64), np.nan)
     if hasattr(values, "isna"):  # a pandas Series, whose NA is not None

@@ -70,6 +70,21 @@ def images(tmp_path_factory):
     return trained(folder, folder / "images.npy", "--max-value", "16")
 
 
+@pytest.fixture(scope="module")
+def sequences(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sequences")
+    np.save(folder / "sequences.npy", np.swapaxes(missing_values("gaussian", 60, (2, 9)), 1, 2))
+    conv = ["--layout", "sequences", "--architecture", "conv", "--hidden", "4"]
+    return trained(folder, folder / "sequences.npy", *conv)
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("volumes")
+    np.save(folder / "volumes.npy", missing_values("gaussian", 60, (8, 8, 8)))
+    return trained(folder, folder / "volumes.npy", "--architecture", "conv", "--hidden", "4")
+
+
 def called(main, *arguments) -> int:
     return main([str(argument) for argument in arguments])
 
@@ -270,7 +285,10 @@ TINY = suite.Effort(
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("kind", ["run", pytest.param("images", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind",
+    ["run", *(pytest.param(k, marks=pytest.mark.slow) for k in ("images", "sequences", "volumes"))],
+)
 def test_every_command(kind, request, tmp_path, monkeypatch, capsys):
     """On a copy: what each prints and writes is finite."""
     source = request.getfixturevalue(kind)

@@ -74,6 +74,12 @@ def test_objects_in_memory(data):
         load_data(data)
 
 
+def test_text_in_memory_is_no_number():
+    for values in (["1", None, "3", "4"], ["NA", 2.0, 3.0, 4.0]):
+        with pytest.raises(InputError, match="expected numbers in every column"):
+            load_data(pd.DataFrame({"a": values, "b": [1, 2, 3, 4]}, dtype=object), missing="model")
+
+
 def test_integers_with_missing_values_stay_counts():
     values = np.array([[1, 2], [3, NAN], [0, 5], [4, 4], [2, NAN]])
     splits = load_data(values, missing="model")
@@ -151,6 +157,24 @@ def test_a_pixel_that_is_never_observed_is_noted():
     torch.testing.assert_close(mean[0, 2, 0], rows.nanmean(0).nanmean().float())
     assert mean.isfinite().all()
     assert std.isfinite()
+
+
+def test_channels_of_sequences():
+    """Moments are those of the observed values of a channel; one without any is an error."""
+    values = np.random.default_rng(0).normal([0, 50], [1, 5], size=(40, 7, 2))
+    values[np.random.default_rng(1).random(values.shape) < 0.4] = NAN
+    values[:, 3, 1] = NAN
+    with pytest.warns(UserWarning, match="1 of 14 steps of array have no observed value"):
+        splits = load_data(values, layout="sequences", missing="model")
+    mean, std = moments(splits.train, "real")
+    rows = stored(splits)[splits.train.rows]
+    assert (mean.shape, std.shape) == ((2, 7), (2, 1))
+    torch.testing.assert_close(mean[1, 3], rows.nanmean(0)[1].nanmean().float())
+    assert 0.8 < std[0, 0] < 1.2
+    assert 4 < std[1, 0] < 6
+    values[..., 1] = NAN
+    with pytest.raises(InputError, match=r"channel 1 .* no observed value in the training rows"):
+        load_data(values, layout="sequences", missing="model")
 
 
 def test_data_without_missing_values_are_noted():
