@@ -10,6 +10,9 @@ their numbers in the data, counted from 0.
 With a second run, for example the refitted one, both are printed side by side. Each is diagnosed if
 its diagnostics.json is missing or describes another checkpoint.
 
+A model with labels is diagnosed at one label, on the rows that have it: q(z|x, y) is tested. If
+labels are inferred, q(y|x) is tested too, on rows simulated with all labels.
+
   python -m pyro_vae.diagnose runs/digits
   python -m pyro_vae.diagnose runs/digits --quick
   python -m pyro_vae.diagnose runs/digits --strict || echo "do not use this posterior"
@@ -31,7 +34,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import tyro
 
 from .cli import OpenRun, RunArguments, open_run, parse, print_json, run_command
-from .config import InputError
+from .config import InputError, auto
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,12 +52,14 @@ class DiagnoseArguments(RunArguments):
 
     Attributes:
         run2: Second run, to print beside the first.
+        label: Name of a class or, unless names are numbers, its number, for a model with labels.
         quick: Use fewer rows, draws and steps: faster, with wider intervals.
         strict: Exit with status 1 if a finding is wrong, of the second run if there are two.
         json: Print the contents of diagnostics.json instead of the table.
     """
 
     run2: Annotated[Path | None, tyro.conf.Positional] = None
+    label: Annotated[str | None, auto("NAME|INT", "the most frequent one")] = None
     quick: bool = False
     strict: bool = False
     json: bool = False
@@ -80,31 +85,61 @@ def _main(arguments: DiagnoseArguments) -> int:
 
 
 def _open(arguments: DiagnoseArguments) -> OpenRun:
-    """Load a run that has a posterior."""
-    from .models.vae import VAE
+    """Load a run that has a posterior. A model with labels is that at one label, with its rows."""
+    from .models.autoencoder import Autoencoder
 
     folder = arguments.run
     if not folder.is_dir():
         raise InputError(f"expected a run folder, where diagnostics.json will be; got {folder}")
     run = open_run(arguments)
-    if not isinstance(run.vae, VAE):
+    if isinstance(run.vae, Autoencoder):
         raise InputError(f"{folder} is an autoencoder, which has no posterior to diagnose")
     return run
+
+
+def _at_label(run: OpenRun, label: str | None) -> tuple[OpenRun, str | None]:
+    """A model with labels at one of them, with the rows that have it; and its name.
+
+    Raises:
+        InputError: there is no such class, or the model has no labels.
+    """
+    from .models.labels import ConditionalVAE, class_number, rows_with_label
+
+    if not isinstance(run.vae, ConditionalVAE):
+        if label is not None:
+            raise InputError("--label expects a model with labels; this one has none")
+        return run, None
+    number = int(run.vae.label_logits.argmax())
+    if label is not None:
+        number = class_number(label, run.vae.class_names)
+    splits = run.splits
+    parts: dict[str, Any] = {
+        name: rows_with_label(run.vae, getattr(splits, name), number, run.seed)
+        for name in ("train", "test")
+    }
+    given = dataclasses.replace(
+        run, vae=run.vae.given(number), splits=dataclasses.replace(splits, **parts)
+    )
+    return given, run.vae.class_names[number]
 
 
 def _diagnose(arguments: DiagnoseArguments, run: OpenRun, show: bool) -> dict[str, Any]:
     """Make all studies, write their results, print the table if `show`, and return the report."""
     from tqdm import tqdm
 
+    from .diagnostics.label_study import label_study
     from .diagnostics.suite import FULL, QUICK, studies
+    from .models.labels import SemiSupervisedVAE
     from .page.write import write_report
     from .plots.codes import latent_codes
     from .randomness import derive, random_states
 
-    folder, vae = arguments.run, cast("VAE", run.vae)
+    folder, whole = arguments.run, run
     effort = QUICK if arguments.quick else FULL
-    held_out, training, numbers = _rows(run, effort)
-    report = _report(run, len(held_out), arguments.quick, effort)
+    run, label = _at_label(whole, arguments.label)
+    vae = cast("VAE", run.vae)
+    held_out, training, numbers = _rows(run, effort, label)
+    report = _report(run, len(held_out), arguments.quick, effort, label)
     (folder / "figures").mkdir(exist_ok=True)
     (folder / "figures" / "diagnose_worst_rows.png").unlink(missing_ok=True)  # there may be none
     style = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
@@ -114,19 +149,21 @@ def _diagnose(arguments: DiagnoseArguments, run: OpenRun, show: bool) -> dict[st
             for study in studies(vae, held_out, training, effort, bar.update, numbers):
                 _record(study, report, folder, run)
                 bar.set_postfix({"ELBO": f"{report['details']['elbo']:.2f}"})
+            if isinstance(whole.vae, SemiSupervisedVAE):
+                _record(label_study(whole.vae, effort.simulations, held_out), report, folder, run)
             bar.update(100 - bar.n)
         report["complete"] = True
         _write(folder / "diagnostics.json", report)
         if arguments.data is None and run.checkpoint.history:
-            codes = latent_codes(run.vae, run.splits, run.checkpoint.config.seed)
-            write_report(folder, run.checkpoint, run.splits, codes)
+            codes = latent_codes(whole.vae, whole.splits, run.checkpoint.config.seed)
+            write_report(folder, run.checkpoint, whole.splits, codes)
     finally:
         if report["findings"] and show:
             print(_table(report, folder))
     return report
 
 
-def _rows(run: OpenRun, effort: Effort) -> tuple[Tensor, Tensor, Tensor]:
+def _rows(run: OpenRun, effort: Effort, label: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Random held-out and training rows, as x, and the numbers of the first in the data."""
     from .diagnostics.suite import random_numbers, random_rows
 
@@ -136,15 +173,19 @@ def _rows(run: OpenRun, effort: Effort) -> tuple[Tensor, Tensor, Tensor]:
     for kind, split in (("held-out", splits.test), ("training", known)):
         if len(split) < MIN_ROWS:
             raise InputError(
-                f"expected at least {MIN_ROWS} {kind} rows; {splits.name} has {len(split)}: give "
-                f"more rows by --data"
+                f"expected at least {MIN_ROWS} {kind} rows"
+                + ("" if label is None else f" of label {label}")
+                + f"; {splits.name} has {len(split)}: give more rows by --data"
+                + ("" if label is None else ", or another --label")
             )
     held_out = random_rows(splits.test, units, effort.held_out, run.seed)
     training = random_rows(known, units, effort.aggregate, run.seed)
     return held_out, training, random_numbers(splits.test, effort.held_out, run.seed)
 
 
-def _report(run: OpenRun, num_rows: int, quick: bool, effort: Effort) -> dict[str, Any]:
+def _report(
+    run: OpenRun, num_rows: int, quick: bool, effort: Effort, label: str | None = None
+) -> dict[str, Any]:
     """The contents of diagnostics.json before the first study."""
     checkpoint, splits = run.checkpoint, run.splits
     binarized = splits.spec.binarizes(checkpoint.vae.likelihood_module.units)
@@ -158,6 +199,7 @@ def _report(run: OpenRun, num_rows: int, quick: bool, effort: Effort) -> dict[st
         "likelihood": checkpoint.config.model.likelihood,
         "binarization": f"fixed, seed {run.seed}" if binarized else "none",
         "seed": run.seed,
+        **({} if label is None else {"label": label}),
         "effort": {"quick": quick, **dataclasses.asdict(effort)},
         "complete": False,
         "findings": [],
@@ -194,8 +236,8 @@ def _table(report: dict[str, Any], run: Path) -> str:
     details = report["details"]
     lines = [
         report["checkpoint"],
-        f"{report['held_out']:,} held-out rows of {report['data']}, and rows simulated from the "
-        f"model; likelihood {report['likelihood']}; 95% intervals",
+        f"{report['held_out']:,} held-out rows of {report['data']}{_with_label(report)}, and rows "
+        f"simulated from the model; likelihood {report['likelihood']}; 95% intervals",
         f"ELBO {details['elbo']:.2f}, log p(x) {details['log_evidence']:.2f} nats per row "
         f"({details['importance_samples']:,} importance samples)",
         "",
@@ -214,6 +256,11 @@ def _table(report: dict[str, Any], run: Path) -> str:
     if not report["complete"]:
         lines.append("interrupted: the remaining studies were not run")
     return "\n".join(lines)
+
+
+def _with_label(report: dict[str, Any]) -> str:
+    """The label at which a model with labels was diagnosed, or nothing."""
+    return f" with label {report['label']} (another by --label)" if "label" in report else ""
 
 
 def _numbers(finding: dict[str, Any]) -> str:
@@ -275,7 +322,7 @@ def _compare(arguments: DiagnoseArguments, run2: Path) -> dict[str, Any]:
     reports = {}
     for name, one, run in zip(("before", "after"), both, runs, strict=True):
         report = _kept(one.run)
-        reason = _outdated(report, run, arguments.quick)
+        reason = _outdated(report, run, arguments)
         if reason:
             print(f"{one.run}: {reason}; diagnosing {run.checkpoint.path}", file=sys.stderr)
             _diagnose(one, run, show=False)
@@ -293,7 +340,7 @@ def _kept(run: Path) -> dict[str, Any]:
     return report if isinstance(report, dict) else {}
 
 
-def _outdated(report: dict[str, Any], run: OpenRun, quick: bool) -> str:
+def _outdated(report: dict[str, Any], run: OpenRun, arguments: DiagnoseArguments) -> str:
     """Why a report is not the one that `diagnose` would make of a run; empty if it is."""
     if not report:
         return "no diagnostics.json"
@@ -306,8 +353,10 @@ def _outdated(report: dict[str, Any], run: OpenRun, quick: bool) -> str:
         )
     if (report.get("fingerprint"), report.get("seed")) != (run.splits.fingerprint, run.seed):
         return "its diagnostics.json describes other data or another seed"
-    if report["effort"]["quick"] != quick:
-        return f"its diagnostics.json was made with{'out' if quick else ''} --quick"
+    if report["effort"]["quick"] != arguments.quick:
+        return f"its diagnostics.json was made with{'out' if arguments.quick else ''} --quick"
+    if arguments.label is not None and report.get("label") != arguments.label:
+        return "its diagnostics.json was made at another label"
     return ""
 
 

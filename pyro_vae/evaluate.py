@@ -1,5 +1,8 @@
 """Evaluate a run: ELBO, importance-sampled log p(x), bits per dimension, active units.
 
+The densities of a conditional model are those given the label of each row. Of a semi-supervised
+one, labels are summed out, and its accuracy is reported with a 95% interval.
+
 The default split is the test split, which training does not use. With a Bernoulli likelihood, grey
 images are binarized once, by the seed.
 
@@ -60,10 +63,13 @@ def _main(arguments: EvaluateArguments) -> None:
     from tqdm import tqdm
 
     from .evidence.evaluation import evaluate
-    from .models.vae import VAE
+    from .models.autoencoder import Autoencoder
+    from .models.labels import SemiSupervisedVAE
 
-    hidden = None if isinstance(run.vae, VAE) else True  # None: hidden without a terminal
+    hidden = True if isinstance(run.vae, Autoencoder) else None  # None: hidden without a terminal
     total = count * arguments.num_samples
+    if isinstance(run.vae, SemiSupervisedVAE):
+        total *= run.vae.num_classes
     with tqdm(total=total, unit="sample", unit_scale=True, disable=hidden) as bar:
         result = evaluate(
             run.vae,
@@ -78,6 +84,9 @@ def _main(arguments: EvaluateArguments) -> None:
         )
     likelihood = run.checkpoint.config.model.likelihood
     values = {**asdict(result), "split": arguments.split, "likelihood": likelihood}
+    values |= values.pop("accuracies") or {}
+    if run.checkpoint.model.condition != "none":
+        values["condition"] = run.checkpoint.model.condition
     spec = run.splits.spec
     if spec.log_scale:
         values["nats_to_units_of_data"] = -spec.log_scale
@@ -96,6 +105,8 @@ def _table(values: dict[str, Any], name: str) -> str:
     if values["binarization"] != "none":
         protocol += f", binarized once ({values['binarization']})"
     lines = [f"{protocol}; likelihood {values['likelihood']}; nats per row"]
+    if values.get("condition") == "label":
+        lines[0] += "; densities given the label of each row, as log p(x|y)"
     for label, key, remark in (
         ("ELBO", "elbo", ""),
         ("reconstruction", "reconstruction", "E_q[log p(x|z)]"),
@@ -112,6 +123,16 @@ def _table(values: dict[str, Any], name: str) -> str:
             text = f"{value:10.3f}" if abs(value) < 1e9 else f"{value:10.4g}"
             text = f"{value:10d}" if isinstance(value, int) else text
             lines.append(f"  {label:<20}{text}   {remark}".rstrip())
+    for label, key, of in (
+        ("accuracy", "accuracy", "of q(y|x)"),
+        ("Bayes accuracy", "bayes_accuracy", "of p(y|x), the model's own classifier"),
+    ):
+        if key in values:
+            low, high = values[f"{key}_low"], values[f"{key}_high"]
+            lines.append(
+                f"  {label:<20}{values[key]:10.4f}   [{low:.4f}, {high:.4f}] {of}, "
+                f"{values['num_labelled']:,} rows with a label"
+            )
     return "\n".join(lines)
 
 

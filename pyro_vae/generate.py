@@ -2,6 +2,10 @@
 
 x is the mean of p(x|z) or, with --draw, a draw from p(x|z).
 
+A model with labels draws x from p(x|z, y). Without --label, y has the shares of the classes in the
+training data, and an .npz also holds `labels` and `class_names`; a .png has a row for each class,
+at the same z in each column.
+
   python -m pyro_vae.generate runs/digits --num 64 --out samples.png
   python -m pyro_vae.generate runs/digits --num 10000 --draw --out samples.npz
 """
@@ -19,7 +23,7 @@ from typing import Annotated
 import tyro
 
 from .cli import choose_device, parse, refuse_existing, run_command
-from .config import InputError
+from .config import InputError, auto
 from .config.options import check_integer
 
 
@@ -32,6 +36,7 @@ class GenerateArguments:
         out: File to write: .png for a grid; .npy for x, on the scale of the training data (0 to 255
             for 8-bit images); .npz for x and its latents z.
         num: Number of rows.
+        label: Name of a class or, unless names are numbers, its number, for a model with labels.
         draw: Draw x from p(x|z) instead of taking its mean.
         seed: Seed of the draws.
         overwrite: Replace an existing file.
@@ -41,6 +46,7 @@ class GenerateArguments:
     run: Annotated[Path, tyro.conf.Positional]
     out: Path
     num: int = 64
+    label: Annotated[str | None, auto("NAME|INT", "as in the training data")] = None
     draw: bool = False
     seed: int = 0
     overwrite: bool = False
@@ -63,9 +69,10 @@ def _main(arguments: GenerateArguments) -> None:
 
     from .files import write_atomically
     from .memory import check_memory
-    from .models.vae import VAE
-    from .plots.from_model import generate_images, to_display
-    from .plots.run import save
+    from .models.autoencoder import Autoencoder
+    from .models.labels import ConditionalVAE
+    from .plots.from_model import class_samples, generate_images, to_display
+    from .plots.run import save, short
     from .plots.tiles import image_grid, in_rows
     from .randomness import random_states
     from .training.checkpoint import load_checkpoint
@@ -73,16 +80,36 @@ def _main(arguments: GenerateArguments) -> None:
     device = choose_device(arguments.device)
     checkpoint = load_checkpoint(arguments.run)
     vae = checkpoint.vae.to(device)
-    if not isinstance(vae, VAE):
+    if isinstance(vae, Autoencoder):
         raise InputError(
             f"{arguments.run} is a deterministic autoencoder, which has no prior to draw from; "
             f"train with --model vae"
         )
     row = vae.prior().event_shape.numel() + math.prod(vae.likelihood_module.spec.shape)
     check_memory(arguments.num * row, f"{arguments.num:,} rows", "lower --num")
+    ending, labels = arguments.out.suffix.lower(), None
+    if arguments.label is not None:
+        if not isinstance(vae, ConditionalVAE):
+            raise InputError(
+                f"--label expects a model with labels; {arguments.run} was trained with "
+                f"--condition none"
+            )
+        vae = vae.given(arguments.label)
     with random_states(device, arguments.seed):
-        x, z = generate_images(vae, arguments.num, arguments.draw)
-    ending = arguments.out.suffix.lower()
+        if isinstance(vae, ConditionalVAE) and ending == ".png":
+            columns = max(1, arguments.num // vae.num_classes)
+            grid = class_samples(vae, columns, vae.num_classes, arguments.draw)
+            shown = [short(name, 12) for name in vae.class_names]
+            save(image_grid(grid, row_labels=shown), arguments.out)
+            print(
+                f"{arguments.out}: {'draws from' if arguments.draw else 'means of'} p(x|z, y), a "
+                f"class in each of {vae.num_classes} rows, a z from the prior in each of {columns} "
+                f"columns"
+            )
+            return
+        if isinstance(vae, ConditionalVAE):
+            labels = vae.label_prior().sample((arguments.num,))
+        x, z = generate_images(vae, arguments.num, arguments.draw, labels)
     if ending == ".png":
         save(image_grid(in_rows(to_display(vae, x))), arguments.out)
     else:
@@ -92,10 +119,19 @@ def _main(arguments: GenerateArguments) -> None:
         if ending == ".npy":
             np.save(buffer, values)
         else:
-            np.savez(buffer, x=values, z=z.cpu().numpy())
+            arrays = {"x": values, "z": z.cpu().numpy()}
+            if labels is not None:
+                names = np.array(likelihood.spec.classes)
+                arrays |= {"labels": labels.cpu().numpy(), "class_names": names}
+            np.savez(buffer, **arrays)  # type: ignore[arg-type]
         write_atomically(arguments.out, buffer.getvalue())
     kind = "draws from" if arguments.draw else "means of"
-    print(f"{arguments.out}: {arguments.num} {kind} p(x|z), z from the prior")
+    density = "p(x|z)"
+    if labels is not None:
+        density = "p(x|z, y), y as in the training data"
+    elif arguments.label is not None:
+        density = f"p(x|z, y) at label {arguments.label}"
+    print(f"{arguments.out}: {arguments.num} {kind} {density}, z from the prior")
 
 
 if __name__ == "__main__":

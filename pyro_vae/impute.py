@@ -1,7 +1,8 @@
 """Impute missing values: their means and draws given the observed values of the same row.
 
 The run must have been trained with --missing model. Observed values are written as they are, in the
-order of the data, and missing ones are found by importance sampling from q(z|x_observed).
+order of the data, and missing ones are found by importance sampling from q(z|x_observed). A model
+with labels is used at the label of each row or, if it infers labels, at the most probable one.
 
   .npz   mean and missing (N, *shape), draws (N, S, *shape), pareto_k (N,)
   .npy   the data, completed by the means
@@ -113,11 +114,11 @@ def _open(arguments: ImputeArguments) -> OpenRun:
     import math
 
     from .memory import check_memory
-    from .models.vae import VAE
+    from .models.autoencoder import Autoencoder
 
     run = open_run(arguments)
     spec = run.splits.spec
-    if not isinstance(run.vae, VAE):
+    if isinstance(run.vae, Autoencoder):
         raise InputError(
             f"{arguments.run} is an autoencoder, whose codes have no distribution to draw from; "
             f"train with --model vae"
@@ -146,16 +147,26 @@ def _impute(run: OpenRun, num_draws: int, num_samples: int) -> Imputation:
     import torch
     from tqdm import tqdm
 
-    from .evidence.imputation import impute
+    from .evidence.imputation import Imputation, impute
+    from .models.labels import ConditionalVAE, labels_at, models_at
     from .randomness import derive, random_states
 
-    x = torch.cat(list(run.splits.whole().fixed(run.vae.likelihood_module.units, run.seed)))
+    units, vae = run.vae.likelihood_module.units, run.vae
+    batches = list(run.splits.whole().fixed_with_labels(units, run.seed))
+    x, given = torch.cat([x for x, _ in batches]), None
+    if isinstance(vae, ConditionalVAE):
+        given = torch.cat([labels_at(vae, *rows) for rows in batches])
     total = int(x.isnan().flatten(1).any(1).sum())
     with (
         tqdm(total=total, unit="row", disable=None) as bar,
         random_states(run.device, derive(run.seed, "impute")),
     ):
-        return impute(run.vae, x, num_draws, num_samples, bar.update)  # type: ignore[arg-type]
+        mean, draws = x.clone(), x.expand(num_draws, *x.shape).clone()
+        k = torch.full((len(x),), torch.nan, dtype=torch.float64, device=x.device)
+        for _, model, rows in models_at(vae, given):
+            found = impute(model, x[rows], num_draws, num_samples, bar.update)
+            mean[rows], draws[:, rows], k[rows] = found.mean, found.draws, found.pareto_k
+        return Imputation(mean, draws, k)
 
 
 def _values(run: OpenRun, stored: np.ndarray, x: object) -> np.ndarray:
@@ -174,7 +185,8 @@ def _table(run: OpenRun, values: np.ndarray) -> str:
     columns, labels = list(run.splits.spec.columns), run.splits.whole().labels
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    named = [] if labels is None else [[run.splits.class_names[i]] for i in labels.tolist()]
+    names = (*run.splits.class_names, "")  # −1 is a label that is not known
+    named = [] if labels is None else [[names[i]] for i in labels.tolist()]
     if columns:
         writer.writerow(columns + ["label"] * bool(named))
     for i, row in enumerate(values):

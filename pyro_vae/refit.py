@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: RefitArguments) -> None:
-    from .models.vae import VAE
+    from .models.autoencoder import Autoencoder
     from .page.write import redraw
     from .training.checkpoint import load_checkpoint
     from .training.run import claimed, explained, new_folder
@@ -80,7 +80,7 @@ def _main(arguments: RefitArguments) -> None:
     if not run.is_dir():
         raise InputError(f"expected a run folder; got {run}")
     checkpoint = load_checkpoint(run, "best")
-    if not isinstance(checkpoint.vae, VAE):
+    if isinstance(checkpoint.vae, Autoencoder):
         raise InputError(f"{run} is an autoencoder, which has no guide to refit")
     if arguments.overwrite and arguments.out is None:
         raise InputError("--overwrite replaces the run in --out; give --out")

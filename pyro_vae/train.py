@@ -130,11 +130,12 @@ def train(arguments: TrainArguments, checkpoint: Checkpoint | None = None) -> in
 
 
 def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: torch.device) -> int:
+    from .data.labels import with_classes
     from .data.loading import load_data
     from .evidence.evaluation import elbo_terms
     from .models.build import build
     from .training import distributed
-    from .training.checks import check_particles
+    from .training.checks import check_labels, check_particles
     from .training.loop import iterate
     from .training.run import RunFolder, asked_settings, explained, new_folder
 
@@ -145,6 +146,8 @@ def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: tor
     with distributed.first_here():  # which may download them
         spec = None if checkpoint is None else checkpoint.vae.likelihood_module.spec
         splits = load_data(asked.data, asked.seed, spec=spec).to(device)
+    if asked.model.condition != "none":
+        splits = with_classes(splits)
     config = resolve(asked, splits.likelihood, len(splits.train))
     check_particles(config.fit, splits.train)
     same = (splits.fingerprint, checkpoint and checkpoint.history)
@@ -156,6 +159,7 @@ def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: tor
     state = None
     if checkpoint is None:
         vae = build(config.model, splits, config.seed).to(device)
+        check_labels(vae, splits)
         # A model that cannot be evaluated fails before --overwrite removes an old run.
         elbo_terms(vae, splits.validation, config.seed, num_images=1)
     else:
@@ -308,7 +312,8 @@ def _summarize(run: RunFolder) -> None:
 def _refit(run: RunFolder, best: Checkpoint) -> None:
     """Refit the guide of the best model, by default if that is cheap and raises its ELBO."""
     from .config.families import RefitConfig
-    from .models.vae import VAE
+    from .models.autoencoder import Autoencoder
+    from .models.labels import SemiSupervisedVAE
     from .refit import refit_run
     from .training.records import Diverged
     from .training.refitting import is_cheaper
@@ -317,7 +322,8 @@ def _refit(run: RunFolder, best: Checkpoint) -> None:
     model, count = run.config.model, len(run.splits.train)
     cheap = is_cheaper(config, run.config.fit, count, model.latent_dim)
     done = (run.path / "checkpoints" / "refitted.pt").is_file()
-    if not isinstance(best.vae, VAE) or done or (auto and not cheap):
+    fixed = isinstance(best.vae, Autoencoder | SemiSupervisedVAE)
+    if fixed or done or (auto and not cheap):
         return
     try:
         refit_run(run.path, best, run.splits, config, run.config.seed, only_if_better=auto)

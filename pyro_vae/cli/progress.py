@@ -54,16 +54,32 @@ def describe(run: RunFolder) -> None:
         f"{splits.describe()}"
         f"{f', {len(splits.class_names)} classes' if splits.class_names else ''}"
     )
-    for line in filter(None, (splits.found, spec.describe_units())):
+    for line in filter(None, (splits.found, _labels(run), spec.describe_units())):
         print(f"       {line}")
     print(
         f"model  {model.kind}: {model.architecture} {sizes}, {model.latent_dim} latents, "
         f"likelihood {model.likelihood}{binarization}, "
         f"{count:,} parameters on {next(run.vae.parameters()).device}"
     )
-    if run_mode(run.config.fit, splits.train) == "compiled":
+    inferred = model.condition == "partial"
+    if inferred:
+        print("graph  none: the sum over labels leaves out those of probability 0")
+    if run_mode(run.config.fit, splits.train, inferred) == "compiled":
         print("graph  the ELBO is compiled first, which takes 10 to 20 seconds")
     print(f"run    {run.path}", flush=True)
+
+
+def _labels(run: RunFolder) -> str:
+    """How the model uses the labels of the training rows, or nothing."""
+    train, condition = run.splits.train, run.config.model.condition
+    if condition == "none" or train.labels is None:
+        return ""
+    known = int((train.labels >= 0).sum())
+    if condition == "label":
+        return "the model is conditional on the label"
+    return (
+        f"{known:,} training rows with a label; the labels of {len(train) - known:,} are inferred"
+    )
 
 
 def summary_writer() -> Any:

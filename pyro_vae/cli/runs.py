@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..data.splits import Splits
-    from ..models.autoencoder import Autoencoder
-    from ..models.vae import VAE
+    from ..models.labels import Model
     from ..training.checkpoint import Checkpoint
 
 
@@ -120,7 +119,7 @@ class OpenRun:
     """A run's checkpoint, its model and its data on one device, and the seed of the draws."""
 
     checkpoint: Checkpoint
-    vae: VAE | Autoencoder
+    vae: Model
     splits: Splits
     device: torch.device
     seed: int
@@ -139,8 +138,28 @@ def open_run(arguments: RunArguments) -> OpenRun:
     splits = load_run_data(checkpoint, arguments.data, arguments.data_root, arguments.max_value).to(
         device
     )
+    _check_labels(checkpoint, splits)
     seed = checkpoint.config.seed if arguments.seed is None else arguments.seed
     return OpenRun(checkpoint, checkpoint.vae.to(device), splits, device, seed)
+
+
+def _check_labels(checkpoint: Checkpoint, splits: Splits) -> None:
+    """Check that there are the labels that a conditional model needs.
+
+    Raises:
+        InputError: a row has none.
+    """
+    from ..models.labels import needs_labels
+
+    if not needs_labels(checkpoint.vae):
+        return
+    labels = splits.whole().labels
+    missing = len(splits.whole()) if labels is None else int((labels < 0).sum())
+    if missing:
+        raise InputError(
+            f"the model expects the label of each row; {missing:,} of {len(splits.whole()):,} rows "
+            f"of {splits.name} have none: add a column or an array of labels"
+        )
 
 
 def refuse_existing(out: Path, overwrite: bool, endings: Sequence[str]) -> None:

@@ -41,6 +41,8 @@ class DataConfig(Typed):
             refuse: an error. model: the model observes the others, and the encoder is told which
             they are. Values are assumed to be missing at random: whether one is missing may depend
             on the observed values only.
+        labelled: Number of training rows whose label is used, drawn by the seed with the shares of
+            the classes. The labels of the others are latents of the model (semi-supervised).
     """
 
     source: Annotated[str, tyro.conf.arg(name="data", metavar="NAME|PATH")] = "digits"
@@ -51,6 +53,7 @@ class DataConfig(Typed):
     validation_size: Annotated[int | None, auto("INT", "a tenth of the rows, at most 5000")] = None
     test_size: Annotated[int | None, auto("INT", "a tenth, if the data have no test split")] = None
     missing: Literal["refuse", "model"] = "refuse"
+    labelled: Annotated[int | None, auto("INT", "all that have one")] = None
 
     def absolute(self) -> DataConfig:
         """The same data by absolute paths."""
@@ -68,6 +71,7 @@ class DataConfig(Typed):
         check_path("data-root", str(self.root))
         check_integer("validation-size", self.validation_size)
         check_integer("test-size", self.test_size)
+        check_integer("labelled", self.labelled)
         check_integer("max-value", self.max_value)
         for side in self.image_size or ():
             check_integer("image-size", side)

@@ -18,6 +18,9 @@ from .options import (
     check_objective,
 )
 
+# Weight of log q(y|x) of a row with a label, see docs/guide/labels.md for measurements.
+LABEL_WEIGHT = 500.0
+
 
 @dataclass(frozen=True)
 class FitConfig(Typed):
@@ -38,6 +41,8 @@ class FitConfig(Typed):
         elbo_weight: Weight of the ELBO in ciwae, 0 to 1.
         free_bits: Minimum KL of each latent in free-bits, in nats.
         mmd_weight: Weight of the discrepancy in mmd, in nats.
+        classification_weight: Weight of log q(y|x) of each row with a label, in training with
+            --condition partial.
         epochs: Number of passes over the training data.
         batch_size: Number of rows per step. The default means all training rows if they are fewer.
         learning_rate: Maximum learning rate of Adam.
@@ -64,6 +69,9 @@ class FitConfig(Typed):
     elbo_weight: Annotated[float | None, auto("FLOAT", "0.05, for ciwae")] = None
     free_bits: Annotated[float | None, auto("FLOAT", "0.1, for free-bits")] = None
     mmd_weight: Annotated[float | None, auto("FLOAT", "100, for mmd")] = None
+    classification_weight: Annotated[float | None, auto("FLOAT", "500, if labels are inferred")] = (
+        None
+    )
     epochs: Annotated[int | None, auto("INT", "about 2500 steps")] = None
     batch_size: int = 256
     learning_rate: float = 2e-3
@@ -81,6 +89,8 @@ class FitConfig(Typed):
             check_integer(name.replace("_", "-"), getattr(self, name))
         check_number("learning-rate", self.learning_rate)
         check_number("beta", self.beta)
+        if self.classification_weight:  # 0 leaves the term out
+            check_number("classification-weight", self.classification_weight)
         check_number("gradient-clip", self.gradient_clip, finite=False)
         for flag, part in [
             ("learning-rate-warmup", self.learning_rate_warmup),
@@ -106,6 +116,11 @@ class FitConfig(Typed):
         if self.objective in KL_WEIGHTED and self.objective != "beta":
             given.pop("beta", None)  # the KL weight, an argument of each step
         return given
+
+    @property
+    def label_weight(self) -> float:
+        """The weight of log q(y|x) of each row with a label, in semi-supervised training."""
+        return LABEL_WEIGHT if self.classification_weight is None else self.classification_weight
 
     @property
     def kl_weight(self) -> float:

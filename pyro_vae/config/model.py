@@ -49,6 +49,8 @@ class ModelConfig(Typed):
         likelihood: p(x|z). bernoulli: binary data; grey images are binarized at random at each
             access. continuous-bernoulli: values in [0, 1]. binomial: counts. gaussian: real values,
             with a learned scale. discretized-logistic: 8-bit images.
+        condition: Whether the model knows labels. label: p(x|z, y) and q(z|x, y), at the label y of
+            each row. partial: the same, with y a latent of rows without a label (semi-supervised).
     """
 
     kind: Annotated[Literal["vae", "ae"], tyro.conf.arg(name="model")] = "vae"
@@ -62,6 +64,9 @@ class ModelConfig(Typed):
     encoder_hidden: Annotated[tuple[int, ...] | None, auto("INT ...", "those of --hidden")] = None
     activation: str = "SiLU"
     likelihood: Annotated[Likelihood, auto(None, "chosen by the data")] = "auto"
+    condition: Annotated[
+        Literal["none", "label", "partial"], auto(None, "none; partial with --labelled")
+    ] = "none"
 
     def __post_init__(self) -> None:
         for name, hint in (("guide", Guide), ("prior", Prior)):
@@ -73,3 +78,16 @@ class ModelConfig(Typed):
             check_integer("hidden", size)
         if self.architecture == "conv" and self.hidden == ():
             raise InputError("--architecture conv expects at least one layer in --hidden; got none")
+        if self.condition != "none":
+            self._check_condition()
+
+    def _check_condition(self) -> None:
+        if self.kind == "ae":
+            raise InputError(
+                f"--condition {self.condition} has no effect on --model ae; drop it, or --labelled"
+            )
+        if self.prior.family == "vamp":
+            raise InputError(
+                f"--condition {self.condition} expects --prior normal, mixture or flow, since "
+                f"pseudo-inputs have no label; got vamp"
+            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +41,10 @@ class Config(Typed):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integer("seed", self.seed, 0)
+        if self.data.labelled is not None and self.model.condition == "none":
+            object.__setattr__(self, "model", replace(self.model, condition="partial"))
         model = self.model
+        _check_labels(self)
         check_objective_families(self.fit.objective, model.guide.family, model.prior.family)
         if self.model.kind == "ae":
             if self.refit == "on":
@@ -69,6 +72,34 @@ class Config(Typed):
             InputError: an unknown setting, or a value of the wrong type or out of range.
         """
         return structure(cls, values)
+
+
+def _check_labels(config: Config) -> None:
+    """Check the settings that depend on whether labels are given or inferred.
+
+    Raises:
+        InputError: a setting has no effect, or is not supported.
+    """
+    condition, fit = config.model.condition, config.fit
+    if condition == "label" and config.data.labelled is not None:
+        raise InputError(
+            "--condition label uses the label of each row; drop --labelled, or give --condition "
+            "partial, with which the other labels are inferred"
+        )
+    if condition != "partial" and fit.classification_weight is not None:
+        raise InputError(
+            f"--classification-weight has no effect on --condition {condition}; drop it, or give "
+            f"--labelled or --condition partial"
+        )
+    if condition == "partial":
+        if config.refit == "on":
+            raise InputError("--refit on expects labels that are given, not inferred; drop it")
+        for name in ("objective", "num_particles", "kl_warmup", *option_names()):
+            if getattr(fit, name) != getattr(FitConfig, name):
+                raise InputError(
+                    f"--condition partial sums over the labels in --objective trace, with one "
+                    f"particle and no other options; drop --{name.replace('_', '-')}"
+                )
 
 
 # Named settings, for --preset.

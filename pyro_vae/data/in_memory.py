@@ -167,6 +167,9 @@ def _array(data: Any, lacking: bool = False) -> np.ndarray:
 
 def _labels(labels: np.ndarray, name: str, *, real: bool) -> np.ndarray:
     """Labels, checked to be integers, booleans, strings or, if `real`, real numbers."""
+    if labels.dtype.kind in "OT" and any(isinstance(label, str) for label in labels.flat):
+        missing = [str(label) in ("None", "nan", "<NA>") for label in labels.flat]
+        labels = np.where(np.reshape(missing, labels.shape), "", labels)
     if labels.dtype.kind in "OT" and all(isinstance(label, str) for label in labels.flat):
         labels = labels.astype(str)
     elif labels.dtype == object and all(isinstance(n, (int, np.integer)) for n in labels.flat):

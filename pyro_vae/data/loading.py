@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..config import DataConfig, InputError
 from .in_memory import read_object
+from .labels import hide_labels, with_classes
 from .precision import column_name
 from .readers import read
 from .scan import FLOAT32_MAX, SAMPLED_VALUES, Scan, check_float32, choose_spec, scan_values
@@ -54,10 +55,11 @@ def load_data(
         source: the data, as above, or a `DataConfig` with all settings.
         seed: selects the validation rows, and the test rows if the data have no test split.
         spec: that of a trained model, `vae.likelihood_module.spec`, for its own data or others like
-            them. Columns are matched by name, and x has the offset and scale of the training.
-            Values may be missing if they could be in the training.
+            them. Columns and classes are matched by name, and x has the offset and scale of the
+            training. Values may be missing if they could be in the training.
         settings: those of `DataConfig`: `image_size`, `layout`, `max_value`, `validation_size`,
-            `test_size` and `missing`. Image sizes also apply to the PIL images of a Dataset.
+            `test_size`, `missing` and `labelled`. Image sizes also apply to the PIL images of a
+            Dataset.
 
     Raises:
         InputError: the data are missing, damaged or of an unsupported kind or shape, hold values
@@ -68,7 +70,10 @@ def load_data(
     rows, scan = _draw_splits(data, config, seed), scan_values(data, lacking)
     if spec is None:
         spec = choose_spec(data, config.max_value, scan, rows[0], lacking)
-    return _splits(data, scan, spec, *rows)
+    splits = _splits(data, scan, spec, *rows)
+    if config.labelled is None:
+        return splits
+    return hide_labels(with_classes(splits), config.labelled, seed)
 
 
 def _read(source: Any, config: DataConfig, spec: DataSpec | None) -> tuple[DataConfig, Source]:
@@ -307,10 +312,11 @@ def _splits(source: Source, scan: Scan, spec: DataSpec, *rows: Tensor) -> Splits
     wide = spec.offset is not None or (spec.missing and source.values.dtype.kind == "f")
     values = _tensor(source.values, wide=wide)
     labels = None if source.labels is None else torch.from_numpy(source.labels)
+    classes, spec = spec.classes, dataclasses.replace(spec, classes=())
     train, validation, test = (
         Split(values, part, spec, None if labels is None else labels[part]) for part in rows
     )
-    return Splits(
+    splits = Splits(
         name=source.name,
         train=train,
         validation=validation,
@@ -321,6 +327,7 @@ def _splits(source: Source, scan: Scan, spec: DataSpec, *rows: Tensor) -> Splits
         found=source.found,
         **vars(scan),
     )
+    return with_classes(splits, classes) if classes else splits
 
 
 def _default_likelihood(spec: DataSpec) -> str:

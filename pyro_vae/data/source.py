@@ -27,7 +27,7 @@ class Source:
     Attributes:
         name: name of the data in titles and messages.
         values: (N, *shape), numbers; images are (N, C, H, W).
-        labels: (N,) int64, or None.
+        labels: (N,) int64, −1 if not known; or None.
         class_names: the name of each label, or empty.
         num_test: the last `num_test` rows are the data's own test split; 0 if they have none.
         num_validation: the rows before them are the data's own validation split; 0 if none.
@@ -62,13 +62,13 @@ def from_array(
         values: (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), (N, D, H, W), (N, D, H, W, C) or
             (N, C, D, H, W), C 1 or 3; as sequences (N, T) or (N, T, C).
         labels: (N,) or (N, 1), of one sortable type, or one-hot (N, K), or None. The classes
-            are the distinct labels, sorted.
+            are the distinct labels, sorted; empty text and NaN are no label.
         config: for `image_size`, which turns (N, D) into images, and `layout`.
         name: name of the data.
         origin: name of the data in error messages.
 
     Raises:
-        InputError: the values are not rows of numbers, or a row lacks a label.
+        InputError: the values are not rows of numbers, or there are more or fewer labels.
     """
     if values.dtype.kind not in "biuf":
         raise InputError(f"expected numbers in {origin}; got an array of dtype {values.dtype}")
@@ -130,7 +130,8 @@ def _classes(
 ) -> tuple[np.ndarray | None, tuple[str, ...]]:
     """The class of each row, (N,) int64, and the names of the classes, sorted by number or name.
 
-    Many different real numbers are a quantity to predict, not classes: they are left out.
+    An empty cell or NaN is a label that is not known, −1. Many different real numbers are a
+    quantity to predict, not classes: they are left out.
     """
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
@@ -141,9 +142,10 @@ def _classes(
             f"expected one label per row, ({count},), in {origin}; got labels of shape "
             f"{labels.shape}"
         )
-    if labels.dtype.kind == "f" and np.isnan(labels).any():
-        raise InputError(f"expected a label for each row in {origin}; got NaN in some")
-    distinct, codes = np.unique(labels, return_inverse=True)
+    known = np.ones(count, dtype=bool)
+    if labels.dtype.kind in "fU":
+        known = ~np.isnan(labels) if labels.dtype.kind == "f" else np.char.strip(labels) != ""
+    distinct, codes = np.unique(labels[known], return_inverse=True)
     names = [str(name) for name in distinct]
     if all(map(is_number, names)) and all(map(math.isfinite, map(float, names))):
         numbers = [float(name) for name in names]
@@ -158,7 +160,11 @@ def _classes(
         order = np.argsort(numbers, kind="stable")  # text sorts 10 before 2
         names = [names[i].removesuffix(".0") if whole else names[i] for i in order]
         codes = np.argsort(order)[codes]
-    return codes.astype(np.int64), tuple(names)
+    if not names:
+        return None, ()
+    every = np.full(count, -1, dtype=np.int64)
+    every[known] = codes
+    return every, tuple(names)
 
 
 def one_hot(labels: np.ndarray) -> bool:

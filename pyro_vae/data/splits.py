@@ -46,6 +46,7 @@ class DataSpec:
         offset, scale: of each column of a table or channel of a sequence, or one of each for images
             and volumes, see `precision`. None if float32 keeps the values. Bounded data have none.
         missing: whether values may be missing, which NaN marks, in stored values and in x.
+        classes: the names of the labels that a model with labels knows, or empty.
     """
 
     shape: tuple[int, ...]
@@ -55,6 +56,7 @@ class DataSpec:
     offset: tuple[float, ...] | None = None
     scale: tuple[float, ...] | None = None
     missing: bool = False
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.offset is not None or self.scale is not None:
@@ -196,7 +198,7 @@ class Split:
         values: (M, *shape), all stored rows, shared by the splits.
         rows: (N,) int64, the indices of this split's rows.
         spec: shape and range of the values.
-        labels: (N,) int64, or None.
+        labels: (N,) int64, −1 if a row has none; or None.
         device: device of the batches.
     """
 
@@ -221,6 +223,10 @@ class Split:
             return binarize(values, self.spec.bound)
         return self.spec.to_units(values, units, generator)
 
+    def labels_of(self, index: Tensor | slice) -> Tensor | None:
+        """The labels of the rows `index` (B,) on `device`, or None."""
+        return None if self.labels is None else self.labels[index].to(self.device)
+
     def fixed(self, units: Units, seed: int, num_images: int | None = None) -> Iterator[Tensor]:
         """Iterate over all rows, or the first `num_images`, in order: x (≤ CHUNK, *shape).
 
@@ -230,6 +236,15 @@ class Split:
         for rows in self.rows[:num_images].split(CHUNK):
             values = self.values[rows.to(self.values.device)].cpu()
             yield self.spec.to_units(values, units, generator).to(self.device)
+
+    def fixed_with_labels(
+        self, units: Units, seed: int, num_images: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """`fixed`, and the labels of the same rows: (≤ CHUNK,) on `device`, or None."""
+        done = 0
+        for x in self.fixed(units, seed, num_images):
+            yield x, self.labels_of(slice(done, done + len(x)))
+            done += len(x)
 
 
 @dataclass(frozen=True)

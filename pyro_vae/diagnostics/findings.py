@@ -20,8 +20,8 @@ from typing import Any, Literal
 import numpy as np
 
 from ..evidence.annealing import Annealed
+from ..evidence.intervals import Interval, interval, share_interval
 from .advice import remedies
-from .intervals import Interval, interval, share_interval
 from .latents import LatentUse
 from .nuts import Comparison
 from .predictive import PredictiveCheck
@@ -300,7 +300,7 @@ def about_spread(simulations: Simulations) -> Finding:
 
 def about_bias(simulations: Simulations) -> Finding:
     """The largest systematic error of a latent's mean."""
-    worst, size = _worst(simulations.z_scores)
+    worst, size = worst_mean(simulations.z_scores)
     return Finding(BIAS, size, simulations.names[worst])
 
 
@@ -344,7 +344,7 @@ def about_chains(comparison: Comparison) -> list[Finding]:
 
 def about_predictions(check: PredictiveCheck) -> Finding:
     """The statistic in which held-out rows differ most from their replicates."""
-    worst, size = _worst(check.effects)
+    worst, size = worst_mean(check.effects)
     return Finding(PREDICTIONS, size, check.names[worst])
 
 
@@ -367,7 +367,7 @@ def about_local(correct: np.ndarray) -> Finding:
     return Finding(LOCAL, share_interval(correct))
 
 
-def _worst(values: np.ndarray) -> tuple[int, Interval]:
+def worst_mean(values: np.ndarray) -> tuple[int, Interval]:
     """The column of (B, K) whose mean is furthest from 0, and the interval of this mean.
 
     The intervals hold for all columns at once, by Bonferroni's correction.

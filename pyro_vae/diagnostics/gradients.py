@@ -34,9 +34,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..evidence.intervals import Interval
 from ..memory import Callback, ignore
 from ..randomness import one_thread
-from .intervals import Interval
 
 BLOCKS = 20  # of the jackknife
 STUDENT = float(stats.t.isf(0.025, BLOCKS - 1))

@@ -24,9 +24,9 @@ import numpy as np
 from scipy import stats
 from torch import Tensor
 
+from ..evidence.intervals import Interval, interval, share_interval
 from ..memory import Callback, ignore
 from ..models.interface import LatentModel
-from .intervals import Interval, interval, share_interval
 from .sbc import simulate
 
 

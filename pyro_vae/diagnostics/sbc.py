@@ -27,11 +27,11 @@ from scipy import special, stats
 from torch import Tensor
 
 from ..data.missing import hidden_at_random
+from ..evidence.intervals import Interval, interval, share_interval
 from ..memory import Callback, ignore, rows_at_once
 from ..models.interface import LatentModel
 from ..models.log_weights import log_likelihood
 from ..randomness import one_thread
-from .intervals import Interval, interval, share_interval
 
 Quantity = Callable[[Tensor, Tensor], Tensor]
 

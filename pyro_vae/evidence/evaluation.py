@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,11 @@ from ..data.splits import Split
 from ..memory import Callback, ignore
 from ..models.autoencoder import Autoencoder
 from ..models.interface import uncompiled
+from ..models.labels import ConditionalVAE, Model, SemiSupervisedVAE, arguments, needs_labels
 from ..models.vae import VAE
 from ..randomness import derive, random_states
 from .importance import MIN_TAIL_SAMPLES, Evidence, choose_mode, importance_sample, reliable_k
+from .labels import Accuracies, accuracies, measured_with_labels
 
 # A latent is active if the variance over rows of its posterior mean exceeds this ("Importance
 # weighted autoencoders", arXiv 1509.00519).
@@ -36,7 +39,7 @@ MIN_ROWS = 8
 
 
 def elbo_terms(
-    vae: VAE | Autoencoder,
+    vae: Model,
     split: Split,
     seed: int = 0,
     num_images: int | None = None,
@@ -45,21 +48,33 @@ def elbo_terms(
     """Mean reconstruction and KL over a split, nats per row, with one draw of z per row.
 
     `seed` fixes draws and binarization; torch's global random state does not change. The KL of an
-    `Autoencoder` is None. `note`: see `note_outlier`.
+    `Autoencoder` is None. A semi-supervised model infers all labels. `note`: see `note_outlier`.
     """
     vae = uncompiled(vae)
     with random_states(split.device, derive(seed, "posterior")):
-        batches = split.fixed(vae.likelihood_module.units, seed, num_images)
-        parts = [_row_terms(vae, x) for x in batches]
+        parts = [_row_terms(vae, *rows) for rows in evaluated_rows(vae, split, seed, num_images)]
     if note:
         reconstruction, kl = _joined(parts)
         note_outlier(vae, split, reconstruction - kl, "ELBO")
     count = sum(len(part[0]) for part in parts)
     means = [sum(part[i].sum().item() for part in parts) / count for i in (0, 1)]
-    return means[0], means[1] if isinstance(vae, VAE) else None
+    return means[0], None if isinstance(vae, Autoencoder) else means[1]
 
 
-def note_outlier(vae: VAE | Autoencoder, split: Split, values: Tensor, what: str) -> None:
+def evaluated_rows(
+    vae: Any, split: Split, seed: int, num_images: int | None = None
+) -> Iterator[tuple[Tensor, ...]]:
+    """The arguments of the model in batches, x (B, *data_shape) and perhaps labels y (B,).
+
+    A semi-supervised model knows none of the labels.
+    """
+    for x, y in split.fixed_with_labels(vae.likelihood_module.units, seed, num_images):
+        if isinstance(vae, SemiSupervisedVAE):
+            y = torch.full((len(x),), -1, device=x.device)
+        yield arguments(vae, x, y)
+
+
+def note_outlier(vae: Model, split: Split, values: Tensor, what: str) -> None:
     """Warn of rows that alone decide a mean, see `DECISIVE`; they may be several.
 
     Args:
@@ -91,14 +106,15 @@ def note_outlier(vae: VAE | Autoencoder, split: Split, values: Tensor, what: str
     warnings.warn(f"{text}. Check this row", stacklevel=2)
 
 
-def _row_terms(vae: VAE | Autoencoder, x: Tensor) -> tuple[Tensor, Tensor]:
+def _row_terms(vae: Any, x: Tensor, *y: Tensor) -> tuple[Tensor, Tensor]:
     """Reconstruction and KL of each row (B,), float64; a KL of zero for an autoencoder."""
-    terms = vae.elbo_terms(x)
+    terms = vae.elbo_terms(x, *y)
     reconstruction = terms[0].double()
     kl = torch.zeros_like(reconstruction) if terms[1] is None else terms[1].double()
     beyond = ~(reconstruction - kl).isfinite()
     if beyond.any() and x.dtype != torch.float64:
-        exact = _row_terms(copy.deepcopy(vae).double(), x[beyond].double())
+        labels = [part[beyond] for part in y]
+        exact = _row_terms(copy.deepcopy(vae).double(), x[beyond].double(), *labels)
         reconstruction[beyond], kl[beyond] = exact
     return reconstruction, kl
 
@@ -123,6 +139,9 @@ class Evaluation:
         num_images: number of rows.
         num_samples: importance samples per row.
         binarization: "fixed" with its seed if grey values are binarized, else "none".
+        accuracies: of a semi-supervised model, on rows with a label.
+
+    The densities of a conditional model are those given the label of each row, log p(x|y).
     """
 
     elbo: float | None = None
@@ -137,11 +156,12 @@ class Evaluation:
     num_images: int
     num_samples: int | None = None
     binarization: str
+    accuracies: Accuracies | None = None
 
 
 @torch.no_grad()
 def evaluate(
-    vae: VAE | Autoencoder,
+    vae: Model,
     split: Split,
     num_samples: int = 5000,
     num_rows: int | None = None,
@@ -158,34 +178,38 @@ def evaluate(
         num_rows: number of rows, from the beginning of the split; by default all.
         seed: of the samples and of the binarization.
         on_chunk: called with the number of (row, sample) pairs just done.
-        on_batch: called after each batch with the mean ELBO and log p(x) of all rows so far.
+        on_batch: called after each batch with the mean ELBO and log p(x) of all rows so far; not
+            of a model with labels, which is measured class by class.
     """
     vae = uncompiled(vae)
     likelihood, count = vae.likelihood_module, min(len(split), num_rows or len(split))
     binarization = f"fixed, seed {seed}" if split.spec.binarizes(likelihood.units) else "none"
-    batches = split.fixed(likelihood.units, seed, count)
-    if not isinstance(vae, VAE):
+    if isinstance(vae, Autoencoder):
         mean, _ = elbo_terms(vae, split, seed, count, note=True)
         return Evaluation(reconstruction=mean, num_images=count, binarization=binarization)
 
-    values = count * num_samples * math.prod(split.spec.shape)
-    mode, with_tail = choose_mode(values), num_samples >= MIN_TAIL_SAMPLES
-    parts: list[tuple[Tensor, ...]] = []
-    observed = 0
+    values, with_tail = math.prod(split.spec.shape), num_samples >= MIN_TAIL_SAMPLES
+    classes = getattr(vae, "num_classes", 1) if needs_labels(vae) else 1  # each has its own graph
+    mode = choose_mode(count * num_samples * values / classes)
+
+    def measure(vae: VAE, x: Tensor) -> tuple[Tensor, ...]:
+        evidence = importance_sample(vae, x, num_samples, on_chunk, with_tail, mode=mode)
+        return _terms(vae, x, evidence)
+
+    shares: Accuracies | None = None
     with random_states(split.device, derive(seed, "posterior")):
-        for x in batches:
-            evidence = importance_sample(vae, x, num_samples, on_chunk, with_tail, mode=mode)
-            parts.append(_terms(vae, x, evidence))
-            observed += int((~x.isnan()).sum())
-            if on_batch is not None:
-                log_evidence, reconstruction, kl, *_ = _joined(parts)
-                on_batch((reconstruction - kl).mean().item(), log_evidence.mean().item())
-    log_evidence, reconstruction, kl, errors, tails, means = _joined(parts)
+        if isinstance(vae, ConditionalVAE):
+            terms, log_joint = measured_with_labels(vae, split, seed, count, measure)
+            shares = accuracies(vae, split, seed, log_joint)
+        else:
+            batches = split.fixed(likelihood.units, seed, count)
+            terms = _measured(vae, batches, measure, on_batch)
+    log_evidence, reconstruction, kl, errors, tails, observed, means = terms
     note_outlier(vae, split, log_evidence, "log p(x)")
 
     density, deviation = log_evidence.mean().item(), errors.square().sum().sqrt().item()
     unreliable = (tails > reliable_k(num_samples)).double().mean().item()
-    several, size = count > 1, observed / count
+    several, size = count > 1, observed.mean().item()
     return Evaluation(
         elbo=reconstruction.mean().item() - kl.mean().item(),
         reconstruction=reconstruction.mean().item(),
@@ -199,16 +223,37 @@ def evaluate(
         num_images=count,
         num_samples=num_samples,
         binarization=binarization,
+        accuracies=shares,
     )
 
 
+def _measured(
+    vae: VAE,
+    batches: Iterator[Tensor],
+    measure: Callable[[VAE, Tensor], tuple[Tensor, ...]],
+    on_batch: Callable[[float, float], object] | None,
+) -> list[Tensor]:
+    """The measures of all rows of a model without labels."""
+    parts: list[tuple[Tensor, ...]] = []
+    for x in batches:
+        parts.append(measure(vae, x))
+        if on_batch is not None:
+            log_evidence, reconstruction, kl, *_ = _joined(parts)
+            on_batch((reconstruction - kl).mean().item(), log_evidence.mean().item())
+    return _joined(parts)
+
+
 def _terms(vae: VAE, x: Tensor, evidence: Evidence) -> tuple[Tensor, ...]:
-    """log p(x), log p(x|z), KL, error, k̂ (if missing, KL), (B,) each; posterior mean (B, Z)."""
+    """log p(x), log p(x|z), KL, error, k̂ (if missing, KL), number of observed values, (B,) each.
+
+    And the posterior mean (B, Z).
+    """
     posterior = vae.posterior(x)
     kl = mean_kl(posterior, vae.prior(), evidence)
     tail = kl if evidence.pareto_k is None else evidence.pareto_k
+    observed = (~x.isnan()).flatten(1).sum(1).double()
     terms = (evidence.log_evidence, evidence.reconstruction, kl, evidence.standard_error, tail)
-    return (*terms, posterior.mean.double())
+    return (*terms, observed, posterior.mean.double())
 
 
 def mean_kl(posterior: Distribution, prior: Distribution, evidence: Evidence) -> Tensor:

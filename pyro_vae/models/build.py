@@ -12,19 +12,21 @@ from torch import Tensor, nn
 
 from ..config import DEFAULT_HIDDEN, InputError, ModelConfig
 from ..config.families import FlowGuide, FlowPrior, Guide, MixturePrior, RefinedGuide, VampPrior
+from ..data.labels import class_shares, with_classes
 from ..data.splits import DataSpec, Splits, Units, moments
 from ..memory import check_memory
 from ..randomness import derive, random_states, usual_settings
 from .autoencoder import Autoencoder
+from .labels import ConditionalVAE, Model, SemiSupervisedVAE
 from .likelihoods import LIKELIHOODS, Likelihood
-from .networks import Decoder, Encoder
+from .networks import JOINED, Decoder, Encoder, LabelledDecoder, LabelledEncoder
 from .posteriors import Mixture, num_features, posterior_family
 from .priors import Vamp, prior_family
 from .refined import Refined
 from .vae import VAE
 
 
-def build(config: ModelConfig, splits: Splits, seed: int = 0) -> VAE | Autoencoder:
+def build(config: ModelConfig, splits: Splits, seed: int = 0) -> Model:
     """Make a model for the data, with new weights.
 
     Args:
@@ -34,8 +36,10 @@ def build(config: ModelConfig, splits: Splits, seed: int = 0) -> VAE | Autoencod
         seed: seed of the initial weights. Torch's global random state does not change.
 
     Raises:
-        InputError: the data do not suit the likelihood or the architecture.
+        InputError: the data do not suit the likelihood or the architecture, or lack labels.
     """
+    if config.condition != "none":
+        splits = with_classes(splits)
     name = splits.likelihood if config.likelihood == "auto" else config.likelihood
     units = LIKELIHOODS[name].units
     _check(name, splits)
@@ -46,6 +50,9 @@ def build(config: ModelConfig, splits: Splits, seed: int = 0) -> VAE | Autoencod
             model = _assemble(config, likelihood)
             if isinstance(model, VAE) and isinstance(model.prior_module, Vamp):
                 _start_at_rows(model.prior_module, splits, "unit" if units == "binary" else units)
+            if isinstance(model, ConditionalVAE):
+                shares = class_shares(splits.train, len(splits.spec.classes))
+                model.label_logits.copy_(shares.log())
     return model
 
 
@@ -58,7 +65,7 @@ def _start_at_rows(prior: Vamp, splits: Splits, units: Units) -> None:
         prior.rows.copy_(((rows.cpu() - prior.mean) / prior.std).nan_to_num(0.0))
 
 
-def build_blank(config: ModelConfig, spec: DataSpec, device: str = "cpu") -> VAE | Autoencoder:
+def build_blank(config: ModelConfig, spec: DataSpec, device: str = "cpu") -> Model:
     """Make the model that `config` and `spec` describe, to load a state dict into.
 
     On the device "meta" it takes no memory and shows the shapes of the weights.
@@ -78,7 +85,9 @@ def build_blank(config: ModelConfig, spec: DataSpec, device: str = "cpu") -> VAE
         return _assemble(config, LIKELIHOODS[config.likelihood](spec, mean, std))
 
 
-def new_guide(vae: VAE, guide: Guide, encoder_hidden: tuple[int, ...] | None, seed: int = 0) -> VAE:
+def new_guide(
+    vae: VAE | ConditionalVAE, guide: Guide, encoder_hidden: tuple[int, ...] | None, seed: int = 0
+) -> Any:
     """A copy of a model with a new guide.
 
     Args:
@@ -89,8 +98,11 @@ def new_guide(vae: VAE, guide: Guide, encoder_hidden: tuple[int, ...] | None, se
         seed: seed of new weights. Torch's global random state does not change.
 
     Raises:
-        InputError: the model is no `VAE`, or a subclass with distributions of its own.
+        InputError: the model is no `VAE`, or a subclass with distributions of its own; a model with
+            labels gets a refined guide only.
     """
+    if isinstance(vae, ConditionalVAE):
+        return _refined_with_labels(vae, guide, encoder_hidden, seed)
     if not isinstance(vae, VAE):
         raise InputError(f"a new guide expects a VAE; got {type(vae).__name__}")
     own = [n for n in ("prior", "likelihood", "model") if getattr(type(vae), n) != getattr(VAE, n)]
@@ -119,7 +131,28 @@ def new_guide(vae: VAE, guide: Guide, encoder_hidden: tuple[int, ...] | None, se
     return new
 
 
-def _new_head(vae: VAE, family: nn.Module, size: int) -> nn.Linear:
+def _refined_with_labels(
+    vae: ConditionalVAE, guide: Guide, encoder_hidden: tuple[int, ...] | None, seed: int
+) -> ConditionalVAE:
+    """A copy of a conditional model with a refined guide, which starts from its posterior mean."""
+    if isinstance(vae, SemiSupervisedVAE):
+        raise InputError("a refit expects labels that are given; this model infers them")
+    if not isinstance(guide, RefinedGuide) or encoder_hidden is not None:
+        raise InputError(
+            "a refit of a model with labels expects --guide refined, and no --encoder-hidden"
+        )
+    new = copy.deepcopy(vae)
+    family: Any = _family(guide, vae.prior().event_shape[0])
+    encoder: Any = new.encoder
+    encoder.layers[-1] = _new_head(vae, family, num_features(guide, family.latent_dim))
+    new.family = family
+    new.to(vae.label_logits.device)
+    with random_states(vae.label_logits.device, derive(seed, "starts")), torch.no_grad():
+        family.starts.copy_(new.prior().sample((len(family.starts),)))
+    return new
+
+
+def _new_head(vae: Any, family: nn.Module, size: int) -> nn.Linear:
     """A last layer of the encoder, with the weights of the means and scales that both have."""
     encoder: Any = vae.encoder
     old, latent_dim = encoder.layers[-1], vae.prior().event_shape[0]
@@ -163,13 +196,15 @@ def _family(guide: Guide, latent_dim: int) -> nn.Module:
     return posterior_family(guide, latent_dim)
 
 
-def _assemble(config: ModelConfig, likelihood: Likelihood) -> VAE | Autoencoder:
+def _assemble(config: ModelConfig, likelihood: Likelihood) -> Model:
     hidden = DEFAULT_HIDDEN[config.architecture] if config.hidden is None else config.hidden
     shape, is_conv = likelihood.spec.shape, config.architecture == "conv"
     encoder_hidden = hidden if config.encoder_hidden is None else config.encoder_hidden
     inputs = shape[0] if is_conv else math.prod(shape)
     _check_size(config, inputs * (1 + likelihood.spec.missing), encoder_hidden, hidden)
     latent_dim, guide = config.latent_dim, config.guide
+    if config.condition != "none":
+        return _with_labels(config, likelihood)
     size = latent_dim if config.kind == "ae" else num_features(guide, latent_dim)
     moments = (likelihood.mean, likelihood.std)
     bounded = likelihood.units != "real"
@@ -182,6 +217,34 @@ def _assemble(config: ModelConfig, likelihood: Likelihood) -> VAE | Autoencoder:
     family = _family(guide, latent_dim)
     prior = prior_family(config.prior, latent_dim, *moments)
     return VAE(prior, encoder, decoder, likelihood, family)
+
+
+def _with_labels(config: ModelConfig, likelihood: Likelihood) -> ConditionalVAE:
+    """A model of rows with labels. All classes have the same share."""
+    hidden = DEFAULT_HIDDEN[config.architecture] if config.hidden is None else config.hidden
+    encoder_hidden = hidden if config.encoder_hidden is None else config.encoder_hidden
+    shape, activation, size = likelihood.spec.shape, config.activation, config.latent_dim
+    moments, count = (likelihood.mean, likelihood.std), len(likelihood.spec.classes)
+
+    def read(num_features: int) -> Encoder:
+        network = (config.architecture, shape, encoder_hidden, activation)
+        bounded, missing = likelihood.units != "real", likelihood.spec.missing
+        return Encoder(*network, num_features, *moments, bounded, missing)
+
+    network = (config.architecture, shape, hidden, activation)
+    parts: dict[str, Any] = {
+        "prior": prior_family(config.prior, size, *moments),
+        "encoder": LabelledEncoder(
+            read(JOINED), activation, count, num_features(config.guide, size)
+        ),
+        "decoder": LabelledDecoder(Decoder(*network, size + count, likelihood.initial_bias())),
+        "likelihood": likelihood,
+        "shares": torch.full((count,), 1 / count),
+        "family": _family(config.guide, size),
+    }
+    if config.condition == "label":
+        return ConditionalVAE(**parts)
+    return SemiSupervisedVAE(**parts, classifier=read(count))
 
 
 def _check_size(

@@ -21,6 +21,11 @@ from .bounds import soft_clamp
 # Standardized inputs keep every bit up to this size. Of N rows, none is further than √N standard
 # deviations from their mean: a training set of a million rows has no larger value.
 MAX_STANDARDIZED = 1024.0
+# Units of the layer that joins the features of x and a label.
+JOINED = 128
+# The decoder reads a one-hot label times this. Adam then learns the effect of a label before that
+# of the latents, which might take its place; see docs/guide/labels.md.
+LABEL_SCALE = 10.0
 
 
 # By the number of dimensions of a row with its channels.
@@ -159,6 +164,52 @@ class Decoder(nn.Module):
             output = F.linear(hidden, head.weight, self.bias.flatten()).to(z.dtype)
             return output.reshape(*z.shape[:-1], *self.bias.shape)
         return head(hidden).to(z.dtype).reshape(*z.shape[:-1], *self.bias.shape) + self.bias
+
+
+class LabelledEncoder(nn.Module):
+    """x (..., *data_shape), one-hot y (..., C) → features (..., num_features).
+
+    Features of x and the label are joined by a hidden layer, so that x is read once for all labels.
+
+    Args:
+        trunk: module x (..., *data_shape) → (..., `JOINED`).
+        activation: as in `Encoder`.
+        num_classes: C.
+        num_features: size of the output.
+    """
+
+    def __init__(
+        self, trunk: nn.Module, activation: str, num_classes: int, num_features: int
+    ) -> None:
+        super().__init__()
+        self.trunk, self.activation = trunk, _activation(activation)
+        joined = _mlp([JOINED + num_classes, JOINED], activation)
+        self.layers = nn.Sequential(*joined, nn.Linear(JOINED, num_features))
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        return self.layers(join(self.activation(self.trunk(x)), label)).to(x.dtype)
+
+
+class LabelledDecoder(nn.Module):
+    """z (..., Z), one-hot y (..., C) → likelihood parameters (..., P, *data_shape).
+
+    Args:
+        decoder: module (..., Z + C) → (..., P, *data_shape).
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, z: Tensor, label: Tensor) -> Tensor:
+        return self.decoder(join(z, LABEL_SCALE * label))
+
+
+def join(values: Tensor, label: Tensor) -> Tensor:
+    """(..., V) and (..., C), which broadcast → (..., V + C)."""
+    shape = torch.broadcast_shapes(values.shape[:-1], label.shape[:-1])
+    parts = (values, label.to(values.dtype))
+    return torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)
 
 
 def _mlp(sizes: list[int], activation: str) -> list[nn.Module]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -24,7 +24,7 @@ from torch.nn.functional import interpolate
 from ..data.splits import Splits
 from ..memory import rows_at_once
 from ..models.autoencoder import Autoencoder
-from ..models.vae import VAE
+from ..models.labels import ConditionalVAE, Model
 from ..plots.codes import Codes
 from ..plots.from_model import to_display
 from ..plots.tiles import MISSING
@@ -36,6 +36,7 @@ PLANS = [(4, 4, 15), (4, 3, 13), (3, 3, 13), (3, 2, 11), (2, 2, 11), (2, 1, 9), 
 WHOLE = [(2, 1, 41), (2, 1, 33), (2, 1, 25), (2, 1, 17), (2, 1, 9), (2, 1, 5)]
 
 DECODED_VALUES = 2**28  # in all, which takes some seconds
+MAX_LABELS = 20  # classes that can be chosen
 MAX_PIXELS = 64  # a side of a tile; larger images are reduced
 THUMBNAIL_BYTES = 400_000  # of the thumbnails of all runs on a page
 
@@ -49,23 +50,26 @@ class Explorer:
         grid: (L, n) the values that each takes.
         anchors: (M,) indices into `Codes` of the rows whose codes the other latents keep.
         sheets: PNG of each (anchor, first latent, second latent), by positions in `anchors` and
-            `latents`; of a single latent, that latent twice.
+            `latents`; of a single latent, that latent twice. With `labels`, the position of the
+            label comes first.
         tile: height, width and channels of a tile; a table's row is one pixel high, a sequence as
             many as it has channels.
         span: the values of black and white.
         reduced: whether the tiles are smaller than the images.
+        labels: classes at which a model with labels is decoded, or empty.
     """
 
     latents: list[int]
     grid: np.ndarray
     anchors: list[int]
-    sheets: dict[tuple[int, int, int], bytes]
+    sheets: dict[tuple[int, ...], bytes]
     tile: tuple[int, int, int]
     span: tuple[float, float]
     reduced: bool
+    labels: Sequence[int] = ()
 
 
-def explore(vae: VAE | Autoencoder, codes: Codes, budget: int) -> Explorer:
+def explore(vae: Model, codes: Codes, budget: int) -> Explorer:
     """Decode the planes of the latents whose means vary most, around codes of several classes.
 
     The latents of a VAE range over 3 standard deviations of the prior to each side of its mean, or
@@ -79,27 +83,33 @@ def explore(vae: VAE | Autoencoder, codes: Codes, budget: int) -> Explorer:
     """
     order = np.argsort(-codes.means.std(0), kind="stable").tolist()
     plans = PLANS if len(order) > 2 else WHOLE
+    labels = _most_frequent(vae) if isinstance(vae, ConditionalVAE) else []
     for plan in plans:
         num_latents, num_anchors, side = plan
         latents = order[:num_latents]
         anchors = _of_several_classes(codes, num_anchors)
         grid = _grid(vae, codes.means[:, latents], latents, side)
         last = plan == plans[-1]
-        num_points = num_anchors * math.comb(num_latents, 2) * side**2
+        num_points = num_anchors * math.comb(num_latents, 2) * side**2 * max(1, len(labels))
         if num_points * codes.x[0].numel() > DECODED_VALUES and not last:
             continue
         most = math.inf if last else budget
-        drawn, span = _sheets(vae, codes, latents, grid, anchors, most)
+        drawn, span = _sheets(vae, codes, latents, grid, anchors, labels, most)
         if drawn:
             break
     height, width, *channels = tiles(vae, codes.x[:1].nan_to_num(0.0), span)[0].shape
     tile = (height, width, channels[0] if channels else 1)
     reduced = _is_picture(vae) and (height, width) != tuple(codes.x.shape[-2:])
-    return Explorer(latents, grid, anchors, drawn, tile, span, reduced)
+    return Explorer(latents, grid, anchors, drawn, tile, span, reduced, labels)
+
+
+def _most_frequent(vae: ConditionalVAE) -> list[int]:
+    """The most frequent classes of the training, at most `MAX_LABELS`, in ascending order."""
+    return sorted(vae.label_logits.argsort(descending=True, stable=True)[:MAX_LABELS].tolist())
 
 
 def tiles(
-    vae: VAE | Autoencoder,
+    vae: Model,
     x: Tensor,
     span: tuple[float, float] = (0, 1),
     largest: int = MAX_PIXELS,
@@ -128,7 +138,7 @@ def tiles(
     return (bits[..., 0] if bits.shape[-1] == 1 else bits).numpy()
 
 
-def _is_picture(vae: VAE | Autoencoder) -> bool:
+def _is_picture(vae: Model) -> bool:
     """Whether rows are images or volumes, which are shown as pictures."""
     return not vae.likelihood_module.spec.scale_shape
 
@@ -152,10 +162,10 @@ def _of_several_classes(codes: Codes, count: int) -> list[int]:
 
 
 @torch.no_grad()
-def _grid(vae: VAE | Autoencoder, means: np.ndarray, latents: list[int], side: int) -> np.ndarray:
+def _grid(vae: Model, means: np.ndarray, latents: list[int], side: int) -> np.ndarray:
     """(L, n) values of each latent, for means (N, L) of these."""
     low, high = np.percentile(means, [1, 99], axis=0)
-    if isinstance(vae, VAE):
+    if not isinstance(vae, Autoencoder):
         prior = vae.prior()
         moments = (prior.mean, prior.variance.sqrt())
         centre, scale = (v.cpu().numpy()[latents].astype(low.dtype) for v in moments)
@@ -167,34 +177,40 @@ def _grid(vae: VAE | Autoencoder, means: np.ndarray, latents: list[int], side: i
 
 @torch.no_grad()
 def _sheets(
-    vae: VAE | Autoencoder,
+    vae: Model,
     codes: Codes,
     latents: list[int],
     grid: np.ndarray,
     anchors: list[int],
+    labels: list[int],
     budget: float,
-) -> tuple[dict[tuple[int, int, int], bytes], tuple[float, float]]:
+) -> tuple[dict[tuple[int, ...], bytes], tuple[float, float]]:
     """The sheets of all planes, none if they exceed the budget; the values of black and white."""
     device = next(vae.parameters()).device
     side = grid.shape[1]
 
-    def decoded(key: tuple[int, int, int]) -> Iterator[Tensor]:
+    models: list[Any] = [vae.given(k) for k in labels] if isinstance(vae, ConditionalVAE) else []
+
+    def decoded(key: tuple[int, ...]) -> Iterator[Tensor]:
         """Means of p(x|z) on a plane, row by row of its second latent, some at once."""
-        anchor, first, second = key
+        *label, anchor, first, second = key
+        model: Any = models[label[0]] if label else vae
         rows = side if first != second else 1
         z = torch.as_tensor(codes.means[anchors[anchor]]).repeat(rows, side, 1)
         z[..., latents[second]] = torch.as_tensor(grid[second])[:rows, None]
         z[..., latents[first]] = torch.as_tensor(grid[first])
         parts = z.flatten(0, 1).to(device).split(rows_at_once(codes.x[0].numel(), device))
-        return (vae.likelihood(part).mean for part in parts)
+        return (model.likelihood(part).mean for part in parts)
 
     pairs = list(combinations(range(len(latents)), 2)) or [(0, 0)]
-    keys = [(m, *pair) for m in range(len(anchors)) for pair in pairs]
+    keys: list[tuple[int, ...]] = [(m, *pair) for m in range(len(anchors)) for pair in pairs]
+    if labels:
+        keys = [(k, *key) for k in range(len(labels)) for key in keys]
     span = (0.0, 1.0)
     if not _is_picture(vae):  # one scale for all rows of a table
         shown = [to_display(vae, part) for key in keys for part in decoded(key)]
         span = float(min(part.min() for part in shown)), float(max(part.max() for part in shown))
-    drawn: dict[tuple[int, int, int], bytes] = {}
+    drawn: dict[tuple[int, ...], bytes] = {}
     for key in keys:
         drawn[key] = sheet(np.concatenate([tiles(vae, p, span) for p in decoded(key)]), side)
         if sum(map(len, drawn.values())) > budget:
@@ -203,14 +219,14 @@ def _sheets(
 
 
 def interactive(
-    found: Explorer, vae: VAE | Autoencoder, splits: Splits, codes: Codes, num_runs: int
+    found: Explorer, vae: Model, splits: Splits, codes: Codes, num_runs: int
 ) -> dict[str, Any]:
     """The data of the page's script as JSON values: points, thumbnails and the explorer."""
     labels = None if codes.labels is None else codes.labels.tolist()
     anchors = tiles(vae, codes.x[found.anchors], found.span)
     return {
         "row": splits.spec.row,
-        "classes": [] if labels is None else list(splits.class_names),
+        "classes": [] if labels is None else list(codes.class_names or splits.class_names),
         "labels": labels,
         "planes": [
             {
@@ -230,11 +246,23 @@ def interactive(
             "tile": found.tile[:2],
             "codes": _rounded(codes.means[:, found.latents]),
             "more": codes.means.shape[1] > 2,
+            **_choice_of_label(found, vae, codes),
         },
     }
 
 
-def _thumbnails(vae: VAE | Autoencoder, codes: Codes, num_runs: int) -> dict[str, Any] | None:
+def _choice_of_label(found: Explorer, vae: Model, codes: Codes) -> dict[str, Any]:
+    """Names of the labels that can be chosen, and that of each anchor, by position; or nothing."""
+    if not isinstance(vae, ConditionalVAE) or codes.given is None:
+        return {}
+    own = [codes.given[anchor] for anchor in found.anchors]
+    return {
+        "labels": [vae.class_names[k] for k in found.labels],
+        "own": [list(found.labels).index(k) if k in found.labels else 0 for k in own],
+    }
+
+
+def _thumbnails(vae: Model, codes: Codes, num_runs: int) -> dict[str, Any] | None:
     """The images of the dots on one sheet; None without images, or if the sheet is too large."""
     if not _is_picture(vae):
         return None

@@ -19,7 +19,7 @@ from ..data.splits import Splits
 from ..diagnostics.findings import number
 from ..evidence.evaluation import ACTIVE_VARIANCE
 from ..models.autoencoder import Autoencoder
-from ..models.vae import VAE
+from ..models.labels import ConditionalVAE, Model
 from ..plots import from_model as gallery
 from ..plots import run as figures
 from ..plots.codes import Codes
@@ -52,6 +52,7 @@ CAPTIONS = {
     "coverage": "Share of truths inside regions of q(z|x), against their nominal probability",
     "recovery": "True latents against posterior means",
     "contraction": "Posterior contraction and z-scores of the truth",
+    "labels": "Randomized transform of the true labels under q(y|x), uniform if it is exact",
     "bounds": "Lower and upper bounds of log p(x) on simulated rows",
     "nuts": "q(z|x) and NUTS on the same rows",
     "aggregate": "Aggregate posterior and prior",
@@ -220,16 +221,20 @@ def _history(run: Path, best: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _sentence(checkpoint: Checkpoint, splits: Splits) -> str:
     model, fit = checkpoint.config.model, checkpoint.config.fit
-    is_vae = isinstance(checkpoint.vae, VAE)
+    is_vae = not isinstance(checkpoint.vae, Autoencoder)
     kind = "A variational autoencoder" if is_vae else "An autoencoder"
     sizes = " ".join(map(str, model.hidden or ()))
     particles = f" with {fit.num_particles} particles" if fit.num_particles > 1 else ""
+    labels = ""
+    if isinstance(checkpoint.vae, ConditionalVAE):
+        how = "given" if model.condition == "label" else "inferred where it is not known"
+        labels = f" and a label of {checkpoint.vae.num_classes} classes, {how}"
     objective = f" by the objective {fit.objective}{particles}" if is_vae else ""
     shape = "×".join(map(str, splits.spec.shape))
     return (
-        f"{kind} of {model.latent_dim} latents ({model.architecture} {sizes}, {model.likelihood} "
-        f"likelihood), trained on {len(splits.train):,} rows of {splits.name}, {shape},"
-        f"{objective}; epoch chosen on {len(splits.validation):,} rows."
+        f"{kind} of {model.latent_dim} latents{labels} ({model.architecture} {sizes}, "
+        f"{model.likelihood} likelihood), trained on {len(splits.train):,} rows of "
+        f"{splits.name}, {shape},{objective}; epoch chosen on {len(splits.validation):,} rows."
     )
 
 
@@ -248,6 +253,8 @@ def _numbers(
     if best["kl"] is not None:
         active = int((codes.means.var(0, ddof=1) > ACTIVE_VARIANCE).sum())
         found["Active latents"] = (f"{active} of {codes.means.shape[1]}", "whose means vary")
+    if "validation_accuracy" in best:
+        found["Accuracy, validation"] = (_number(best["validation_accuracy"]), "of q(y|x)")
     found["Best epoch"] = (f"{best['epoch']} of {len(history)}", "by validation")
     seconds = last["seconds"]
     time = f"{seconds:.0f} s" if seconds < 300 else f"{seconds / 60:.0f} min"
@@ -296,7 +303,7 @@ def _webp(image: Image.Image, quality: int) -> str:
 
 def _trust(run: Path, checkpoint: Checkpoint) -> Trust:
     """The contents of diagnostics.json in plain words."""
-    if not isinstance(checkpoint.vae, VAE):
+    if isinstance(checkpoint.vae, Autoencoder):
         return Trust("An autoencoder has no posterior and no density of data to test.")
     command = f"python -m pyro_vae.diagnose {quote(str(run))}"
     try:
@@ -356,7 +363,7 @@ def _in_words(report: dict[str, Any], findings: Sequence[FindingLine]) -> str:
     return " ".join(words)
 
 
-def _explorer_words(found: Explorer, vae: VAE | Autoencoder, codes: Codes) -> str:
+def _explorer_words(found: Explorer, vae: Model, codes: Codes) -> str:
     side, latent_dim = found.grid.shape[1], codes.means.shape[1]
     words = f"Means of p(x|z), decoded in advance at {side} values of each latent"
     if isinstance(vae, Autoencoder):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data.splits import Split, Splits
 from ..models.autoencoder import Autoencoder
-from ..models.vae import VAE
+from ..models.labels import ConditionalVAE, Model, at_rows, labels_at
 from .run import Plane
 
 # Points in a figure, enough to see every cluster; fewer with t-SNE, where 1,000 points take as long
@@ -32,6 +32,8 @@ class Codes:
         labels: (N,) indices into the class names, or None.
         planes: coordinates of the means: the latents if Z ≤ 2, else projections.
         title: a description of the points.
+        class_names: of the labels; the last is that of rows without a label, if there are any.
+        given: (N,) the labels at which a model with labels was taken, see `labels_at`; or None.
     """
 
     x: Tensor
@@ -39,30 +41,39 @@ class Codes:
     labels: np.ndarray | None
     planes: Sequence[Plane]
     title: str
+    class_names: tuple[str, ...] = ()
+    given: np.ndarray | None = None
 
 
 @torch.no_grad()
-def latent_codes(vae: VAE | Autoencoder, splits: Splits, seed: int) -> Codes:
+def latent_codes(vae: Model, splits: Splits, seed: int) -> Codes:
     """Latent means of the test rows and, if these are fewer than 1,000, of the other splits."""
     used = [splits.test]
     if len(splits.test) < 1000:
         used += [splits.validation, splits.train]
-    latent_dim = vae.posterior(first_rows(splits.test, vae, 1, seed)).mean.shape[-1]
+    units = vae.likelihood_module.units
+    first = next(splits.test.fixed_with_labels(units, seed, 1))
+    latent_dim = at_rows(vae, *first).posterior(first[0]).mean.shape[-1]
     most = MAX_POINTS if latent_dim <= 2 else MAX_TSNE_POINTS
     most = max(2, min(most, MAX_VALUES // math.prod(splits.spec.shape)))
-    batches = [x for split in used for x in split.fixed(vae.likelihood_module.units, seed, most)]
-    means = torch.cat([vae.posterior(x).mean for x in batches])[:most].cpu().numpy()
-    labels = None
+    batches = [row for split in used for row in split.fixed_with_labels(units, seed, most)]
+    parts = [at_rows(vae, *row).posterior(row[0]).mean for row in batches]
+    means = torch.cat(parts)[:most].cpu().numpy()
+    labels, given, names = None, None, splits.class_names
     if splits.test.labels is not None:
-        parts = [split.labels[:most] for split in used if split.labels is not None]
-        labels = torch.cat(parts)[:most].numpy()
+        labels = torch.cat([y for _, y in batches if y is not None])[:most].cpu().numpy()
+        if (labels < 0).any():
+            labels, names = np.where(labels < 0, len(names), labels), (*names, "no label")
+    if isinstance(vae, ConditionalVAE):
+        given = torch.cat([labels_at(vae, *row) for row in batches])[:most].cpu().numpy()
     kind = "codes" if isinstance(vae, Autoencoder) else "posterior means"
     which = "test" if len(used) == 1 else "test, validation and training"
     title = f"{kind} of {len(means)} {which} {splits.spec.row}s"
-    return Codes(torch.cat(batches)[:most], means, labels, _planes(means), title)
+    x = torch.cat([x for x, _ in batches])[:most]
+    return Codes(x, means, labels, _planes(means), title, names, given)
 
 
-def first_rows(split: Split, vae: VAE | Autoencoder, count: int, seed: int) -> Tensor:
+def first_rows(split: Split, vae: Model, count: int, seed: int) -> Tensor:
     """At most `count` rows of a split, from its beginning, as x."""
     return next(split.fixed(vae.likelihood_module.units, seed, count))
 

@@ -25,9 +25,8 @@ from torch.utils._pytree import tree_map_only
 from ..config import VERSION, Config, InputError, ModelConfig
 from ..config.options import structure
 from ..data.splits import DataSpec, Splits
-from ..models.autoencoder import Autoencoder
 from ..models.build import build_blank
-from ..models.vae import VAE
+from ..models.labels import Model
 from ..randomness import usual_settings
 from .records import check_tensor, unpack
 
@@ -36,7 +35,7 @@ FORMAT = "pyro_vae checkpoint"
 FORMAT_VERSION = 2
 
 # Fields of `DataSpec` that checkpoints of version 0.1 do not have.
-SPEC_OPTIONS = ("columns", "offset", "scale", "missing")
+SPEC_OPTIONS = ("columns", "offset", "scale", "missing", "classes")
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Checkpoint:
         refit: one metrics dictionary per record of a refit; empty if the guide is the trained one.
     """
 
-    vae: VAE | Autoencoder
+    vae: Model
     config: Config
     fingerprint: str
     training: dict[str, Any] | None
@@ -65,7 +64,7 @@ class Checkpoint:
 
 
 def serialize(
-    vae: VAE | Autoencoder,
+    vae: Model,
     config: Config,
     splits: Splits,
     history: list[dict[str, Any]],
@@ -101,7 +100,7 @@ def serialize(
     return buffer.getvalue()
 
 
-def load(run: str | Path) -> VAE | Autoencoder:
+def load(run: str | Path) -> Model:
     """Load the trained model of a run, on the CPU, in evaluation mode.
 
     Args:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import pyro
 import torch
-from pyro.infer import Trace_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor
 
 from ..capture.build import find_leaves
 from ..config import FitConfig, InputError
 from ..config.families import check_objective_families
+from ..config.fit import option_names
 from ..data.splits import Split, Splits
 from ..memory import check_memory
 from ..models.autoencoder import Autoencoder
+from ..models.labels import ConditionalVAE, Model, SemiSupervisedVAE, needs_labels
 from ..models.refined import Refined
 from ..models.vae import VAE
 
@@ -23,23 +26,26 @@ from ..models.vae import VAE
 MAX_STEP_VALUES = 10**12
 
 
-def check_model(vae: VAE | Autoencoder, splits: Splits, objective: str) -> None:
+def check_model(vae: Model, splits: Splits, config: FitConfig) -> None:
     """Check type, families, dtype and device of a model.
 
     Raises:
         InputError: it is not a model of this package, does not compute on float32 data, or on the
             device of the batches, or its families do not work with the objective.
     """
-    if not isinstance(vae, VAE | Autoencoder):
+    if not isinstance(vae, VAE | Autoencoder | ConditionalVAE):
         raise InputError(f"training expects a VAE or an Autoencoder; got {type(vae).__name__}")
+    check_labels(vae, splits)
+    if isinstance(vae, SemiSupervisedVAE):
+        _check_enumerated(config)
     if isinstance(getattr(vae, "family", None), Refined):
         raise InputError(
             "training expects a guide that can be trained; this model has a refined one: train "
             "with another, and refit"
         )
-    if isinstance(vae, VAE):
+    if not isinstance(vae, Autoencoder):
         kinds = (getattr(part, "kind", None) for part in (vae.family, vae.prior_module))
-        check_objective_families(objective, *kinds)
+        check_objective_families(config.objective, *kinds)
     device = splits.train.device
     for name, value in [*vae.named_parameters(), *vae.named_buffers()]:
         if value.is_inference():
@@ -64,6 +70,35 @@ def check_model(vae: VAE | Autoencoder, splits: Splits, objective: str) -> None:
             )
 
 
+def check_labels(vae: Model, splits: Splits) -> None:
+    """Check that there are the labels that a model needs.
+
+    Raises:
+        InputError: a row has none, or an unknown one.
+    """
+    if not isinstance(vae, ConditionalVAE):
+        return
+    for name, split in (("training", splits.train), ("validation", splits.validation)):
+        labels = split.labels
+        if labels is None or (needs_labels(vae) and bool((labels < 0).any())):
+            raise InputError(
+                f"the model expects the label of each row; {splits.name} has {name} rows without "
+                f"one: --condition partial infers them"
+            )
+        if len(labels) and int(labels.max()) >= vae.num_classes:
+            raise InputError(f"the model expects labels below {vae.num_classes}; got higher ones")
+
+
+def _check_enumerated(config: FitConfig) -> None:
+    plain = FitConfig()
+    for name in ("objective", "num_particles", "kl_warmup", *option_names()):
+        if getattr(config, name) != getattr(plain, name):
+            raise InputError(
+                f"a semi-supervised model expects the objective trace, with one particle and no "
+                f"other options; got {name} = {getattr(config, name)}"
+            )
+
+
 def check_particles(config: FitConfig, train: Split) -> None:
     """Check that the particles of a step fit in memory, and that it ends within hours.
 
@@ -81,13 +116,16 @@ def check_particles(config: FitConfig, train: Split) -> None:
         )
 
 
-def check_trained(vae: VAE | Autoencoder, x: Tensor) -> None:
+def check_trained(vae: Model, *args: Tensor) -> None:
     """Check that a step on x (B, *data_shape) would train all parameters; warn about the others.
+
+    `args` are those of `models.labels.arguments`: x, and labels if there are any.
 
     Raises:
         InputError: none, or one that does not belong to the model.
     """
-    loss = Trace_ELBO(max_plate_nesting=1).differentiable_loss(vae.model, vae.guide, x)
+    elbo: Any = TraceEnum_ELBO if isinstance(vae, SemiSupervisedVAE) else Trace_ELBO
+    loss = elbo(max_plate_nesting=1).differentiable_loss(vae.model, vae.guide, *args)
     leaves = find_leaves(loss) if isinstance(loss, Tensor) else []
     own = dict(vae.named_parameters())
     known = {id(p) for p in own.values()}

@@ -74,7 +74,7 @@ def part(index: Tensor) -> Tensor:
     return index.tensor_split(world())[rank()]
 
 
-def step(svi: SVI, x: Tensor, stop: bool, **kwargs: Any) -> tuple[list[float], bool]:
+def step(svi: SVI, args: tuple[Tensor, ...], stop: bool, **kwargs: Any) -> tuple[list[float], bool]:
     """Make one step of `svi` on the rows of all ranks.
 
     Gradients, the values of the loss, and the request to stop are summed over the ranks in one
@@ -82,7 +82,7 @@ def step(svi: SVI, x: Tensor, stop: bool, **kwargs: Any) -> tuple[list[float], b
 
     Args:
         svi: its loss returns a tuple of at most `TERMS` numbers, its optimizer is a `OneOptimizer`.
-        x: this rank's rows, perhaps none.
+        args: this rank's rows, perhaps none: x, and labels of a model that has them.
         stop: whether this rank requests to stop.
         kwargs: further arguments of the loss.
 
@@ -95,7 +95,8 @@ def step(svi: SVI, x: Tensor, stop: bool, **kwargs: Any) -> tuple[list[float], b
         NonFiniteGradient: the summed gradient is not finite; raised in all ranks.
     """
     optimizer = svi.optim
-    found = svi.loss_and_grads(svi.model, svi.guide, x, **kwargs) if len(x) else ()
+    x = args[0]
+    found = svi.loss_and_grads(svi.model, svi.guide, *args, **kwargs) if len(x) else ()
     sums = torch.zeros(TERMS + 1, device=x.device)
     for i, value in enumerate(found):
         sums[i] = value

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro.infer import ELBO, SVI
+from pyro.infer import ELBO, SVI, TraceEnum_ELBO
 from torch import Tensor
 
 from ..capture.captured import CapturedSVI, capture
@@ -33,15 +33,17 @@ from ..config import FitConfig, InputError, resolve_epochs
 from ..config.options import KL_WEIGHTED
 from ..data.splits import Splits
 from ..evidence.evaluation import elbo_terms
+from ..evidence.labels import accuracy
 from ..models.autoencoder import Autoencoder
 from ..models.interface import UNREGISTERED, uncompiled
-from ..models.vae import VAE
+from ..models.labels import Model, SemiSupervisedVAE, arguments, at_rows
 from ..objectives.registry import objective
 from ..randomness import OwnState, derive, usual_settings
 from . import distributed, schedules
 from .checks import check_model, check_particles, check_trained
 from .modes import run_mode, steps_at_once
-from .records import Diverged, Position, Progress, Record, Sums, pack, unpack
+from .records import Position, Progress, Record, Sums, diverged, pack, unpack
+from .rows import classification_weight, step_rows
 from .terms import ElboTerms
 
 # Objectives that are not sums over rows.
@@ -52,7 +54,7 @@ CHECKED_ROWS = 8
 
 
 def fit(
-    vae: VAE | Autoencoder,
+    vae: Model,
     splits: Splits,
     config: FitConfig = FitConfig(),  # noqa: B008 (frozen)
     seed: int = 0,
@@ -70,7 +72,7 @@ def fit(
 
 
 def iterate(
-    vae: VAE | Autoencoder,
+    vae: Model,
     splits: Splits,
     config: FitConfig = FitConfig(),  # noqa: B008 (frozen)
     seed: int = 0,
@@ -124,7 +126,7 @@ def iterate(
 class _Run:
     """The constants of a training, and two mutable objects: `own` and `optimizer`."""
 
-    vae: VAE | Autoencoder
+    vae: Model
     splits: Splits
     config: FitConfig
     seed: int
@@ -141,7 +143,7 @@ class _Run:
         return self.own.device
 
 
-def _setup(vae: VAE | Autoencoder, splits: Splits, config: FitConfig, seed: int) -> _Run:
+def _setup(vae: Model, splits: Splits, config: FitConfig, seed: int) -> _Run:
     epochs = resolve_epochs(config, len(splits.train))
     check_particles(config, splits.train)
     alone = distributed.world() == 1
@@ -150,15 +152,13 @@ def _setup(vae: VAE | Autoencoder, splits: Splits, config: FitConfig, seed: int)
             f"--objective {config.objective} needs the whole batch in one process; run a "
             f"single process, or choose another objective"
         )
-    check_model(vae, splits, config.objective)
+    check_model(vae, splits, config)
     optimizer = OneOptimizer(
         torch.optim.Adam(vae.parameters(), lr=config.learning_rate, fused=True)
     )
-    loss = objective(
-        config.objective, config.num_particles, max_plate_nesting=1, **config.objective_options()
-    )
+    loss = _objective(vae, config)
+    mode = run_mode(config, splits.train, isinstance(vae, SemiSupervisedVAE))
     _check(vae, splits, loss)
-    mode = run_mode(config, splits.train)
     elbo = capture(loss, mode, ElboTerms(vae, config.num_particles))
     # The last batch of an epoch is smaller, and too rare to compile for.
     rest = capture(
@@ -183,7 +183,14 @@ def _setup(vae: VAE | Autoencoder, splits: Splits, config: FitConfig, seed: int)
     )
 
 
-def _check(vae: VAE | Autoencoder, splits: Splits, loss: ELBO) -> None:
+def _objective(vae: Model, config: FitConfig) -> ELBO:
+    if isinstance(vae, SemiSupervisedVAE):  # labels are summed out
+        return TraceEnum_ELBO(max_plate_nesting=1)
+    options = config.objective_options()
+    return objective(config.objective, config.num_particles, max_plate_nesting=1, **options)
+
+
+def _check(vae: Model, splits: Splits, loss: ELBO) -> None:
     """Evaluate the objective once with Pyro's checks of shapes and supports.
 
     Raises:
@@ -191,14 +198,15 @@ def _check(vae: VAE | Autoencoder, splits: Splits, loss: ELBO) -> None:
     """
     own = OwnState(_device(vae), seed=0)
     x = next(splits.train.fixed(vae.likelihood_module.units, 0, CHECKED_ROWS))
+    args = arguments(vae, x, splits.train.labels_of(slice(len(x))))
     try:
         with active(own, validate=True):
-            loss.loss(vae.model, vae.guide, x)
+            loss.loss(vae.model, vae.guide, *args)
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"model and data do not fit together: {reason}") from None
     with active(own):
-        check_trained(vae, x)
+        check_trained(vae, *args)
 
 
 def _epoch(
@@ -253,32 +261,36 @@ def _steps(
     if not alone:
         run.own.seed(f"training {distributed.rank()} {position.step}", run.seed)
         batches = [distributed.part(batches[0])]
-    rows = run.splits.train.take(torch.cat([*batches]), run.vae.likelihood_module.units)
+    # x or, of a model with labels, x, y and perhaps more
+    rows = step_rows(run.vae, run.splits.train, torch.cat([*batches]), run.seed, position.step)
+    sizes = [len(batch) for batch in batches]
     step, stop, found = None, False, []
-    for i, x in enumerate(rows.split([len(batch) for batch in batches])):
+    for i, args in enumerate(zip(*(values.split(sizes) for values in rows), strict=True)):
         weights = _set_schedules(run, position.step + i, size)
         if step is None:  # the guards of a graph are checked once
-            step = svi.prepared(x, **weights) if isinstance(svi, CapturedSVI) else svi.step
+            step = svi.prepared(*args, **weights) if isinstance(svi, CapturedSVI) else svi.step
         try:
             if alone:
-                loss, *terms = step(x, **weights)
+                loss, *terms = step(*args, **weights)
             else:
-                (loss, *terms), stop = distributed.step(svi, x, wish, **weights)
+                (loss, *terms), stop = distributed.step(svi, args, wish, **weights)
         except NonFiniteGradient:
-            raise _diverged("gradient", config, position.after_steps(i, 0.0)) from None
+            raise diverged("gradient", config, position.after_steps(i, 0.0)) from None
         if not math.isfinite(loss):
-            raise _diverged("loss", config, position.after_steps(i, 0.0))
+            raise diverged("loss", config, position.after_steps(i, 0.0))
         found.append(terms)
     return [sum(column) for column in zip(*found, strict=True)], stop
 
 
-def _set_schedules(run: _Run, step: int, num_rows: int) -> dict[str, Tensor]:
-    """Set learning rate and clip norm; return the KL weight as an argument of the step, if any."""
+def _set_schedules(run: _Run, step: int, num_rows: int) -> dict[str, Tensor | float]:
+    """Set learning rate and clip norm; return the weights that are arguments of the step."""
     config, num_steps = run.config, run.epochs * run.steps_per_epoch
     rate = schedules.learning_rate(config, step, num_steps)
     for group in run.optimizer.optimizer.param_groups:
         group["lr"] = rate
     run.optimizer.max_norm = config.gradient_clip * num_rows
+    if isinstance(run.vae, SemiSupervisedVAE):
+        return {"classification_weight": classification_weight(run.splits.train, config)}
     if config.objective not in KL_WEIGHTED:
         return {}
     weight = schedules.kl_weight(config, step, num_steps)
@@ -292,15 +304,16 @@ def _end_of_epoch(run: _Run, position: Position, sums: Sums) -> tuple[Position, 
     found = None
     if distributed.rank() == 0:
         terms = _validate(run, note=position.epoch == 0)
-        found = (*terms, position.seconds + time.perf_counter() - started)
-    reconstruction, kl, seconds = distributed.agree(found)
+        share = accuracy(run.vae, run.splits.validation, run.seed)
+        found = (*terms, share, position.seconds + time.perf_counter() - started)
+    reconstruction, kl, share, seconds = distributed.agree(found)
     elbo = None if kl is None else reconstruction - kl
     score = reconstruction if elbo is None else elbo
     if not math.isfinite(score):
-        raise _diverged("validation ELBO", run.config, position)
+        raise diverged("validation ELBO", run.config, position)
     is_best = score > position.best
     position = position.after_epoch(score, seconds)
-    train_elbo, train_reconstruction, train_kl = sums.means(isinstance(run.vae, VAE))
+    train_elbo, train_reconstruction, train_kl = sums.means(not isinstance(run.vae, Autoencoder))
     return position, Record(
         epoch=position.epoch,
         step=position.step,
@@ -317,6 +330,7 @@ def _end_of_epoch(run: _Run, position: Position, sums: Sums) -> tuple[Position, 
         images_per_second=sums.rate,
         is_best=is_best,
         state=_state(run, position, Sums()),
+        validation_accuracy=None if share is None else share.estimate,
     )
 
 
@@ -331,14 +345,14 @@ def _validate(run: _Run, note: bool) -> tuple[float, float | None]:
             return elbo_terms(vae, split, run.seed, note=note)
     except ValueError:  # Pyro rejects parameters of a distribution that are not finite
         with usual_settings(run.device, validate=False):
-            rows = split.fixed(vae.likelihood_module.units, run.seed)
-            if all(vae.reconstruct(x).isfinite().all() for x in rows):
+            rows = split.fixed_with_labels(vae.likelihood_module.units, run.seed)
+            if all(at_rows(vae, *row).reconstruct(row[0]).isfinite().all() for row in rows):
                 raise
         return math.nan, None if isinstance(vae, Autoencoder) else math.nan
 
 
 def _progress(run: _Run, position: Position, sums: Sums) -> Progress:
-    elbo, reconstruction, kl = sums.means(isinstance(run.vae, VAE))
+    elbo, reconstruction, kl = sums.means(not isinstance(run.vae, Autoencoder))
     return Progress(
         epoch=position.epoch + 1,
         step=position.step,
@@ -360,14 +374,6 @@ def _is_stale(position: Position, config: FitConfig) -> bool:
     return config.patience is not None and position.stale_epochs >= config.patience
 
 
-def _diverged(what: str, config: FitConfig, position: Position) -> Diverged:
-    return Diverged(
-        f"the {what} is not finite in epoch {position.epoch + 1}, step {position.step + 1}. Likely "
-        f"causes: --learning-rate {config.learning_rate:g} is too high, --learning-rate-warmup or "
-        f"--kl-warmup too short, --gradient-clip too loose, or the data hold extreme values"
-    )
-
-
 @contextmanager
 def active(own: OwnState, precision: str = "highest", validate: bool = False) -> Iterator[None]:
     """The context of a step. Other threads wait until its end.
@@ -382,5 +388,5 @@ def active(own: OwnState, precision: str = "highest", validate: bool = False) ->
         yield
 
 
-def _device(vae: VAE | Autoencoder) -> torch.device:
+def _device(vae: Model) -> torch.device:
     return next(vae.parameters()).device

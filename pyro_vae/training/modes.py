@@ -23,8 +23,14 @@ SAVED_BY_VALUE = 9e-9
 ROWS_AT_ONCE = 512
 
 
-def run_mode(config: FitConfig, train: Split) -> Mode:
-    """Mode in which a run evaluates its ELBO."""
+def run_mode(config: FitConfig, train: Split, inferred: bool = False) -> Mode:
+    """Mode in which a run evaluates its ELBO.
+
+    `inferred`: whether labels are summed out. Pyro's TraceEnum_ELBO leaves out the labels with the
+    probability 0, whose number depends on the values of tensors: it cannot be captured.
+    """
+    if inferred:
+        return "eager"
     if config.compile != "auto":
         return "compiled" if config.compile == "on" else "eager"
     epochs = resolve_epochs(config, len(train))

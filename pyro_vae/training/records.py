@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import InputError
+from ..config import FitConfig, InputError
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,8 @@ class Record:
             `Autoencoder` ELBO and KL are None.
         validation_elbo, validation_reconstruction, validation_kl: after the epoch, with one draw of
             z per row. Draws and binarization are the same after every epoch.
+        validation_accuracy: share of the validation rows with a label whose most probable one by
+            q(y|x) is theirs, of a semi-supervised model; else None, and not among the metrics.
         learning_rate: of the epoch's last step.
         images_per_second: training speed of the epoch, rows per second.
         is_best: whether the validation score is the best so far.
@@ -212,12 +214,24 @@ class Record:
     images_per_second: float
     is_best: bool
     state: Callable[[], dict[str, Any]] = dataclasses.field(repr=False)
+    validation_accuracy: float | None = None
 
     def metrics(self) -> dict[str, Any]:
         """A line of metrics.jsonl."""
         names = [field.name for field in dataclasses.fields(self)]
-        return {name: getattr(self, name) for name in names if name not in ("is_best", "state")}
+        left_out = ["is_best", "state"]
+        left_out += ["validation_accuracy"] * (self.validation_accuracy is None)
+        return {name: getattr(self, name) for name in names if name not in left_out}
 
 
 class Diverged(ArithmeticError):
     """The loss or its gradient is not finite; the parameters still are."""
+
+
+def diverged(what: str, config: FitConfig, position: Position) -> Diverged:
+    """The error that the loss, its gradient or the validation ELBO, `what`, is not finite."""
+    return Diverged(
+        f"the {what} is not finite in epoch {position.epoch + 1}, step {position.step + 1}. Likely "
+        f"causes: --learning-rate {config.learning_rate:g} is too high, --learning-rate-warmup or "
+        f"--kl-warmup too short, --gradient-clip too loose, or the data hold extreme values"
+    )

@@ -33,6 +33,7 @@ from ..evidence.evaluation import elbo_terms
 from ..memory import Callback, check_memory, ignore, rows_at_once
 from ..models.build import new_guide
 from ..models.interface import held_fixed, uncompiled
+from ..models.labels import ConditionalVAE
 from ..models.refined import Refined
 from ..models.vae import VAE
 from ..objectives.simulated import WithSimulated
@@ -111,7 +112,8 @@ def refit(
 
     Raises:
         Diverged: the loss or its gradient is not finite.
-        InputError: the model is not a `VAE`, or a step needs more memory than the machine has.
+        InputError: the model is not a `VAE`, or a `ConditionalVAE` with a refined guide, or a step
+            needs more memory than the machine has.
     """
     vae = uncompiled(vae)
     with usual_settings():
@@ -215,13 +217,13 @@ def _step(svi: SVI, vae: VAE, trained: VAE, train: Split, config: RefitConfig) -
 
 @torch.no_grad()
 def _radii(
-    vae: VAE, seed: int, on_row: Callback = ignore, like: Tensor | None = None
+    vae: Any, seed: int, on_row: Callback = ignore, like: Tensor | None = None
 ) -> np.ndarray:
     """Distances (N,) of simulated z from the mean, in units of the guide's scale."""
     found = []
-    for x, z in _pairs(vae, TAIL_PAIRS, seed, like):
+    for model, x, z in _pairs(vae, TAIL_PAIRS, seed, like):
         on_row(len(z))
-        q: Any = vae.posterior(x)
+        q: Any = model.posterior(x)
         away = (z - q.loc).unsqueeze(-1)
         whitened = torch.linalg.solve_triangular(q.scale_tril, away, upper=False)
         found.append(whitened.squeeze(-1).norm(dim=-1))
@@ -229,20 +231,26 @@ def _radii(
 
 
 def _pairs(
-    vae: VAE, count: int, seed: int, like: Tensor | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Simulated x (B, *data_shape) and z (B, Z), `count` in all, the same at every call.
+    vae: Any, count: int, seed: int, like: Tensor | None = None
+) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Model, simulated x (B, *data_shape) and z (B, Z), `count` in all, the same at every call.
 
-    They lack values as the rows of `like` do, see `hidden_at_random`.
+    They lack values as the rows of `like` do, see `hidden_at_random`. The model is that at a label,
+    if it has labels, which have the shares of the training data.
     """
     device = next(vae.parameters()).device
+    rows = rows_at_once(math.prod(vae.likelihood_module.spec.shape), device)
     with random_states(device, seed):
-        z = vae.prior().sample((count,))
-        for part in z.split(rows_at_once(math.prod(vae.likelihood_module.spec.shape), device)):
-            yield hidden_at_random(vae.likelihood(part).sample(), like), part
+        models = [(vae, count)]
+        if isinstance(vae, ConditionalVAE):
+            counts = torch.bincount(vae.label_prior().sample((count,)), minlength=vae.num_classes)
+            models = [(vae.given(k), size) for k, size in enumerate(counts.tolist()) if size]
+        for model, size in models:
+            for part in model.prior().sample((size,)).split(rows):
+                yield model, hidden_at_random(model.likelihood(part).sample(), like), part
 
 
-def _examples(train: Split, vae: VAE) -> Tensor | None:
+def _examples(train: Split, vae: Any) -> Tensor | None:
     """`SCORED` training rows at even distances, whose missing values simulated rows lack."""
     if not train.spec.missing:
         return None
@@ -251,20 +259,20 @@ def _examples(train: Split, vae: VAE) -> Tensor | None:
 
 
 def _record(
-    vae: VAE, splits: Splits, config: RefitConfig, seed: int, step: int, seconds: float
+    vae: Any, splits: Splits, config: RefitConfig, seed: int, step: int, seconds: float
 ) -> RefitRecord:
     vae.eval()
     elbo = validation_elbo(vae, splits, seed)
     like = _examples(splits.train, vae)
     pairs = _pairs(vae, SCORED, derive(seed, "refit score"), like)
     with torch.no_grad():
-        log_q = [vae.posterior(x).log_prob(z) for x, z in pairs]
+        log_q = [model.posterior(x).log_prob(z) for model, x, z in pairs]
     mean_log_q = torch.cat(log_q).double().mean().item()
     score = (1 - config.simulated) * elbo + config.simulated * mean_log_q
     return RefitRecord(step, seconds, elbo, mean_log_q, score)
 
 
-def validation_elbo(vae: VAE, splits: Splits, seed: int) -> float:
+def validation_elbo(vae: Any, splits: Splits, seed: int) -> float:
     """ELBO of the first `SCORED` validation rows, nats per row, with one draw of z per row."""
     reconstruction, kl = elbo_terms(vae, splits.validation, seed, num_images=SCORED)
     return reconstruction - (kl or 0.0)

@@ -21,8 +21,7 @@ from typing import Any
 from ..config import Config, DataConfig, InputError, read_config, resolve
 from ..data.splits import Splits
 from ..files import LOCK, InUse, append, locked, temporary, to_json, write_atomically
-from ..models.autoencoder import Autoencoder
-from ..models.vae import VAE
+from ..models.labels import Model
 from .checkpoint import Checkpoint, load_checkpoint, serialize
 from .records import Record
 
@@ -205,7 +204,7 @@ class RunFolder:
         path: Path,
         asked: Config,
         config: Config,
-        vae: VAE | Autoencoder,
+        vae: Model,
         splits: Splits,
         checkpoint: Checkpoint | None = None,
     ) -> None:

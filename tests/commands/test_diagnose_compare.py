@@ -13,7 +13,7 @@ from pyro_vae import diagnose, train
 from pyro_vae.diagnostics import findings as verdicts
 from pyro_vae.diagnostics import suite
 from pyro_vae.diagnostics.findings import Finding
-from pyro_vae.diagnostics.intervals import Interval
+from pyro_vae.evidence.intervals import Interval
 from pyro_vae.page import write as page
 
 TINY = ["--epochs", "2", "--batch-size", "16", "--hidden", "8", "--latent-dim", "2"]

@@ -21,7 +21,7 @@ from pyro_vae.config import InputError
 from pyro_vae.diagnostics import findings as verdicts
 from pyro_vae.diagnostics import suite
 from pyro_vae.diagnostics.findings import Finding
-from pyro_vae.diagnostics.intervals import Interval
+from pyro_vae.evidence.intervals import Interval
 from pyro_vae.page import write as page
 from pyro_vae.plots import run as figures
 from pyro_vae.training.checkpoint import load_checkpoint

@@ -25,7 +25,7 @@ from pyro_vae import __main__ as package
 from pyro_vae import diagnose, encode, evaluate, generate, report, train
 from pyro_vae.cli import print_json, run_command
 from pyro_vae.diagnostics import findings, suite
-from pyro_vae.diagnostics.intervals import Interval
+from pyro_vae.evidence.intervals import Interval
 from pyro_vae.impute import main as impute
 
 TINY = ["--epochs", "1", "--hidden", "8", "--latent-dim", "2"]

@@ -10,7 +10,7 @@ import pyro_vae
 from pyro_vae.diagnostics import findings as verdicts
 from pyro_vae.diagnostics.advice import remedies
 from pyro_vae.diagnostics.findings import Check, Finding
-from pyro_vae.diagnostics.intervals import Interval
+from pyro_vae.evidence.intervals import Interval
 
 CHECKS = {name: check for name, check in vars(verdicts).items() if isinstance(check, Check)}
 

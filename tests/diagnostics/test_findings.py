@@ -8,7 +8,6 @@ import torch
 
 from pyro_vae.diagnostics import findings as verdicts
 from pyro_vae.diagnostics.findings import Check, Finding
-from pyro_vae.diagnostics.intervals import Interval
 from pyro_vae.diagnostics.latents import LatentUse
 from pyro_vae.diagnostics.nuts import Comparison
 from pyro_vae.diagnostics.predictive import PredictiveCheck
@@ -16,6 +15,7 @@ from pyro_vae.diagnostics.refinement import gaps
 from pyro_vae.diagnostics.sbc import coverage, simulate
 from pyro_vae.evidence.annealing import Annealed
 from pyro_vae.evidence.importance import importance_sample
+from pyro_vae.evidence.intervals import Interval
 from pyro_vae.models.linear_gaussian import LinearGaussian
 
 

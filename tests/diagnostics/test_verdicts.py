@@ -19,7 +19,6 @@ from scipy import stats
 from pyro_vae.diagnostics import findings as verdicts
 from pyro_vae.diagnostics.advice import remedies
 from pyro_vae.diagnostics.findings import Finding, number
-from pyro_vae.diagnostics.intervals import Interval, interval, share_interval
 from pyro_vae.diagnostics.latents import LatentUse
 from pyro_vae.diagnostics.nuts import Comparison
 from pyro_vae.diagnostics.predictive import PredictiveCheck
@@ -36,6 +35,7 @@ from pyro_vae.diagnostics.sbc import (
 )
 from pyro_vae.evidence.annealing import Annealed
 from pyro_vae.evidence.importance import Evidence
+from pyro_vae.evidence.intervals import Interval, interval, share_interval
 from pyro_vae.models.linear_gaussian import LinearGaussian
 
 # Check, ideal, limits, words of a size below the ideal, words of a size above it

@@ -110,7 +110,7 @@ def gradient(folder: Path, name: str, mode: str, is_summed: bool = True) -> dict
     rows = distributed.part(torch.arange(BATCH))
     svi = SVI(vae.model, vae.guide, optimizer, loss=loss)
     if distributed.world() > 1 and is_summed:
-        distributed.step(svi, x[rows], False, noise=noise[rows])
+        distributed.step(svi, (x[rows],), False, noise=noise[rows])
     else:
         svi.step(x[rows], noise=noise[rows])
     assert loss.captures == (mode == "graph")

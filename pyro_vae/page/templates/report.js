@@ -174,6 +174,7 @@
 
   function explorer(host, view) {
     const { latents, grid, anchors, sheets: sources, images, tile, codes, more } = view.explorer;
+    const { labels = [], own = [] } = view.explorer; // of a model with labels
     const single = latents.length === 1;
     const draw = ["row", "sequence"].includes(view.row) ? drawProfile : drawTile;
     const find = (selector) => host.querySelector(selector);
@@ -182,6 +183,7 @@
       find(".plane"), "Latent plane: the arrow keys move the point that is decoded", view);
     const side = grid[0].length;
     let anchor = 0, pair = single ? [0, 0] : [0, 1], node = [0, 0], drawing = 0, marks = [];
+    let given = own.length ? own[0] : null;
 
     async function show() {
       const [first, second] = pair, [i, j] = node;
@@ -195,14 +197,17 @@
         marks[1].setAttribute(`y${end}`, y);
       }
       const text = (single ? [first] : pair)
-        .map((k, n) => `${latent(latents[k])} = ${signed(point[n])}`).join(", ");
+        .map((k, n) => `${latent(latents[k])} = ${signed(point[n])}`)
+        .concat(given === null ? [] : [`label ${labels[given]}`]).join(", ");
       const number = ++drawing;
-      const image = await sheet(sources[`${anchor} ${key}`]);
+      const at = given === null ? "" : `${given} `;
+      const image = await sheet(sources[`${at}${anchor} ${key}`]);
       if (number !== drawing) return; // the pointer has moved on
       draw(canvas, image, tile, column, row);
       output.textContent = text;
       canvas.setAttribute("aria-label", `Decoded ${view.row} at ${text}`);
       Object.assign(host.dataset, { first, second, i, j, anchor });
+      if (given !== null) host.dataset.given = given;
     }
 
     function redraw() {
@@ -236,6 +241,22 @@
     }
     onArrow(plane, (step, far) => move(node.map((value, axis) => value + far * step[axis])));
 
+    let choiceOfLabel = null;
+    if (labels.length) {
+      const row = find(".axes");
+      row.hidden = false;
+      const label = element("label", {}, row);
+      label.append("label ");
+      choiceOfLabel = element("select", { class: "given" }, label);
+      labels.forEach((name, k) => {
+        element("option", { value: k }, choiceOfLabel).textContent = name;
+      });
+      choiceOfLabel.value = given;
+      choiceOfLabel.addEventListener("change", () => {
+        given = Number(choiceOfLabel.value);
+        show();
+      });
+    }
     if (latents.length > 2) {
       const row = find(".axes");
       row.hidden = false;
@@ -266,6 +287,10 @@
         sheet(images).then((image) => draw(small, image, tile, m, 0));
       }, (m) => {
         anchor = m;
+        if (choiceOfLabel) {
+          given = own[m];
+          choiceOfLabel.value = given;
+        }
         redraw();
         return m;
       });
