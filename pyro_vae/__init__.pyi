@@ -4,6 +4,7 @@ from .data.loading import load_data
 from .data.splits import DataSpec, Split, Splits
 from .diagnostics.draws import posterior_draws
 from .diagnostics.gradients import measure_gradients
+from .diagnostics.labels import check_labels, simulate_labels
 from .diagnostics.latents import latent_use
 from .diagnostics.local import local_test
 from .diagnostics.nuts import compare_with_nuts
@@ -16,6 +17,8 @@ from .evidence.importance import importance_sample, log_evidence, upper_bound
 from .evidence.imputation import impute
 from .models.autoencoder import Autoencoder
 from .models.build import build
+from .models.discrete_gaussian import DiscreteGaussian
+from .models.labels import ConditionalVAE, SemiSupervisedVAE
 from .models.linear_gaussian import LinearGaussian
 from .models.pyro_program import Program
 from .models.vae import VAE
@@ -30,9 +33,11 @@ __version__: str
 __all__ = [
     "VAE",
     "Autoencoder",
+    "ConditionalVAE",
     "Config",
     "DataConfig",
     "DataSpec",
+    "DiscreteGaussian",
     "FitConfig",
     "InputError",
     "LinearGaussian",
@@ -40,10 +45,12 @@ __all__ = [
     "Program",
     "Record",
     "RefitConfig",
+    "SemiSupervisedVAE",
     "Split",
     "Splits",
     "anneal",
     "build",
+    "check_labels",
     "check_ranks",
     "compare_with_nuts",
     "fit",
@@ -65,5 +72,6 @@ __all__ = [
     "refine",
     "refit",
     "simulate",
+    "simulate_labels",
     "upper_bound",
 ]

@@ -14,6 +14,7 @@ from scipy.stats import chisquare
 
 import pyro_vae
 from pyro_vae import diagnose, encode, evaluate, generate, train
+from pyro_vae.impute import main as impute
 from pyro_vae.refit import main as refit
 from pyro_vae.training.checkpoint import load_checkpoint
 
@@ -269,6 +270,30 @@ def test_blank_labels_are_inferred_if_asked(table, tmp_path, capsys):
     assert evaluate.main([out, "--num-samples", "5", "--json"]) == 0
     test = pyro_vae.load_data(str(path)).test.labels
     assert json.loads(capsys.readouterr().out)["num_labelled"] == int((test >= 0).sum()) < 12
+
+
+@pytest.mark.parametrize("asked", [["--condition", "label"], ["--labelled", "30"]])
+def test_rows_that_lack_values_and_labels(asked, table, tmp_path, capsys):
+    """Missing values and labels together; a table is completed with its labels, known or not."""
+    random, frame = np.random.default_rng(1), table[1].copy()
+    holes = random.random((120, 3)) < 0.2
+    holes[holes.all(1)] = False
+    frame[["a", "b", "c"]] = frame[["a", "b", "c"]].mask(holes)
+    path, run, out = tmp_path / "holes.csv", str(tmp_path / "run"), tmp_path / "out.csv"
+    frame.to_csv(path, index=False)
+    source = ["--data", str(path), "--missing", "model", "--test-size", "40"]
+    assert train.main([*source, *asked, "--out", run, *SMALL]) == 0
+    capsys.readouterr()
+    assert evaluate.main([run, "--num-samples", "30", "--json"]) == 0
+    assert np.isfinite(json.loads(capsys.readouterr().out)["log_evidence"])
+    assert impute([run, "--out", str(out), "--num-samples", "100"]) == 0
+    completed = pd.read_csv(out, keep_default_na=False)
+    assert np.isfinite(completed[["a", "b", "c"]].to_numpy(float)).all()
+    kept = completed["label"].where(completed["label"] != "", frame["label"])
+    assert (kept == frame["label"]).all()
+    hidden = (completed["label"] == "").sum()
+    assert hidden == (0 if asked[0] == "--condition" else 72 - 30)
+    assert encode.main([run, "--out", str(tmp_path / "codes.npz"), "--recalibrate"]) == 0
 
 
 def one_line(capsys, status, *words):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import shutil
+from functools import cache
 
 import numpy as np
 import pytest
@@ -22,21 +23,22 @@ from pyro_vae.plots.from_model import class_samples, run_figures
 PLENTY = 1 << 30
 
 
+@cache
 def model(condition, latent_dim=3):
+    """A model, its data and its codes. No test may change it."""
     splits = load_data("digits", labelled=100 if condition == "partial" else None)
     config = ModelConfig(latent_dim=latent_dim, hidden=(8,), condition=condition)
     vae = build(config, splits).eval()
     with torch.no_grad():
         for p in vae.decoder.parameters():
             p.mul_(2)  # away from the mean image
-    return vae, splits
+    return vae, splits, latent_codes(vae, splits, 0)
 
 
 @pytest.mark.parametrize("condition", ["label", "partial"])
 @torch.no_grad()
 def test_each_sheet_is_decoded_at_its_label(condition):
-    vae, splits = model(condition)
-    codes = latent_codes(vae, splits, 0)
+    vae, splits, codes = model(condition)
     found = explore(vae, codes, PLENTY)
     assert list(found.labels) == list(range(10))
     assert {len(key) for key in found.sheets} == {4}
@@ -56,8 +58,7 @@ def test_each_sheet_is_decoded_at_its_label(condition):
 
 
 def test_a_small_budget_and_many_classes_leave_fewer_sheets(monkeypatch):
-    vae, splits = model("label")
-    codes = latent_codes(vae, splits, 0)
+    vae, _, codes = model("label")
     small = explore(vae, codes, 60_000)
     assert sum(map(len, small.sheets.values())) <= 60_000
     monkeypatch.setattr(explorer, "MAX_LABELS", 4)
@@ -69,13 +70,11 @@ def test_a_small_budget_and_many_classes_leave_fewer_sheets(monkeypatch):
 
 @torch.no_grad()
 def test_codes_are_those_at_the_labels():
-    vae, splits = model("label")
-    codes = latent_codes(vae, splits, 0)
+    vae, splits, codes = model("label")
     x, y = next(splits.test.fixed_with_labels("count", 0, 5))
     assert np.allclose(codes.means[:5], vae.posterior(x, y).mean, atol=1e-5)
     assert (codes.given == codes.labels).all()
-    vae, splits = model("partial")
-    codes = latent_codes(vae, splits, 0)  # training rows without a label are among them
+    vae, splits, codes = model("partial")  # training rows without a label are among them
     assert codes.class_names[-1] == "no label"
     assert (codes.labels == 10).any()
     assert (codes.given < 10).all()
@@ -96,7 +95,7 @@ def test_rows_without_a_label_have_a_colour_of_their_own():
 
 @torch.no_grad()
 def test_samples_have_a_class_in_each_row():
-    vae, splits = model("label")
+    vae, splits, _ = model("label")
     torch.manual_seed(0)
     grid = class_samples(vae, columns=4, rows=10)
     assert grid.shape == (10, 4, 1, 8, 8)

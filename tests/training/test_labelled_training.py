@@ -165,18 +165,18 @@ def test_a_resumed_run_has_the_numbers_of_an_uninterrupted_one():
 
 
 def test_training_recovers_the_classes_of_a_mixture():
-    """From 12 labels of 1200 rows of well separated classes, and reports it for each epoch."""
+    """From 12 labels of 600 rows of well separated classes, and reports it for each epoch."""
     torch.manual_seed(0)
     weight, loc = 0.3 * torch.randn(4, 1), 3 * torch.eye(4)[:3]
     truth = DiscreteGaussian(weight, loc, 0.5, torch.tensor([0.2, 0.5, 0.3]))
-    y = truth.label_prior().sample((1200,))
-    x = truth.likelihood(truth.prior().sample((1200,)), y).sample().detach()
+    y = truth.label_prior().sample((600,))
+    x = truth.likelihood(truth.prior().sample((600,)), y).sample().detach()
     splits = pyro_vae.load_data((x, y), labelled=12)
     vae = model("partial", splits, likelihood="gaussian", latent_dim=1, hidden=(32,))
-    records = pyro_vae.fit(vae, splits, FitConfig(epochs=30, batch_size=64))
+    records = pyro_vae.fit(vae, splits, FitConfig(epochs=30, batch_size=50))
     assert records[-1].metrics()["validation_accuracy"] > 0.95
     elbo, evidence = elbo_terms(vae, splits.test), truth.exact_log_evidence(x[splits.test.rows])
-    assert elbo[0] - elbo[1] > evidence.mean().item() - 1.5
+    assert elbo[0] - elbo[1] > evidence.mean().item() - 2
     plain = pyro_vae.fit(build(ModelConfig(**SMALL), splits), splits, FitConfig(epochs=1))
     assert "validation_accuracy" not in plain[0].metrics()
 
