@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from .columns import check_columns, read_columns
 from .options import InputError, Typed, auto, check_integer, check_path
 
 # torchvision's data sets by their names for --data. Write ./name for a folder of such a name.
@@ -20,6 +21,17 @@ TORCHVISION_CLASSES = {
 }
 
 
+def columns_flag() -> Any:
+    """The flag --columns: a file, whose content becomes the setting."""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FILE",
+        instance_from_str=lambda texts: read_columns(Path(texts[0]).expanduser()),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: ["found from the values" if value is None else str(value)],
+    )
+
+
 @dataclass(frozen=True)
 class DataConfig(Typed):
     """The data set and its splits.
@@ -27,7 +39,7 @@ class DataConfig(Typed):
     Attributes:
         source: Data set: digits (included, needs no network); mnist, fashion-mnist, kmnist or
             emnist (torchvision, downloaded to --data-root); or the path of a folder of images or of
-            a .npy, .npz or .csv file.
+            a .npy, .npz, .csv, .parquet or .arrow file.
         root: Folder of torchvision's data sets. Missing ones are downloaded to it.
         image_size: Image height and width in pixels; one number is a square. Images in a folder
             are resized to it; flat rows of an array or a table are reshaped to it.
@@ -41,6 +53,10 @@ class DataConfig(Typed):
             refuse: an error. model: the model observes the others, and the encoder is told which
             they are. Values are assumed to be missing at random: whether one is missing may depend
             on the observed values only.
+        columns: Kinds of the columns of a table, a TOML or JSON file: age = "poisson". Others are
+            found from the values. Kinds: gaussian, student-t, log-normal, poisson,
+            negative-binomial, zero-inflated-poisson, zero-inflated-negative-binomial, bernoulli,
+            categorical, ordinal; drop leaves a column out.
     """
 
     source: Annotated[str, tyro.conf.arg(name="data", metavar="NAME|PATH")] = "digits"
@@ -51,6 +67,7 @@ class DataConfig(Typed):
     validation_size: Annotated[int | None, auto("INT", "a tenth of the rows, at most 5000")] = None
     test_size: Annotated[int | None, auto("INT", "a tenth, if the data have no test split")] = None
     missing: Literal["refuse", "model"] = "refuse"
+    columns: Annotated[Path | dict[str, Any] | None, columns_flag()] = None
 
     def absolute(self) -> DataConfig:
         """The same data by absolute paths."""
@@ -62,6 +79,10 @@ class DataConfig(Typed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.columns, Path):
+            object.__setattr__(self, "columns", read_columns(self.columns.expanduser()))
+        elif self.columns is not None:
+            object.__setattr__(self, "columns", check_columns(self.columns))
         if not self.source:
             raise InputError("--data expects the name of a data set or a path; got nothing")
         check_path("data", self.source)

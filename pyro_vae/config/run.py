@@ -43,6 +43,11 @@ class Config(Typed):
         check_integer("seed", self.seed, 0)
         model = self.model
         check_objective_families(self.fit.objective, model.guide.family, model.prior.family)
+        if self.data.columns is not None and model.likelihood not in ("auto", "columns"):
+            raise InputError(
+                f"--columns has no effect on --likelihood {model.likelihood}, which is that of all "
+                f"columns; drop one"
+            )
         if self.model.kind == "ae":
             if self.refit == "on":
                 raise InputError("--refit has no effect on --model ae; drop it")
