@@ -78,11 +78,12 @@ class DataConfig(Typed):
         return dataclasses.replace(self, root=root, source=source)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.columns, Path):
-            object.__setattr__(self, "columns", read_columns(self.columns.expanduser()))
+        if isinstance(self.columns, str | Path):
+            check_path("columns", str(self.columns))
+            object.__setattr__(self, "columns", read_columns(Path(self.columns).expanduser()))
         elif self.columns is not None:
             object.__setattr__(self, "columns", check_columns(self.columns))
+        super().__post_init__()
         if not self.source:
             raise InputError("--data expects the name of a data set or a path; got nothing")
         check_path("data", self.source)
