@@ -161,7 +161,7 @@ def test_decimal_commas_and_encodings(text, columns, encoding, tmp_path):
 
 def test_other_encodings_are_refused(tmp_path):
     for encoding in ("utf-16-le", "latin-1", "utf-32"):
-        with pytest.raises(InputError, match=r"UTF-8|table of numbers"):
+        with pytest.raises(InputError, match=r"UTF-8|repair the line"):
             table(tmp_path, "a,ü\n1,2\n3,4\n", encoding=encoding)
 
 
