@@ -30,7 +30,7 @@ from .predictive import has_kinds
 COLUMNS = Check(
     "columns",
     "distance of the distribution of {subject} in draws from that in held-out rows, beyond chance",
-    (0.08, 0.15),
+    (0.05, 0.1),
     "draws of this column, given this guide, are distributed unlike the data; 1 is without overlap",
     "state another kind for this column by --columns, train longer, or with more latents",
 )
@@ -117,12 +117,12 @@ def _distances(sets: Tensor, kind: ColumnKind) -> Tensor:
         codes = torch.arange(len(kind.categories), dtype=sets.dtype)
         shares = (sets[..., None] == codes).double().mean(1)
         return (shares - shares[1:].mean(0)).abs().sum(1) / 2
-    sets = sets.sort(dim=1).values
+    sets = sets.sort(dim=1).values.contiguous()
     largest = []
     for right in (True, False):  # just after a value, and just before it
-        own = torch.searchsorted(sets.contiguous(), sets.contiguous(), right=right) / count
-        all_ = torch.searchsorted(pooled, sets.contiguous(), right=right) / len(pooled)
-        largest.append((own - all_).abs().amax(1))
+        own = torch.searchsorted(sets, sets, right=right).double() / count
+        together = torch.searchsorted(pooled, sets, right=right).double() / len(pooled)
+        largest.append((own - together).abs().amax(1))
     return torch.stack(largest).amax(0)
 
 
