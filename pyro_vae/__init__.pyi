@@ -2,6 +2,7 @@ from .config import Config, DataConfig, FitConfig, InputError, ModelConfig
 from .config.families import RefitConfig
 from .data.loading import load_data
 from .data.splits import DataSpec, Split, Splits
+from .diagnostics.columns import check_columns
 from .diagnostics.draws import posterior_draws
 from .diagnostics.gradients import measure_gradients
 from .diagnostics.latents import latent_use
@@ -44,6 +45,7 @@ __all__ = [
     "Splits",
     "anneal",
     "build",
+    "check_columns",
     "check_ranks",
     "compare_with_nuts",
     "fit",
