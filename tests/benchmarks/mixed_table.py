@@ -89,7 +89,6 @@ def marginal(kind: Any, x: np.ndarray) -> Any:
         return stats.lognorm(np.log(x).std(), scale=np.exp(np.log(x).mean()))
     if kind.name == "student-t":
         return stats.t(*stats.t.fit(x))
-    if kind.name == "negative-binomial":
     return stats.norm(x.mean(), x.std())
 
 
