@@ -2,6 +2,7 @@ from .config import Config, DataConfig, FitConfig, InputError, ModelConfig
 from .config.families import RefitConfig
 from .data.loading import load_data
 from .data.splits import DataSpec, Split, Splits
+from .diagnostics.columns import check_columns
 from .diagnostics.draws import posterior_draws
 from .diagnostics.gradients import measure_gradients
 from .diagnostics.labels import check_labels, simulate_labels
@@ -50,6 +51,7 @@ __all__ = [
     "Splits",
     "anneal",
     "build",
+    "check_columns",
     "check_labels",
     "check_ranks",
     "compare_with_nuts",

@@ -34,7 +34,8 @@ class GenerateArguments:
     Attributes:
         run: Run folder or checkpoint file.
         out: File to write: .png for a grid; .npy for x, on the scale of the training data (0 to 255
-            for 8-bit images); .npz for x and its latents z.
+            for 8-bit images); .npz for x and its latents z; .csv for a table like the data, with
+            names, categories and counts. Means of categories and counts are rounded.
         num: Number of rows.
         label: Name of a class or, unless names are numbers, its number, for a model with labels.
         draw: Draw x from p(x|z) instead of taking its mean.
@@ -64,9 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: GenerateArguments) -> None:
-    refuse_existing(arguments.out, arguments.overwrite, (".png", ".npy", ".npz"))
+    refuse_existing(arguments.out, arguments.overwrite, (".png", ".npy", ".npz", ".csv"))
     import numpy as np
 
+    from .data.export import write_table
     from .files import write_atomically
     from .memory import check_memory
     from .models.autoencoder import Autoencoder
@@ -85,9 +87,12 @@ def _main(arguments: GenerateArguments) -> None:
             f"{arguments.run} is a deterministic autoencoder, which has no prior to draw from; "
             f"train with --model vae"
         )
+    likelihood, ending = vae.likelihood_module, arguments.out.suffix.lower()
+    if ending == ".csv" and not likelihood.spec.is_table:
+        raise InputError(f"--out .csv expects a run on a table; that of {arguments.run} is none")
     row = vae.prior().event_shape.numel() + math.prod(vae.likelihood_module.spec.shape)
     check_memory(arguments.num * row, f"{arguments.num:,} rows", "lower --num")
-    ending, labels = arguments.out.suffix.lower(), None
+    labels = None
     if arguments.label is not None:
         if not isinstance(vae, ConditionalVAE):
             raise InputError(
@@ -112,8 +117,9 @@ def _main(arguments: GenerateArguments) -> None:
         x, z = generate_images(vae, arguments.num, arguments.draw, labels)
     if ending == ".png":
         save(image_grid(in_rows(to_display(vae, x))), arguments.out)
+    elif ending == ".csv":
+        write_table(likelihood.spec, x, likelihood.units, arguments.out)
     else:
-        likelihood = vae.likelihood_module
         values = likelihood.spec.from_units(x, likelihood.units).cpu().numpy()
         buffer = io.BytesIO()
         if ending == ".npy":

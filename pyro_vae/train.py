@@ -145,7 +145,8 @@ def _train(arguments: TrainArguments, checkpoint: Checkpoint | None, device: tor
         summary_writer()
     with distributed.first_here():  # which may download them
         spec = None if checkpoint is None else checkpoint.vae.likelihood_module.spec
-        splits = load_data(asked.data, asked.seed, spec=spec).to(device)
+        likelihood = asked.model.likelihood
+        splits = load_data(asked.data, asked.seed, likelihood=likelihood, spec=spec).to(device)
     if asked.model.condition != "none":
         splits = with_classes(splits)
     config = resolve(asked, splits.likelihood, len(splits.train))

@@ -41,6 +41,7 @@ def add_scalars(writer: Any, line: dict[str, Any]) -> None:
 
 def describe(run: RunFolder) -> None:
     """Print data, model and run folder before the training."""
+    from ..data.columns import describe_columns
     from ..training.modes import run_mode
 
     splits, model, spec = run.splits, run.config.model, run.splits.spec
@@ -54,7 +55,8 @@ def describe(run: RunFolder) -> None:
         f"{splits.describe()}"
         f"{f', {len(splits.class_names)} classes' if splits.class_names else ''}"
     )
-    for line in filter(None, (splits.found, _labels(run), spec.describe_units())):
+    notes = (splits.found, *describe_columns(splits), _labels(run), spec.describe_units())
+    for line in filter(None, notes):
         print(f"       {line}")
     print(
         f"model  {model.kind}: {model.architecture} {sizes}, {model.latent_dim} latents, "

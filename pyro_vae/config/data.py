@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from .columns import check_columns, read_columns
 from .options import InputError, Typed, auto, check_integer, check_path
 
 # torchvision's data sets by their names for --data. Write ./name for a folder of such a name.
@@ -20,6 +21,17 @@ TORCHVISION_CLASSES = {
 }
 
 
+def columns_flag() -> Any:
+    """The flag --columns: a file, whose content becomes the setting."""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FILE",
+        instance_from_str=lambda texts: read_columns(Path(texts[0]).expanduser()),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: ["found from the values" if value is None else str(value)],
+    )
+
+
 @dataclass(frozen=True)
 class DataConfig(Typed):
     """The data set and its splits.
@@ -27,7 +39,7 @@ class DataConfig(Typed):
     Attributes:
         source: Data set: digits (included, needs no network); mnist, fashion-mnist, kmnist or
             emnist (torchvision, downloaded to --data-root); or the path of a folder of images or of
-            a .npy, .npz or .csv file.
+            a .npy, .npz, .csv, .parquet or .arrow file.
         root: Folder of torchvision's data sets. Missing ones are downloaded to it.
         image_size: Image height and width in pixels; one number is a square. Images in a folder
             are resized to it; flat rows of an array or a table are reshaped to it.
@@ -43,6 +55,10 @@ class DataConfig(Typed):
             on the observed values only.
         labelled: Number of training rows whose label is used, drawn by the seed with the shares of
             the classes. The labels of the others are latents of the model (semi-supervised).
+        columns: Kinds of the columns of a table, a TOML or JSON file: age = "poisson". Others are
+            found from the values. Kinds: gaussian, student-t, log-normal, poisson,
+            negative-binomial, zero-inflated-poisson, zero-inflated-negative-binomial, bernoulli,
+            categorical, ordinal; drop leaves a column out.
     """
 
     source: Annotated[str, tyro.conf.arg(name="data", metavar="NAME|PATH")] = "digits"
@@ -54,6 +70,7 @@ class DataConfig(Typed):
     test_size: Annotated[int | None, auto("INT", "a tenth, if the data have no test split")] = None
     missing: Literal["refuse", "model"] = "refuse"
     labelled: Annotated[int | None, auto("INT", "all that have one")] = None
+    columns: Annotated[Path | dict[str, Any] | None, columns_flag()] = None
 
     def absolute(self) -> DataConfig:
         """The same data by absolute paths."""
@@ -64,6 +81,11 @@ class DataConfig(Typed):
         return dataclasses.replace(self, root=root, source=source)
 
     def __post_init__(self) -> None:
+        if isinstance(self.columns, str | Path):
+            check_path("columns", str(self.columns))
+            object.__setattr__(self, "columns", read_columns(Path(self.columns).expanduser()))
+        elif self.columns is not None:
+            object.__setattr__(self, "columns", check_columns(self.columns))
         super().__post_init__()
         if not self.source:
             raise InputError("--data expects the name of a data set or a path; got nothing")

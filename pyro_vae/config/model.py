@@ -20,7 +20,13 @@ from .families import (
 from .options import InputError, Typed, auto, check_integer
 
 Likelihood = Literal[
-    "auto", "bernoulli", "continuous-bernoulli", "binomial", "gaussian", "discretized-logistic"
+    "auto",
+    "bernoulli",
+    "continuous-bernoulli",
+    "binomial",
+    "gaussian",
+    "discretized-logistic",
+    "columns",
 ]
 
 DEFAULT_HIDDEN = {"mlp": (512, 256), "conv": (32, 64)}
@@ -48,7 +54,8 @@ class ModelConfig(Typed):
         activation: Name of an activation in torch.nn: SiLU, ReLU, Tanh, Softplus, GELU, …
         likelihood: p(x|z). bernoulli: binary data; grey images are binarized at random at each
             access. continuous-bernoulli: values in [0, 1]. binomial: counts. gaussian: real values,
-            with a learned scale. discretized-logistic: 8-bit images.
+            with a learned scale. discretized-logistic: 8-bit images. columns: one for each
+            column of a table, see --columns.
         condition: Whether the model knows labels. label: p(x|z, y) and q(z|x, y), at the label y of
             each row. partial: the same, with y a latent of rows without a label (semi-supervised).
     """

@@ -46,6 +46,11 @@ class Config(Typed):
         model = self.model
         _check_labels(self)
         check_objective_families(self.fit.objective, model.guide.family, model.prior.family)
+        if self.data.columns is not None and model.likelihood not in ("auto", "columns"):
+            raise InputError(
+                f"--columns has no effect on --likelihood {model.likelihood}, which is that of all "
+                f"columns; drop one"
+            )
         if self.model.kind == "ae":
             if self.refit == "on":
                 raise InputError("--refit has no effect on --model ae; drop it")

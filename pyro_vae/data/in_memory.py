@@ -1,8 +1,8 @@
 """Objects in memory → `Source`: the same rows as from a file of the same values.
 
     numpy array, torch tensor    (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), as in a .npy file
-    pandas or polars DataFrame   numeric columns; a column called label, class or target holds the
-                                 labels, as in a .csv file
+    pandas or polars DataFrame   columns of numbers or text; a column called label, class or target
+                                 holds the labels, as in a .csv file
     pair (x, y)                  one of these, and labels (N,): integers or strings
     torch Dataset                map-style; items are arrays, tensors or PIL images, or pairs of
                                  such an item and its label
@@ -27,8 +27,8 @@ from ..config import DataConfig, InputError
 from .images import pixel_mode, pixels
 from .missing import REMEDY, as_numbers
 from .precision import offset_and_scale
-from .source import LABEL_COLUMNS, Source, from_array
-from .tables import named
+from .source import Source, Texts, from_array
+from .tables import label_column, named
 
 
 def read_object(data: Any, config: DataConfig) -> Source:
@@ -47,12 +47,13 @@ def read_object(data: Any, config: DataConfig) -> Source:
     names: list[str] | None = None
     label: str | None = None
     indexed = False
+    texts: tuple[Texts | None, ...] = ()
     if isinstance(x, Dataset):
         name = type(x).__name__
         values, labels = _from_dataset(x, config, name)
     elif hasattr(x, "to_numpy") and hasattr(x, "columns"):
         name = "DataFrame"
-        values, labels, names, label, indexed = _from_frame(x, lacking)
+        values, labels, names, label, indexed, texts = _from_frame(x, config)
     elif isinstance(x, Tensor) or hasattr(x, "__array__"):
         name = "tensor" if isinstance(x, Tensor) else "array"
         values, labels = _array(x, lacking), None
@@ -73,16 +74,19 @@ def read_object(data: Any, config: DataConfig) -> Source:
         return replace(source, max_value=65535)
     if names is None:
         return source
-    return named(source, tuple(names), None if source.labels is None else label, indexed)
+    return named(source, tuple(names), None if source.labels is None else label, indexed, texts)
+
+
+def read_frame(frame: Any, config: DataConfig, name: str) -> Source:
+    """The rows of a DataFrame from a file called `name`, as those of one in memory."""
+    return replace(read_object(frame, config), name=name)
 
 
 def _from_frame(
-    frame: Any, lacking: bool
-) -> tuple[np.ndarray, np.ndarray | None, list[str], str | None, bool]:
-    """Values (N, D) and labels (N,) of a DataFrame; the names of the columns and of the labels.
-
-    `lacking`: whether values may be missing.
-    """
+    frame: Any, config: DataConfig
+) -> tuple[np.ndarray, np.ndarray | None, list[str], str | None, bool, tuple[Texts | None, ...]]:
+    """Values (N, D) and labels (N,) of a DataFrame; names of columns and labels; texts."""
+    lacking = config.missing == "model"
     names = list(frame.columns)
     # pandas reads its own index as such a column.
     indexed = len(names) > 1 and names[0] == "Unnamed: 0"
@@ -90,13 +94,18 @@ def _from_frame(
     names = names[indexed:]
     if len(set(names)) < len(names):
         raise InputError(f"expected DataFrame columns of different names; got {names}")
-    label = next((name for name in names if str(name).lower() in LABEL_COLUMNS), None)
+    place = label_column(list(map(str, names)), config)
+    label = None if place is None else names[place]
     columns = {name: _array(frame[name], lacking) for name in names if name != label}
-    for name, column in columns.items():
-        if column.dtype.kind not in "biuf":
+    texts: dict[Any, Texts | None] = dict.fromkeys(columns)
+    for name in columns:
+        if (found := _texts(frame[name], columns[name], lacking)) is not None:
+            columns[name], texts[name] = found
+        elif columns[name].dtype.kind not in "biuf":
             raise InputError(
-                f"expected numbers in every column of the DataFrame; got {column.dtype} in column "
-                f"{name!r}: drop it, encode it as numbers, or {REMEDY}"
+                f"expected numbers or text in every column of the DataFrame; got "
+                f"{columns[name].dtype} in column {name!r}: drop it, encode it as numbers, or "
+                f"{REMEDY}"
             )
     values = np.column_stack(list(columns.values())) if columns else np.empty((len(frame), 0))
     for name, column in columns.items():
@@ -105,7 +114,37 @@ def _from_frame(
         if not exact and max(abs(int(column.max())), abs(int(column.min()))) > 2**53:
             offset_and_scale(column[:, None], [str(name)], "the DataFrame")
     labels = None if label is None else _labels(_array(frame[label]), "DataFrame", real=True)
-    return values, labels, list(map(str, columns)), None if label is None else str(label), indexed
+    held: Any = tuple(texts.values()) if any(texts.values()) else ()
+    label = None if label is None else str(label)
+    return values, labels, list(map(str, columns)), label, indexed, held
+
+
+def _texts(column: Any, values: np.ndarray, lacking: bool) -> tuple[np.ndarray, Texts] | None:
+    """Codes (N,) and texts of a column of text or dates; None if it is neither.
+
+    `lacking`: whether values may be missing, whose codes are NaN.
+    """
+    dtype = getattr(column, "dtype", None)
+    if values.dtype.kind not in "OTUMm":
+        return None
+    is_null = getattr(column, "isna", None) or getattr(column, "is_null", None)
+    missing = np.zeros(len(values), bool) if is_null is None else np.asarray(is_null(), bool)
+    dates = values.dtype.kind in "Mm"
+    known = (values[~missing].astype(str) if dates else values[~missing]).tolist()
+    if not known or not all(isinstance(value, str) for value in known):
+        return None
+    texts = [value.strip() for value in known]
+    if "" in texts or (missing.any() and not lacking):
+        raise InputError(
+            f"expected text in each row of column {getattr(column, 'name', '')!r} of the "
+            f"DataFrame; some have none: {REMEDY}"
+        )
+    ordered = getattr(dtype, "ordered", False) is True
+    levels = [str(level).strip() for level in dtype.categories] if ordered else sorted(set(texts))  # type: ignore[union-attr]
+    places = {text: code for code, text in enumerate(levels)}
+    codes = np.full(len(values), np.nan)
+    codes[~missing] = [places[text] for text in texts]
+    return codes, Texts(tuple(levels), ordered)
 
 
 def _from_dataset(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
@@ -18,8 +17,10 @@ import torch
 from torch import Tensor
 
 from ..config import DataConfig, InputError
+from .columns import with_kinds
 from .in_memory import read_object
 from .labels import hide_labels, with_classes
+from .matching import match_columns
 from .precision import column_name
 from .readers import read
 from .scan import FLOAT32_MAX, SAMPLED_VALUES, Scan, check_float32, choose_spec, scan_values
@@ -32,7 +33,12 @@ FAR_AWAY = 1e3
 
 
 def load_data(
-    source: Any = "digits", seed: int = 0, *, spec: DataSpec | None = None, **settings: Any
+    source: Any = "digits",
+    seed: int = 0,
+    *,
+    spec: DataSpec | None = None,
+    likelihood: str = "auto",
+    **settings: Any,
 ) -> Splits:
     """Read data and split them into training, validation and test rows.
 
@@ -57,15 +63,19 @@ def load_data(
         spec: that of a trained model, `vae.likelihood_module.spec`, for its own data or others like
             them. Columns and classes are matched by name, and x has the offset and scale of the
             training. Values may be missing if they could be in the training.
+        likelihood: that of the model. The columns of a table have a kind each with auto, if it
+            holds text or unlike columns, and with columns, for any table with names.
         settings: those of `DataConfig`: `image_size`, `layout`, `max_value`, `validation_size`,
-            `test_size`, `missing` and `labelled`. Image sizes also apply to the PIL images of a
-            Dataset.
+            `test_size`, `missing`, `labelled` and `columns`, a dictionary of kinds or a file. Image
+            sizes also apply to the PIL images of a Dataset.
 
     Raises:
         InputError: the data are missing, damaged or of an unsupported kind or shape, hold values
             that are not finite, have too few rows, or a row or column without observed values.
     """
     config, data = _read(source, DataConfig(**settings), spec)
+    if spec is None:
+        data = with_kinds(data, config.columns, likelihood)  # type: ignore[arg-type]
     lacking = config.missing == "model"
     rows, scan = _draw_splits(data, config, seed), scan_values(data, lacking)
     if spec is None:
@@ -91,7 +101,7 @@ def _read(source: Any, config: DataConfig, spec: DataSpec | None) -> tuple[DataC
         config = _as_trained(config, spec)
     in_memory = not isinstance(source, (str, PathLike, DataConfig))
     data = read_object(source, config) if in_memory else read(config)
-    return config, data if spec is None else _match_columns(data, spec)
+    return config, data if spec is None else match_columns(data, spec)
 
 
 def _as_trained(config: DataConfig, spec: DataSpec) -> DataConfig:
@@ -158,7 +168,7 @@ def load_foreign(
         InputError: the data are missing, damaged, outside the shape and range of `spec`, or in
             units that cannot be told.
     """
-    source = _match_columns(read(_as_trained(config, spec)), spec)
+    source = match_columns(read(_as_trained(config, spec)), spec)
     scan = scan_values(source, spec.missing)
     fits = source.values.shape[1:] == spec.shape
     if fits:
@@ -267,38 +277,6 @@ def _note_units(splits: Splits, units: Units, mean: Tensor, std: Tensor) -> None
         )
 
 
-def _match_columns(source: Source, spec: DataSpec) -> Source:
-    """The columns of the training data, by their names, in the order of the training.
-
-    Data without names are taken by position.
-
-    Raises:
-        InputError: a column is missing.
-    """
-    if not spec.columns or not source.columns or source.columns == spec.columns:
-        return source
-    missing = [name for name in spec.columns if name not in source.columns]
-    if missing:
-        raise InputError(
-            f"the model expects columns {_list(spec.columns)}; {source.name} has "
-            f"{_list(source.columns)} and lacks {_list(missing)}: name its columns as in the "
-            f"training data"
-        )
-    extra = [name for name in source.columns if name not in spec.columns]
-    if extra:
-        warnings.warn(
-            f"{source.name} has columns that the model does not know, which are ignored: "
-            f"{_list(extra)}",
-            stacklevel=3,
-        )
-    order = [source.columns.index(name) for name in spec.columns]
-    return dataclasses.replace(source, values=source.values[:, order], columns=spec.columns)
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(name[:40] for name in names[:8]) + (", ..." if len(names) > 8 else "")
-
-
 def _splits(source: Source, scan: Scan, spec: DataSpec, *rows: Tensor) -> Splits:
     """The splits with these rows: training, validation, test."""
     if source.values.shape[1:] != spec.shape:
@@ -331,6 +309,8 @@ def _splits(source: Source, scan: Scan, spec: DataSpec, *rows: Tensor) -> Splits
 
 
 def _default_likelihood(spec: DataSpec) -> str:
+    if spec.kinds:
+        return "columns"
     if spec.max_value is None:
         return "gaussian"
     if not spec.discrete:

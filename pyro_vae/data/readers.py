@@ -3,6 +3,7 @@
     digits, mnist, …       included in scikit-learn; torchvision's data sets
     folder of images       (N, C, H, W); nested folders are labels
     .npy, .npz, .csv       (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), perhaps with labels
+    .parquet, .arrow       a table, read by polars; .feather is Arrow too
 
 `source.from_array` checks and orders the values of a file, a folder (`images.py`), a table
 (`tables.py`) or an object in memory (`in_memory.py`). Nothing is scaled, binarized or split here,
@@ -29,6 +30,7 @@ import numpy as np
 from ..config import TORCHVISION_CLASSES, DataConfig, InputError
 from ..memory import check_memory
 from .images import read_folder
+from .in_memory import read_frame
 from .source import LABEL_NAMES, Source, from_array, one_hot
 from .tables import read_table
 
@@ -78,13 +80,15 @@ def read(config: DataConfig) -> Source:
     if not path.exists():
         raise InputError(
             f"--data expects digits, {', '.join(TORCHVISION_CLASSES)}, or the path of a folder of "
-            f"images, a .npy, .npz or .csv file; {config.source!r} is not one of these, and no "
-            f"such path exists"
+            f"images, a .npy, .npz, .csv, .parquet or .arrow file; {config.source!r} is not one of "
+            f"these, and no such path exists"
         )
     readers = {".npy": _npy, ".npz": _npz, ".csv": read_table}
+    readers |= dict.fromkeys((".parquet", ".arrow", ".feather"), _arrow)
     if path.suffix.lower() not in readers:
         raise InputError(
-            f"--data expects a folder of images, a .npy, .npz or .csv file; got {path}. "
+            f"--data expects a folder of images, a .npy, .npz, .csv, .parquet or .arrow file; got "
+            f"{path}. "
             f"Put single images into a folder"
         )
     return readers[path.suffix.lower()](path, config)
@@ -141,6 +145,28 @@ def _torchvision(config: DataConfig) -> Source:
         max_value=255,
         likelihood="bernoulli",
     )
+
+
+def _arrow(path: Path, config: DataConfig) -> Source:
+    """A table in a Parquet or an Arrow file."""
+    try:
+        import polars
+    except ImportError:
+        raise InputError(
+            f"{path.suffix} files require a package: pip install 'pyro-vae[tables]'"
+        ) from None
+    is_parquet = path.suffix.lower() == ".parquet"
+    try:
+        table = (polars.scan_parquet if is_parquet else polars.scan_ipc)(path)
+        width = len(table.collect_schema())
+        count = table.select(polars.len()).collect().item()  # from the file's metadata
+        check_memory(4 * width * count, f"{width * count:,} cells of {path}", "use fewer rows")
+        frame = table.collect()
+    except InputError:
+        raise
+    except (polars.exceptions.PolarsError, polars.exceptions.PanicException, *DAMAGED) as error:
+        raise InputError(f"{path} is not a whole table: {_reason(error)}") from None
+    return read_frame(frame, config, path.stem)
 
 
 def _npy(path: Path, config: DataConfig) -> Source:

@@ -142,6 +142,16 @@ def choose_spec(
 
     `missing`: whether values may be missing, now or in other data for the model.
     """
+    if missing:
+        check_columns(source, train)
+    if missing and not scan.missing:
+        warnings.warn(
+            f"--missing model: no value of {source.name} is missing. The encoder learns from "
+            f"complete rows only; other numbers that mark missing values must be made NaN",
+            stacklevel=3,
+        )
+    if source.kinds:
+        return _spec_of_kinds(source, max_value, train, missing)
     low, high, integral = scan.low, scan.high, scan.integral
     limit = max_value or source.max_value
     if limit is not None and not 0 <= low <= high <= limit:
@@ -161,14 +171,6 @@ def choose_spec(
         limit = 1
     shares = limit is None and low >= 0 and LEAST_SHARE < high <= 1
     units, sample = None, np.empty((0, 0))
-    if missing:
-        check_columns(source, train)
-    if missing and not scan.missing:
-        warnings.warn(
-            f"--missing model: no value of {source.name} is missing. The encoder learns from "
-            f"complete rows only; other numbers that mark missing values must be made NaN",
-            stacklevel=3,
-        )
     if not integral or limit is None:
         sample = _sample(source, train)
         units = offset_and_scale(sample, source.columns, source.name)
@@ -193,6 +195,32 @@ def choose_spec(
         offset=offset,
         scale=scale,
         missing=missing,
+    )
+
+
+def _spec_of_kinds(source: Source, max_value: int | None, train: Tensor, missing: bool) -> DataSpec:
+    """Of a table with a kind for each column. Only real columns have an offset or a scale."""
+    if max_value is not None:
+        raise InputError(
+            f"--max-value has no effect on {source.name}, whose columns have a kind each; drop it"
+        )
+    found = offset_and_scale(_sample(source, train), source.columns, source.name)
+    offset, scale = ([0.0] * len(source.kinds), [1.0] * len(source.kinds))
+    for j, kind in enumerate(source.kinds if found else ()):
+        if kind.name in ("gaussian", "student-t"):
+            offset[j] = found[0][j]  # type: ignore[index]
+        if not kind.is_discrete:
+            scale[j] = found[1][j]  # type: ignore[index]
+    needed = any(offset) or set(scale) != {1.0}
+    return DataSpec(
+        tuple(source.values.shape[1:]),
+        None,
+        discrete=False,
+        columns=source.columns,
+        offset=tuple(offset) if needed else None,
+        scale=tuple(scale) if needed else None,
+        missing=missing,
+        kinds=source.kinds,
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import DataConfig, InputError
+from ..config.columns import ColumnKind
 
 LABEL_COLUMNS = ("label", "labels", "class", "target", "targets")
 LABEL_NAMES = (*LABEL_COLUMNS, "y")  # a table may have a coordinate called y
@@ -18,6 +19,19 @@ CHANNELS = (1, 3)  # of images and volumes
 
 # More different labels that are not whole numbers are no classes.
 MAX_REAL_CLASSES = 20
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of a column of a table, which is stored as their codes.
+
+    Attributes:
+        values: the different texts, that of code k in place k, sorted or in the order of the type.
+        ordered: whether the type of the column states their order.
+    """
+
+    values: tuple[str, ...]
+    ordered: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,8 @@ class Source:
         likelihood: the usual likelihood of the data, if there is one.
         columns: the names of the columns of a table (N, D), or empty.
         found: how columns or arrays were read, in words, or empty.
+        texts: of the columns of a table, each None for numbers; empty if there is no text.
+        kinds: of the columns of a table, as in `DataSpec`.
     """
 
     name: str
@@ -47,6 +63,8 @@ class Source:
     likelihood: str | None = None
     columns: tuple[str, ...] = ()
     found: str = ""
+    texts: tuple[Texts | None, ...] = ()
+    kinds: tuple[ColumnKind, ...] = ()
 
 
 def from_array(

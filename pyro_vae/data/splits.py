@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config.columns import ColumnKind
 from .missing import hidden_as
 from .precision import column_name
 
@@ -47,6 +48,8 @@ class DataSpec:
             and volumes, see `precision`. None if float32 keeps the values. Bounded data have none.
         missing: whether values may be missing, which NaN marks, in stored values and in x.
         classes: the names of the labels that a model with labels knows, or empty.
+        kinds: of each column, if each has a likelihood of its own; else empty. Values with
+            categories are stored as codes 0, 1, …
     """
 
     shape: tuple[int, ...]
@@ -57,8 +60,11 @@ class DataSpec:
     scale: tuple[float, ...] | None = None
     missing: bool = False
     classes: tuple[str, ...] = ()
+    kinds: tuple[ColumnKind, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.kinds and not len(self.kinds) == len(self.columns) == math.prod(self.shape):
+            raise ValueError(f"expected kinds and names of {math.prod(self.shape)} columns")
         if self.offset is not None or self.scale is not None:
             size = math.prod(self.scale_shape)
             if not (len(self.offset or ()) == len(self.scale or ()) == size):
@@ -279,9 +285,14 @@ class Splits:
 
     def describe(self) -> str:
         """Type and range of the values, for example "integers from 0 to 16"."""
-        kind = "integers" if self.integral else "real values"
         share = f", {100 * self.missing:.3g}% missing, assumed missing at random"
-        return f"{kind} from {interval(self.low, self.high)}{share if self.missing else ''}"
+        share = share if self.missing else ""
+        if self.spec.kinds:
+            names = [kind.name for kind in self.spec.kinds]
+            counts = [f"{names.count(name)} {name}" for name in dict.fromkeys(names)]
+            return ", ".join(counts) + share
+        kind = "integers" if self.integral else "real values"
+        return f"{kind} from {interval(self.low, self.high)}{share}"
 
     def whole(self) -> Split:
         """All rows in the order of the data, as one split."""

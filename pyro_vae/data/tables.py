@@ -1,85 +1,79 @@
-"""A table of numbers in a text file → `Source`.
+"""A table in a text file → `Source`.
 
-The first lines show the structure: delimiter, a line of names, an index column without a name (as
-pandas and R write it), an empty last column. `Source.found` says it in words. A structure that can
-be read in two ways is an error that names both.
+The first lines show the structure: delimiter, a line of names, decimal commas, an index column
+without a name (as pandas and R write it), an empty last column. `Source.found` says it in words. A
+structure that can be read in two ways is an error that names both. The file is in UTF-8, or in
+UTF-16 with its mark.
 """
 
 from __future__ import annotations
 
 import csv
 import math
-import re
 from array import array
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from decimal import Decimal
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..config import DataConfig, InputError
+from ..config.columns import DROP, WITH_CATEGORIES
 from .missing import MARKS, REMEDY
 from .precision import column_name
-from .source import LABEL_COLUMNS, Source, from_array, is_number
-
-# Lines, below the first, that show the structure.
-HEAD = 20
-
-Rows = Iterator[tuple[int, list[str]]]
-
-
-@dataclass(frozen=True)
-class _Structure:
-    """How to read a table.
-
-    Attributes:
-        delimiter: between cells.
-        header: whether the first line holds names.
-        names: of all columns of a row, or empty.
-        width: number of cells in a row, without an empty last one.
-        trailing: whether each row ends in a delimiter.
-        indexed: whether the first column is an index without a name.
-    """
-
-    delimiter: str
-    header: bool
-    names: tuple[str, ...]
-    width: int
-    trailing: bool
-    indexed: bool
+from .source import LABEL_COLUMNS, Source, Texts, from_array
+from .structure import DECIMAL_COMMA, Rows, Structure, encoding_of, find_structure, rows_of
 
 
 def read_table(path: Path, config: DataConfig) -> Source:
-    """A table of numbers, with or without a line of names; a column named label gives labels.
+    """A table, with or without a line of names; a column named label gives labels.
+
+    Only a table with names may hold text, see `columns`.
 
     Raises:
         InputError: the file is no table, or its structure is ambiguous; the message names the line.
     """
     try:
-        form = _structure(path)
-        low = [name.lower() for name in form.names]
-        label = next((i for i, name in enumerate(low) if name in LABEL_COLUMNS), None)
+        form = find_structure(path)
+        label = label_column(form.names, config)
         kept = [i for i in range(form.indexed, form.width) if i != label]
-        values, labels = _read(path, form, kept, label, config.missing == "model")
-    except (OSError, UnicodeDecodeError) as error:
+        values, labels, texts = _read(path, form, kept, label, config)
+    except (OSError, UnicodeError) as error:
         raise InputError(
-            f"cannot read {path} as text: {error}; a table is expected in UTF-8"
+            f"cannot read {path} as text: {error}; a table is expected in UTF-8, or in UTF-16 with "
+            f"a byte order mark"
         ) from None
     except csv.Error as error:
         raise InputError(f"{path} is not a table of numbers: {error}") from None
     source = from_array(values, labels, config, path.stem, path)
     names = tuple(form.names[i] for i in kept) if form.names else ()
     label_name = None if label is None or source.labels is None else form.names[label]
-    return named(source, names, label_name, form.indexed)
+    return named(source, names, label_name, form.indexed, texts)
+
+
+def label_column(names: Sequence[str], config: DataConfig) -> int | None:
+    """The column of labels, unless its kind is stated, which makes it one of the data."""
+    stated: Any = config.columns or {}
+    places = [i for i, name in enumerate(names) if name.lower() in LABEL_COLUMNS]
+    return next((i for i in places if names[i] not in stated), None)
 
 
 def named(
-    source: Source, names: tuple[str, ...], label: str | None = None, indexed: bool = False
+    source: Source,
+    names: tuple[str, ...],
+    label: str | None = None,
+    indexed: bool = False,
+    texts: tuple[Texts | None, ...] = (),
 ) -> Source:
     """The rows of a table with the names of their columns, and in words how they were read."""
     if source.values.ndim != 2:  # pixels
+        if texts:
+            raise InputError(
+                f"--image-size and --layout expect a table of numbers; {source.name} holds text"
+            )
         names = ()
     shown = [name if len(name) <= 40 else name[:37] + "..." for name in names[:8]]
     more = ", ..." if len(names) > 8 else ""
@@ -88,32 +82,123 @@ def named(
     parts += [f"labels in column {label}"] * (label is not None)
     # Names that are missing or repeated identify no column.
     identify = all(names) and len(set(names)) == len(names)
-    return replace(source, columns=names if identify else (), found="; ".join(parts))
+    columns = names if identify else ()
+    return replace(source, columns=columns, found="; ".join(parts), texts=texts)
 
 
 def _read(
-    path: Path, form: _Structure, kept: list[int], label: int | None, missing: bool
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """The values (N, D) and labels (N,). `missing`: whether cells may be `MARKS`, read as NaN."""
-    values, labels, marks = array("d"), [], MARKS if missing else ()
-    for number, cells in _body(path, form):
-        try:
-            values.extend([math.nan if cells[i] in marks else _number(cells[i]) for i in kept])
-        except ValueError:
-            at = next(i for i in kept if not (is_number(cells[i]) or cells[i] in marks))
-            raise InputError(_no_number(path, number, at, cells[at], form)) from None
+    path: Path, form: Structure, kept: list[int], label: int | None, config: DataConfig
+) -> tuple[np.ndarray, np.ndarray | None, tuple[Texts | None, ...]]:
+    """The values (N, D), labels (N,), and texts of the columns, empty if all are numbers.
+
+    With `--missing model`, cells may be `MARKS`, which are read as NaN.
+    """
+    lacking = config.missing == "model"
+    marks = _marks(form, kept, config)
+    try:
+        values, labels, _ = _cells(path, form, kept, label, [], marks if lacking else {})
+        textual = []
+    except (InputError, UnicodeError):
+        raise
+    except ValueError:
+        textual = _textual(path, form, marks, config)
+        values, labels, codes = _cells(path, form, kept, label, textual, marks)
+    numbers = [n for n, i in enumerate(kept) if i not in textual]
+    if len(values) and numbers:
+        same = np.flatnonzero((values[:, numbers] == values[0, numbers]).all(0))
+        _check_constants(path, form, [kept[numbers[n]] for n in same])
+    if not textual:
+        return values, labels, ()
+    texts: list[Texts | None] = [None] * len(kept)
+    for n, i in enumerate(kept):
+        if i in textual:
+            found = Texts(tuple(sorted(codes[i])))
+            places = np.array([found.values.index(text) for text in codes[i]])
+            present = ~np.isnan(values[:, n])
+            values[present, n] = places[values[present, n].astype(np.int64)]
+            texts[n] = found
+    return values, labels, tuple(texts)
+
+
+def _stated(form: Structure, column: int, config: DataConfig) -> dict[str, Any]:
+    """The kind and the categories that are stated for a column."""
+    stated: Any = config.columns or {}
+    options = stated.get(form.names[column]) if form.names else None
+    return options if isinstance(options, dict) else {"kind": options}
+
+
+def _marks(form: Structure, kept: list[int], config: DataConfig) -> dict[int, set[str]]:
+    """The cells of each column that mark missing values: not those that are stated categories."""
+    return {i: MARKS - set(_stated(form, i, config).get("categories", ())) for i in kept}
+
+
+def _cells(
+    path: Path,
+    form: Structure,
+    kept: list[int],
+    label: int | None,
+    textual: list[int],
+    marks: dict[int, set[str]],
+) -> tuple[np.ndarray, np.ndarray | None, dict[int, dict[str, int]]]:
+    """The values (N, D) and labels (N,); the codes of the texts of each column of text.
+
+    Raises:
+        ValueError: a cell of the other columns is neither a number nor one of its `marks`.
+    """
+    values, labels = array("d"), []
+    codes: dict[int, dict[str, int]] = {i: {} for i in textual}
+    columns = [(i, marks.get(i, ()), codes.get(i)) for i in kept]
+    for _, cells in _body(path, form):
+        if marks or codes:
+            for i, own_marks, own in columns:
+                cell = cells[i]
+                if cell in own_marks:
+                    values.append(math.nan)
+                else:
+                    values.append(
+                        form.number(cell) if own is None else own.setdefault(cell, len(own))
+                    )
+        else:
+            values.extend([form.number(cells[i]) for i in kept])
         if label is not None:
             labels.append(cells[label])
     table = np.array(values).reshape(-1, len(kept)) if kept else np.empty((len(labels), 0))
-    if len(table):
-        _check_constants(path, form, [kept[i] for i in np.flatnonzero((table == table[0]).all(0))])
-    return table, None if label is None else np.array(labels, dtype=str)
+    return table, None if label is None else np.array(labels, dtype=str), codes
 
 
-def _body(path: Path, form: _Structure) -> Rows:
+def _textual(
+    path: Path, form: Structure, marks: dict[int, set[str]], config: DataConfig
+) -> list[int]:
+    """The columns of text: those whose cells mostly are no numbers, or that are stated to be so.
+
+    Raises:
+        InputError: a column of numbers holds a cell that is none; a value is missing, unless
+            `--missing model`; the table has no names.
+    """
+    count, numbers = dict.fromkeys(marks, 0), dict.fromkeys(marks, 0)
+    bad: dict[int, tuple[int, str]] = {}  # line and text of the first cell that is no number
+    for line, cells in _body(path, form):
+        for i in marks:
+            if cells[i] in marks[i]:
+                if config.missing != "model":
+                    raise InputError(_no_number(path, line, i, cells[i], form))
+                continue
+            count[i] += 1
+            if form.is_number(cells[i]):
+                numbers[i] += 1
+            else:
+                bad.setdefault(i, (line, cells[i]))
+    for i, (line, cell) in bad.items():
+        kind = _stated(form, i, config)["kind"]
+        if not form.names or (2 * numbers[i] >= count[i] and kind not in (*WITH_CATEGORIES, DROP)):
+            raise InputError(_no_number(path, line, i, cell, form))
+    return sorted(bad)
+
+
+def _body(path: Path, form: Structure) -> Rows:
     """The number of each line and its cells, below the names."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        for number, cells in islice(_rows(file, form.delimiter), int(form.header), None):
+    with path.open(encoding=encoding_of(path), newline="") as file:
+        for number, cells in islice(rows_of(file, form.delimiter), int(form.header), None):
             if form.trailing and len(cells) == form.width + 1 and not cells[-1]:
                 cells.pop()
             if len(cells) != form.width:
@@ -125,163 +210,35 @@ def _body(path: Path, form: _Structure) -> Rows:
             yield number, cells
 
 
-def _rows(lines: Iterator[str], delimiter: str) -> Rows:
-    """The number of each line, from 1, and its cells, without blank lines and comments."""
-    number = 0
-
-    def content() -> Iterator[str]:
-        nonlocal number
-        for number, line in enumerate(lines, 1):  # noqa: B007 (read below)
-            if line.strip() and not _is_comment(line):
-                yield line.strip(" \r\n") + "\n"
-
-    for cells in csv.reader(content(), delimiter=delimiter, skipinitialspace=True):
-        yield number, [cell.strip() for cell in cells]
-
-
-def _is_comment(line: str) -> bool:
-    return line.startswith("#") and not re.match(r"#N/?A\b", line)  # a mark of a missing value
-
-
-def _number(cell: str) -> float:
-    if "_" in cell:
-        raise ValueError
-    return float(cell)
-
-
-def _no_number(path: Path, line: int, column: int, cell: str, form: _Structure) -> str:
+def _no_number(path: Path, line: int, column: int, cell: str, form: Structure) -> str:
     """The message for a cell that is not a number."""
     where = f"line {line}, column {column + 1}"
     where += f" ({form.names[column][:40]})" if form.names else ""
     remedy = "drop the column, encode it as numbers, or call it label in a first line of names"
+    if form.names:
+        name = form.names[column][:40]
+        remedy = f"repair it, or state that the column is text: --columns FILE with {name!r}"
+        remedy += ' = "categorical" or "drop"'
     if cell in MARKS:
         remedy = f"{REMEDY}, or remove the row"
-    elif re.fullmatch(r"[+-]?[\d.]*,\d+", cell):
-        remedy = "write decimal points, not commas"
+    elif DECIMAL_COMMA.fullmatch(cell.replace(".", "")):
+        remedy = "write decimal points or commas in all cells, and nothing between thousands"
     return (
         f"{path} expects numbers in every cell: could not convert string {cell[:60]!r} to a "
         f"number in {where}; {remedy}"
     )
 
 
-def _check_constants(path: Path, form: _Structure, columns: list[int]) -> None:
+def _check_constants(path: Path, form: Structure, columns: list[int]) -> None:
     """Check that columns of one value in float64 are constant as text too."""
     first: list[str] | None = None
     for number, cells in _body(path, form) if columns else ():
         first = first or cells
         for i in columns:
-            if cells[i] != first[i] and Decimal(cells[i]) != Decimal(first[i]):
+            one, other = (text.replace(",", ".") for text in (cells[i], first[i]))
+            if one != other and Decimal(one) != Decimal(other):
                 raise InputError(
                     f"{path}: {column_name(form.names, i)} holds numbers that float64 cannot tell "
                     f"apart, like {first[i][:60]} and {cells[i][:60]} (line {number}): subtract "
                     f"one of them from all, or drop the column"
                 )
-
-
-def _structure(path: Path) -> _Structure:
-    """Find the structure in the first lines."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines: list[str] = []
-        comment = ""
-        for line in islice(file, 1000):
-            if _is_comment(line):
-                comment = comment if lines else line.strip("# \r\n")
-            elif line.strip():
-                lines.append(line)
-            if len(lines) > HEAD:
-                break
-    if not lines:
-        raise InputError(f"{path} expects a table of numbers; its first line is empty")
-    delimiter = _delimiter(lines)
-    first, *rest = [cells for _, cells in _rows(iter(lines), delimiter)]
-    trailing = bool(rest) and len(rest[0]) > 1 and not any(cells[-1] for cells in rest)
-    width = len(rest[0]) - trailing if rest else len(first)
-    if len(first) == width + 1 and not first[-1]:
-        first.pop()
-    below = [cells[:width] for cells in rest]
-    if rest and len(first) == width - 1 and not any(map(_like_number, first)):
-        names: list[str] | None = ["", *first]  # as R writes row names
-    elif len(first) != width:
-        width, names = len(first), first if not any(map(_like_number, first)) else None
-    else:
-        names = first if _are_names(first, below, path) else None
-    header = names is not None
-    if comment and not header:  # as numpy.savetxt writes names
-        cells = next(csv.reader([comment], delimiter=delimiter, skipinitialspace=True), [])
-        if len(cells) == width > 1 and not any(map(_like_number, cells)):
-            names = [cell.strip() for cell in cells]
-    indexed = width > 1 and names is not None and names[0] in ("", "Unnamed: 0") and all(names[1:])
-    if indexed and any(is_number(cells[0]) and not cells[0].isdecimal() for cells in below):
-        raise InputError(
-            f"{path}: the first column has no name, and may be an index or data; name it in the "
-            f"first line if it is data, else remove it"
-        )
-    return _Structure(delimiter, header, tuple(names or ()), width, trailing, indexed)
-
-
-def _delimiter(lines: list[str]) -> str:
-    """The delimiter that gives the lines equally many cells, most of them numbers."""
-    best, score = max(",;\t", key=lines[0].count), 0.0
-    for delimiter in "\t;, ":
-        rows = [cells for _, cells in _rows(iter(lines[1:] or lines), delimiter)]
-        width = len(rows[0])
-        if width < 2 or any(len(cells) != width for cells in rows):
-            continue
-        cells = [cell for row in rows for cell in row]
-        decimal = [cell if delimiter == "," else cell.replace(",", ".") for cell in cells]
-        share = sum(not cell or is_number(cell) for cell in decimal) / len(cells)
-        if share > score:
-            best, score = delimiter, share
-    return best
-
-
-def _are_names(first: list[str], below: list[list[str]], path: Path) -> bool:
-    """Whether the first line holds names.
-
-    Raises:
-        InputError: it may be names or numbers.
-    """
-    numeric = list(map(_like_number, first))
-    if not any(numeric):
-        return any(first)
-    if not first[0] and all(numeric[1:]):  # an index without a name, and numbers as names
-        return _may_be_names(first[1:])
-    if not all(numeric):
-        # Text above numbers, or a name of labels.
-        return any(cell.lower() in LABEL_COLUMNS for cell in first) or any(
-            cell and not is_number(cell) and is_number(row)
-            for cell, row in zip(first, below[0] if below else [], strict=False)
-        )
-    if not _may_be_names(first) or not below or _steps(below[0]) == _steps(first):
-        return False
-    real = not any(cell.isdecimal() for cells in below for cell in cells)
-    if len(first) >= 10 or (len(first) >= 3 and real):
-        return True
-    if len(first) == 1 and not real:
-        return False
-    raise InputError(
-        f"{path}: the first line, {', '.join(first)}, may be the names of columns or a row. If it "
-        f"is names, let them begin with a letter; if it is a row, add a line of names above it"
-    )
-
-
-def _may_be_names(cells: list[str]) -> bool:
-    """Whether the cells are 0, 1, 2, ..., 1, 2, 3, ..., or years at equal distances."""
-    steps = _steps(cells)
-    if steps is None or len(steps) > 1:
-        return False
-    first, last = int(cells[0]), int(cells[-1])
-    counted = steps <= {1} and (first == 0 or (first == 1 and last > 2))
-    return counted or (first >= 1800 and first < last <= 2200)
-
-
-def _steps(cells: list[str]) -> set[int] | None:
-    """The differences between neighbours; None if the cells are not integers."""
-    if not all(cell.isdecimal() and len(cell) < 9 and str(int(cell)) == cell for cell in cells):
-        return None
-    return {int(after) - int(before) for before, after in pairwise(cells)}
-
-
-def _like_number(cell: str) -> bool:
-    """Whether a cell is a number, perhaps with a decimal comma, or marks a missing one."""
-    return is_number(cell.replace(",", ".", 1)) or (cell != "" and cell in MARKS)

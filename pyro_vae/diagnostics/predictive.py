@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,9 @@ def predictive_check(
         x: (B, *data_shape).
         statistics: name → f(x (S, B, *data_shape), z (S, B, Z)) → (S, B). By default mean, standard
             deviation, log p(x|z) and, but for tables, the mean absolute difference of neighbours,
-            as far as a row has more than one value or neighbours; of observed values only.
+            as far as a row has more than one value or neighbours; of observed values only. Of a
+            table with a kind for each column: log p(x|z), each number, standardized, and whether
+            categories are the first.
         num_draws: S, at least 2.
 
     Raises:
@@ -105,6 +108,8 @@ def _compare(
 
 def _statistics(vae: LatentModel, x: Tensor) -> dict[str, Statistic]:
     """The default statistics of rows like x (B, *data_shape) that are numbers, rather than NaN."""
+    if has_kinds(vae):
+        return _of_columns(vae)
     shape = x.shape[1:]
     lacking = bool(x.isnan().any())
     mean, deviation = (_mean, _deviation) if lacking else (torch.mean, torch.std)
@@ -130,3 +135,27 @@ def _deviation(x: Tensor, dim: int) -> Tensor:
     count = (~x.isnan()).sum(dim)
     squares = (x - x.nanmean(dim, keepdim=True)).square().nansum(dim)
     return (squares / (count - 1).clamp_min(1)).sqrt()
+
+
+def _of_columns(vae: Any) -> dict[str, Statistic]:
+    """The default statistics of a table with a kind for each column; 0 for missing values."""
+    likelihood = vae.likelihood_module
+    statistics: dict[str, Statistic] = {
+        "log p(x|z)": lambda x, z: vae.likelihood(z).log_prob(x),
+    }
+
+    def of(j: int, is_categorical: bool) -> Statistic:
+        if is_categorical:
+            return lambda x, z: (x[..., j] == 0).double()
+        return lambda x, z: likelihood.deviations(x)[..., j].nan_to_num(0.0)
+
+    for j, (name, kind) in enumerate(zip(likelihood.spec.columns, likelihood.kinds, strict=True)):
+        first = f" = {kind.categories[0]}" if kind.name == "categorical" else ""
+        statistics[name + first] = of(j, bool(first))
+    return statistics
+
+
+def has_kinds(vae: Any) -> bool:
+    """Whether a model is of a table with a kind for each column."""
+    likelihood = getattr(vae, "likelihood_module", None)
+    return bool(getattr(getattr(likelihood, "spec", None), "kinds", ()))

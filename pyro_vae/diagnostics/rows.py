@@ -1,4 +1,6 @@
-"""Studies that name rows: the local test of each, and those whose posterior is worst."""
+"""Studies that name rows or columns: the local test of each row, those whose posterior is worst,
+and the distribution of each column of a table.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,11 @@ from torch import Tensor
 
 from ..evidence.importance import reliable_k
 from ..models.vae import VAE
+from ..plots import columns as column_figures
 from ..plots import posterior as posterior_figures
 from ..plots.from_model import to_display
 from . import findings as verdicts
+from .columns import about_columns, check_columns
 from .local import local_test
 from .study import Effort, Study
 
@@ -33,6 +37,27 @@ def local_study(
         }
     }
     return Study([verdicts.about_local(result.correct)], details, {})
+
+
+def columns_study(vae: VAE, x: Tensor) -> Study:
+    check = check_columns(vae, x)
+
+    sizes = (check.distance, check.excess, check.p_values)
+    keys = ("distance", "beyond_chance", "p_value")
+    lines = [dict(zip(keys, map(float, line), strict=True)) for line in zip(*sizes, strict=True)]
+    kinds = [{"kind": kind.name} for kind in check.kinds]
+    details = {n: k | line for n, k, line in zip(check.names, kinds, lines, strict=True)}
+    pairs = zip(check.kinds, check.distance, strict=True)
+    notes = [f"{kind.name[:24]}\n{distance:.2f} apart" for kind, distance in pairs]
+    figure = column_figures.column_distributions(
+        check.observed,
+        check.replicated,
+        check.names,
+        [kind.categories for kind in check.kinds],
+        notes,
+        "Columns in held-out rows, and in draws from the model",
+    )
+    return Study([about_columns(check)], {"columns": details}, {"columns": figure})
 
 
 def worst_rows(

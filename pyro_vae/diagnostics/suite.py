@@ -26,9 +26,9 @@ from . import findings as verdicts
 from .aggregate import aggregate_posterior, energy_coefficient, energy_test, holes
 from .latents import latent_use
 from .nuts import compare_with_nuts
-from .predictive import predictive_check
+from .predictive import has_kinds, predictive_check
 from .refinement import gaps
-from .rows import local_study, worst_rows
+from .rows import columns_study, local_study, worst_rows
 from .sbc import Simulations, check_ranks, coverage, gamma_band, miscalibration, simulate
 from .study import Effort, Study
 
@@ -135,7 +135,8 @@ def _weights(vae: VAE, x: Tensor, effort: Effort, on_chunk: Callable[[int], obje
 def _latents(vae: VAE, x: Tensor) -> Study:
     use, check = latent_use(vae, x), predictive_check(vae, x)
 
-    findings = [verdicts.about_collapse(use), verdicts.about_predictions(check)]
+    columns = columns_study(vae, x) if has_kinds(vae) else Study([], {}, {})
+    findings = [verdicts.about_collapse(use), verdicts.about_predictions(check), *columns.findings]
     outside = abs(check.p_values - 0.5) > 0.475
     details = {
         "latent_kl": use.kl.tolist(),
@@ -143,6 +144,7 @@ def _latents(vae: VAE, x: Tensor) -> Study:
         "active_units": int(use.active.sum()),
         "predictive_effects": _by_name(check.names, check.effects.mean(0)),
         "predictive_p_values_beyond_95%": _by_name(check.names, outside.mean(0)),
+        **columns.details,
     }
     names = [f"z{j + 1}" for j in range(len(use.kl))]
     title = "Statistics of held-out rows and of their replicates from the model"
@@ -153,6 +155,7 @@ def _latents(vae: VAE, x: Tensor) -> Study:
         "predictive": posterior_figures.predictive_checks(
             check.observed, check.replicated_mean, check.replicated_scale, check.names, title
         ),
+        **columns.figures,
     }
     return Study(findings, details, figures)
 

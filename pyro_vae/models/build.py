@@ -17,6 +17,7 @@ from ..data.splits import DataSpec, Splits, Units, moments
 from ..memory import check_memory
 from ..randomness import derive, random_states, usual_settings
 from .autoencoder import Autoencoder
+from .columns import ColumnInputs, ColumnsLikelihood, Statistics
 from .labels import ConditionalVAE, Model, SemiSupervisedVAE
 from .likelihoods import LIKELIHOODS, Likelihood
 from .networks import JOINED, Decoder, Encoder, LabelledDecoder, LabelledEncoder
@@ -41,11 +42,15 @@ def build(config: ModelConfig, splits: Splits, seed: int = 0) -> Model:
     if config.condition != "none":
         splits = with_classes(splits)
     name = splits.likelihood if config.likelihood == "auto" else config.likelihood
-    units = LIKELIHOODS[name].units
     _check(name, splits)
+    units = _class(name).units
     with usual_settings():
         mean, std = moments(splits.train, units)
-        likelihood = LIKELIHOODS[name](splits.spec, mean, std)
+        if splits.spec.kinds:
+            statistics = Statistics.of(splits.train)
+            likelihood: Likelihood = ColumnsLikelihood(splits.spec, mean, std, statistics)
+        else:
+            likelihood = LIKELIHOODS[name](splits.spec, mean, std)
         with random_states(torch.device("cpu"), derive(seed, "weights")):
             model = _assemble(config, likelihood)
             if isinstance(model, VAE) and isinstance(model.prior_module, Vamp):
@@ -82,7 +87,11 @@ def build_blank(config: ModelConfig, spec: DataSpec, device: str = "cpu") -> Mod
     ):
         mean = torch.full(spec.shape, 0.5)
         std = torch.ones(spec.scale_shape)
-        return _assemble(config, LIKELIHOODS[config.likelihood](spec, mean, std))
+        return _assemble(config, _class(config.likelihood)(spec, mean, std))
+
+
+def _class(name: str) -> type[Likelihood]:
+    return ColumnsLikelihood if name == "columns" else LIKELIHOODS[name]
 
 
 def new_guide(
@@ -187,7 +196,11 @@ def _new_encoder(vae: VAE, hidden: tuple[int, ...] | None, size: int) -> Encoder
     hidden = DEFAULT_HIDDEN[kind[0]] if hidden is None else hidden
     moments, bounded = (likelihood.mean, likelihood.std), likelihood.units != "real"
     network, spec = (kind[0], likelihood.spec.shape, hidden, kind[1]), likelihood.spec
-    return Encoder(*network, size, *moments, bounded, spec.missing)
+    return Encoder(*network, size, *moments, bounded, spec.missing, _inputs(likelihood))
+
+
+def _inputs(likelihood: Likelihood) -> ColumnInputs | None:
+    return likelihood.inputs() if isinstance(likelihood, ColumnsLikelihood) else None
 
 
 def _family(guide: Guide, latent_dim: int) -> nn.Module:
@@ -200,8 +213,12 @@ def _assemble(config: ModelConfig, likelihood: Likelihood) -> Model:
     hidden = DEFAULT_HIDDEN[config.architecture] if config.hidden is None else config.hidden
     shape, is_conv = likelihood.spec.shape, config.architecture == "conv"
     encoder_hidden = hidden if config.encoder_hidden is None else config.encoder_hidden
-    inputs = shape[0] if is_conv else math.prod(shape)
-    _check_size(config, inputs * (1 + likelihood.spec.missing), encoder_hidden, hidden)
+    inputs, bias = _inputs(likelihood), likelihood.initial_bias()
+    data_dim = shape[0] if is_conv else math.prod(shape)
+    data_dim = data_dim if inputs is None else inputs.size
+    outputs = 0 if inputs is None else len(bias)
+    data_dim = max(data_dim * (1 + likelihood.spec.missing), outputs)
+    _check_size(config, data_dim, encoder_hidden, hidden)
     latent_dim, guide = config.latent_dim, config.guide
     if config.condition != "none":
         return _with_labels(config, likelihood)
@@ -209,9 +226,9 @@ def _assemble(config: ModelConfig, likelihood: Likelihood) -> Model:
     moments = (likelihood.mean, likelihood.std)
     bounded = likelihood.units != "real"
     network = (config.architecture, shape, encoder_hidden, config.activation)
-    encoder = Encoder(*network, size, *moments, bounded, likelihood.spec.missing)
+    encoder = Encoder(*network, size, *moments, bounded, likelihood.spec.missing, inputs)
     network = (config.architecture, shape, hidden, config.activation)
-    decoder = Decoder(*network, latent_dim, likelihood.initial_bias())
+    decoder = Decoder(*network, latent_dim, bias)
     if config.kind == "ae":
         return Autoencoder(encoder, decoder, likelihood)
     family = _family(guide, latent_dim)
@@ -229,7 +246,8 @@ def _with_labels(config: ModelConfig, likelihood: Likelihood) -> ConditionalVAE:
     def read(num_features: int) -> Encoder:
         network = (config.architecture, shape, encoder_hidden, activation)
         bounded, missing = likelihood.units != "real", likelihood.spec.missing
-        return Encoder(*network, num_features, *moments, bounded, missing)
+        inputs = _inputs(likelihood)
+        return Encoder(*network, num_features, *moments, bounded, missing, inputs)
 
     network = (config.architecture, shape, hidden, activation)
     parts: dict[str, Any] = {
@@ -275,7 +293,19 @@ def _check_size(
 
 def _check(likelihood: str, splits: Splits) -> None:
     """Check that the data lie in the support of the likelihood."""
-    units, spec = LIKELIHOODS[likelihood].units, splits.spec
+    spec = splits.spec
+    if (likelihood == "columns") != bool(spec.kinds):
+        if spec.kinds:
+            raise InputError(
+                f"--likelihood {likelihood} is that of all columns, and the columns of "
+                f"{splits.name} have a kind each: use --likelihood columns, or in Python "
+                f"load_data(..., likelihood={likelihood!r})"
+            )
+        raise InputError(
+            f"--likelihood columns expects a table with names of columns, read with their kinds; "
+            f"{splits.name} has none: use --likelihood {splits.likelihood}"
+        )
+    units = _class(likelihood).units
     if units == "count" and not spec.discrete:
         expected = "integers from 0 to --max-value"
     elif units in ("binary", "unit") and spec.max_value is None:

@@ -86,9 +86,14 @@ class Likelihood(nn.Module):
     def _event(self, distribution: TorchDistribution) -> Distribution:
         if not self.spec.missing:
             return distribution.to_event(len(self.spec.shape))
-        # The data's mean is in the support, and near the values that the decoder expects.
-        fill = self.mean.round() if self.is_discrete else self.mean
-        return ObservedPart(distribution, len(self.spec.shape), fill)
+        return ObservedPart(distribution, len(self.spec.shape), self.fill_values())
+
+    def fill_values(self) -> Tensor:
+        """(*data_shape) values in the support, which stand for missing ones.
+
+        The data's mean is one, and near the values that the decoder expects.
+        """
+        return self.mean.round() if self.is_discrete else self.mean
 
 
 class BernoulliLikelihood(Likelihood):

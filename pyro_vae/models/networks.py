@@ -52,6 +52,8 @@ class Encoder(nn.Module):
         bounded: whether the range of x is bounded. If not, an outlier is: see `MAX_STANDARDIZED`.
         missing: whether values of x may be NaN. The network then sees zeros in their place and,
             beside the values, which are observed: as further channels (conv) or inputs (mlp).
+        inputs: module x (..., D) → (..., inputs.size), which standardizes columns of several kinds
+            in place of `mean` and `std`, and keeps NaN.
 
     Raises:
         InputError: the activation is unknown, or the data do not suit the architecture.
@@ -71,8 +73,10 @@ class Encoder(nn.Module):
         std: Tensor,
         bounded: bool = False,
         missing: bool = False,
+        inputs: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.inputs = inputs
         self.data_shape, self.bounded, self.missing = tuple(data_shape), bounded, missing
         copies = 2 if missing else 1  # the values, and which are observed
         self.architecture, self.activation = architecture, activation
@@ -86,18 +90,20 @@ class Encoder(nn.Module):
                 layers.append(_activation(activation))
             layers.append(nn.Flatten())
         else:
-            sizes = [copies * _size(self.data_shape), *hidden]
+            first: Any = _size(self.data_shape) if inputs is None else inputs.size
+            sizes = [copies * first, *hidden]
             size = sizes[-1]
             layers += [nn.Flatten(), *_mlp(sizes, activation)]
         self.layers = nn.Sequential(*layers, nn.Linear(size, num_features))
 
     def forward(self, x: Tensor) -> Tensor:
         batch_shape = x.shape[: x.dim() - len(self.data_shape)]
-        standardized = (x - self.mean) / self.std
+        standardized = (x - self.mean) / self.std if self.inputs is None else self.inputs(x)
         if not self.bounded:
             limit = MAX_STANDARDIZED
             standardized = soft_clamp(standardized, -limit, limit, width=limit)
-        standardized = standardized.reshape(-1, *self.data_shape)
+        shape = self.data_shape if self.inputs is None else standardized.shape[-1:]
+        standardized = standardized.reshape(-1, *shape)
         if self.missing:
             observed = ~standardized.isnan()
             values = torch.where(observed, standardized, 0.0)
@@ -112,7 +118,8 @@ class Decoder(nn.Module):
     Args:
         architecture, data_shape, hidden, activation: those of the encoder, which is mirrored.
         latent_dim: Z.
-        bias: (P, *data_shape), initial output bias, a parameter for each output.
+        bias: (P, *data_shape), initial output bias, a parameter for each output; of any shape,
+            which is then that of the output, for mlp.
 
     Raises:
         InputError: as for `Encoder`.

@@ -45,6 +45,7 @@ PICTURES = {
 CAPTIONS = {
     "weights": "Pareto k̂ of the importance weights of held-out rows",
     "latents": "KL and variance of posterior means of each latent",
+    "columns": "Distribution of each column in held-out rows and in draws from the model",
     "predictive": "Statistics of held-out rows and of their replicates from the model",
     "gaps": "Inference gaps: amortization, correlation, remainder",
     "ranks": "Ranks of the truth among draws from q(z|x), uniform if the guide is exact",
@@ -200,6 +201,9 @@ def flat(values: dict[str, Any]) -> dict[str, str]:
         if isinstance(value, dict) and "family" in value:
             options = [f"{key}={option}" for key, option in value.items() if key != "family"]
             found[name] = " ".join([value["family"], *options])
+        elif name == "columns" and isinstance(value, dict):
+            kinds = {k: v["kind"] if isinstance(v, dict) else v for k, v in value.items()}
+            found[name] = " ".join(f"{column}={kind}" for column, kind in kinds.items())
         elif isinstance(value, dict):
             found |= flat(value)
         else:

@@ -33,7 +33,9 @@ def to_display(vae: Model, x: Tensor) -> np.ndarray:
     """
     likelihood = vae.likelihood_module
     spec = likelihood.spec
-    if spec.scale_shape:
+    if spec.kinds:
+        x = likelihood.deviations(x)
+    elif spec.scale_shape:
         x = (x - likelihood.mean) / likelihood.std
     elif likelihood.units == "count":
         x = x / spec.bound

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..config import VERSION, Config, InputError, ModelConfig
+from ..config.columns import ColumnKind
 from ..config.options import structure
 from ..data.splits import DataSpec, Splits
 from ..models.build import build_blank
@@ -88,6 +89,7 @@ def serialize(
             "discrete": spec.discrete,
             "fingerprint": splits.fingerprint,
             **{name: getattr(spec, name) for name in SPEC_OPTIONS},
+            "kinds": [[kind.name, list(kind.categories)] for kind in spec.kinds],
         },
         "weights": vae.state_dict(),
         "training": training,
@@ -150,6 +152,7 @@ def _restore(content: dict[str, Any], path: Path) -> Checkpoint:
     """The checkpoint with this content. Sizes are checked before memory is taken."""
     config, data = Config.from_dict(content["config"]), content["data"]
     options = {name: data[name] for name in SPEC_OPTIONS if name in data}
+    options["kinds"] = tuple(ColumnKind(*kind) for kind in data.get("kinds", ()))
     spec = DataSpec(tuple(data["shape"]), data["max_value"], data["discrete"], **options)
     weights, training, history = (content[name] for name in ("weights", "training", "history"))
     changed, refit = content.get("model"), content.get("refit", [])

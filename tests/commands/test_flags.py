@@ -58,6 +58,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "fit.elbo_weight": ("0.75", 0.75),
     "fit.free_bits": ("0.3", 0.3),
     "fit.mmd_weight": ("11", 11.0),
+    "data.columns": ("kinds.toml", {"a": "poisson"}),
     "fit.epochs": ("12", 12),
     "fit.batch_size": ("13", 13),
     "fit.learning_rate": ("1e-4", 1e-4),
@@ -102,8 +103,10 @@ def flags(name: str, text: str) -> list[str]:
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """The arguments that `train` would train with."""
+def asked(monkeypatch, tmp_path):
+    """The arguments that `train` would train with, in a folder with a file of kinds."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kinds.toml").write_text('a = "poisson"')
 
     def of(*arguments: Any) -> Any:
         caught = []
@@ -182,7 +185,8 @@ def test_flags_of_the_commands(kind, arguments, given):
 
 
 def test_a_config_of_all_settings_comes_back(asked, tmp_path):
-    names = set(GIVEN) - set(BESIDE) - {"model.kind", "fit.objective", "fit.num_particles"}
+    apart = {"model.kind", "fit.objective", "fit.num_particles", "data.columns"}
+    names = set(GIVEN) - set(BESIDE) - apart  # which do not go with all others
     arguments = [part for name in names for part in flags(name, GIVEN[name][0])]
     config = train.config_of(asked(*arguments))
     path = tmp_path / "config.json"

@@ -223,7 +223,7 @@ MISTAKES = {
     "'28x28'",
     "--image-size 0": "--image-size expects an integer of at least 1; got 0",
     "--likelihood Bernoulli": "--likelihood expects one of auto, bernoulli, continuous-bernoulli, "
-    "binomial, gaussian, discretized-logistic; got 'Bernoulli'",
+    "binomial, gaussian, discretized-logistic, columns; got 'Bernoulli'",
     "--compile true": "--compile expects one of auto, on, off; got 'true'",
     "--preset vae": "--preset expects one of iwae-mnist, mnist; got 'vae'",
     "--likelihod gaussian": "Unrecognized options: --likelihod, gaussian; did you mean "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -120,8 +122,9 @@ def test_a_first_line_that_may_be_either_is_refused_with_both_remedies(text, tmp
         ("a,b\n1,2\n3,4,5\n", r"line 3 has 3 cells, the table has 2 columns"),
         ("1,2\n3,4\n\n5\n", r"line 4 has 1 cell, the table has 2 columns"),
         ("# note\na,b\n1,2\n\n3,x\n", r"'x' to a number in line 5, column 2 \(b\)"),
-        ("a;b\n1,5;2,5\n3,5;4,5\n", r"'1,5' .* line 2, column 1 \(a\); write decimal points"),
-        ("1,5;2,5\n3,5;4,5\n", r"'1,5' .* line 1, column 1; write decimal points"),
+        ("a;b\n1,5;2,5\n3.5;4,5\n", r"'1,5' .* line 2, column 1 \(a\); write decimal points or"),
+        ("a;b\n1,5;2,5\n3,5;1.004,5\n", r"'1.004,5' .* line 3, column 2 \(b\); write decimal"),
+        ("a;b\n1,500;2\n3,250;4\n", r"the comma in 1,500 may be that of decimals or of thousands"),
         ("a,b\n1,\n3,4\n", r"string '' .* line 2, column 2 \(b\); impute"),
         ("a,b\n1,NA\n3,4\n", r"string 'NA' .* line 2, column 2 \(b\)"),
         ("a,b\n1_000,2\n3,4\n", r"string '1_000'"),
@@ -139,9 +142,92 @@ def test_broken_tables(text, message, tmp_path):
     assert len(str(caught.value)) < 500
 
 
-def test_utf_16_is_refused(tmp_path):
-    with pytest.raises(InputError, match="expected in UTF-8"):
-        table(tmp_path, "a,b\n1,2\n", encoding="utf-16")
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize(
+    ("text", "columns"),
+    [
+        ("x;ü\n1,5;2,25\n3;4,5\n5,5;6,125\n", ("x", "ü")),
+        ("1,5;2,25\n3;4,5\n5,5;6,125\n", ()),
+        ('"x","ü"\n"1,5","2,25"\n"3","4,5"\n"5,5","6,125"\n', ("x", "ü")),
+        (";x;ü\n1;1,5;2,25\n2;3;4,5\n3;5,5;6,125\n", ("x", "ü")),
+        ("x\tü\n1,5\t2,25\n3\t4,5\n5,5\t0,6125e1\n", ("x", "ü")),
+    ],
+)
+def test_decimal_commas_and_encodings(text, columns, encoding, tmp_path):
+    source = table(tmp_path, text, encoding=encoding)
+    assert source.values.tolist() == ROWS
+    assert source.columns == columns
+
+
+def test_other_encodings_are_refused(tmp_path):
+    for encoding in ("utf-16-le", "latin-1", "utf-32"):
+        with pytest.raises(InputError, match=r"UTF-8|repair the line"):
+            table(tmp_path, "a,ü\n1,2\n3,4\n", encoding=encoding)
+
+
+# Text
+
+
+def test_text_is_stored_as_codes_in_alphabetical_order(tmp_path):
+    text = "name;height;answer\n b ;1,5;yes\na;2,25;no\n b;3;yes\nc;4;yes\n"
+    source = table(tmp_path, text)
+    assert source.values.tolist() == [[1, 1.5, 1], [0, 2.25, 0], [1, 3, 1], [2, 4, 1]]
+    assert [texts and texts.values for texts in source.texts] == [
+        ("a", "b", "c"),
+        None,
+        ("no", "yes"),
+    ]
+
+
+def test_a_number_that_is_misspelled_does_not_make_a_column_text(tmp_path):
+    rows = "".join(f"{i}.5,{i % 3}\n" for i in range(30))
+    with pytest.raises(InputError, match=r"'1.5x' to a number in line 32, column 1 \(a\); repair"):
+        table(tmp_path, f"a,b\n{rows}1.5x,2\n")
+    (tmp_path / "b.csv").write_text(f"a,b\n{rows}1.5x,2\n")
+    for kind in ("categorical", "drop"):
+        read(DataConfig(str(tmp_path / "b.csv"), columns={"a": kind}))
+    with pytest.raises(InputError, match=r"string '' .* line 3, column 1 \(a\); impute"):
+        table(tmp_path, "a,b\nx,1\n,2\ny,3\n")
+
+
+def test_a_table_that_the_machine_cannot_hold_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.sysconf", lambda name: 64)  # 4,096 bytes in all
+    with pytest.raises(InputError, match=r"not enough memory: about 2,... cells of .*a\.csv"):
+        table(tmp_path, "a,b\n" + "12,34\n" * 1000)
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow", "feather"])
+def test_parquet_and_arrow(ending, tmp_path, monkeypatch):
+    """The same rows, types and texts as in the DataFrame."""
+    polars = pytest.importorskip("polars")
+    random = np.random.default_rng(0)
+    frame = polars.DataFrame(
+        {
+            "a": random.standard_normal(60),
+            "n": random.integers(0, 9, 60),
+            "town": polars.Series(random.choice(["x", "y", "z"], 60), dtype=polars.Categorical),
+            "target": random.integers(0, 3, 60),
+        }
+    )
+    path = tmp_path / f"t.{ending}"
+    frame.write_parquet(path) if ending == "parquet" else frame.write_ipc(path)
+    source, expected = read(DataConfig(str(path))), load_data(frame)
+    splits = load_data(path)
+    assert (source.name, splits.class_names) == ("t", ("0", "1", "2"))
+    assert splits.fingerprint == expected.fingerprint
+    assert splits.spec == expected.spec
+    for damaged in (path.read_bytes()[:100], b"", b"x" * 1000):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="is not a whole table"):
+            read(DataConfig(str(path)))
+    frame.write_parquet(path) if ending == "parquet" else frame.write_ipc(path)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.sysconf", lambda name: 8)
+        with pytest.raises(InputError, match="not enough memory: 240 cells"):
+            read(DataConfig(str(path)))
+    monkeypatch.setitem(sys.modules, "polars", None)
+    with pytest.raises(InputError, match=r"pip install 'pyro-vae\[tables\]'"):
+        read(DataConfig(str(path)))
 
 
 def test_digits_that_float64_cannot_keep_are_refused_by_column(tmp_path):
