@@ -2,6 +2,7 @@ from .config import Config, DataConfig, FitConfig, InputError, ModelConfig
 from .config.families import RefitConfig
 from .data.loading import load_data
 from .data.splits import DataSpec, Split, Splits
+from .diagnostics.datatree import to_datatree
 from .diagnostics.draws import posterior_draws
 from .diagnostics.gradients import measure_gradients
 from .diagnostics.latents import latent_use
@@ -65,5 +66,6 @@ __all__ = [
     "refine",
     "refit",
     "simulate",
+    "to_datatree",
     "upper_bound",
 ]
