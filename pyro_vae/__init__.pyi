@@ -3,6 +3,7 @@ from .config.families import RefitConfig
 from .data.loading import load_data
 from .data.splits import DataSpec, Split, Splits
 from .diagnostics.columns import check_columns
+from .diagnostics.datatree import to_datatree
 from .diagnostics.draws import posterior_draws
 from .diagnostics.gradients import measure_gradients
 from .diagnostics.labels import check_labels, simulate_labels
@@ -75,5 +76,6 @@ __all__ = [
     "refit",
     "simulate",
     "simulate_labels",
+    "to_datatree",
     "upper_bound",
 ]

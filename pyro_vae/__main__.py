@@ -8,6 +8,8 @@
   pyro-vae diagnose   check the posterior of a run
   pyro-vae refit      replace the guide of a run, with the model held fixed
   pyro-vae report     write one HTML page for a run, or several side by side
+  pyro-vae compress   compress discrete data by a run, losslessly
+  pyro-vae decompress restore the rows in a compressed file
 
 `pyro-vae COMMAND --help` explains a command. `python -m pyro_vae.COMMAND` is the same command.
 """
@@ -20,7 +22,18 @@ import sys
 from .cli import fail, run_command
 from .config import VERSION
 
-COMMANDS = ("train", "evaluate", "generate", "encode", "impute", "diagnose", "refit", "report")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "generate",
+    "encode",
+    "impute",
+    "diagnose",
+    "refit",
+    "report",
+    "compress",
+    "decompress",
+)
 
 
 def main() -> int:

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from ..config.columns import ColumnKind
+from ..evidence.intervals import Interval
 from ..memory import rows_at_once
 from ..models.vae import VAE
 from ..randomness import one_thread
 from .findings import Check, Finding
-from .intervals import Interval
 from .predictive import has_kinds
 
 COLUMNS = Check(

@@ -349,10 +349,7 @@ def test_the_package_as_a_command(monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out.startswith(f"{pyro_vae.__version__}\nVariational autoencoders as Pyro programs.")
     err = err.splitlines()
-    assert err[0] == (
-        "error: expected one of train, evaluate, generate, encode, impute, diagnose, refit, "
-        "report; got tr\\nain"
-    )
+    assert err[0] == (f"error: expected one of {', '.join(package.COMMANDS)}; got tr\\nain")
     assert err[1].startswith("error: Missing from python -m pyro_vae.evaluate: PATH Run folder")
     assert len(err) == 2
 
