@@ -24,6 +24,8 @@ from .config.options import check_integer
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .models.vae import VAE
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompressArguments(RunArguments):
@@ -74,7 +76,7 @@ def _main(arguments: CompressArguments) -> None:
     bound = 1 if run.vae.likelihood_module.units == "binary" else spec.bound
     sizes = {
         "bits-back": 32 * (len(stack) - len(first)) / len(x),
-        "-ELBO / log 2": -_elbo(run, x) / math.log(2),
+        "-ELBO / log 2": -_elbo(run.vae, x, run.seed) / math.log(2),
         **usual_sizes(values, bound),
         "without a code": uncoded(spec.shape, bound),
     }
@@ -101,15 +103,15 @@ def _rows(run: OpenRun, arguments: CompressArguments) -> Tensor:
     return torch.cat(list(split.fixed(units, run.seed, arguments.num_rows)))
 
 
-def _elbo(run: OpenRun, x: Tensor) -> float:
+def _elbo(vae: VAE, x: Tensor, seed: int) -> float:
     """Mean ELBO of the rows, nats, with ten draws of z for each."""
     import torch
 
     from .randomness import derive, random_states
 
-    with random_states(x.device, derive(run.seed, "posterior")):
-        terms = [run.vae.elbo_terms(x) for _ in range(10)]
-    means = [(reconstruction - kl).double().mean() for reconstruction, kl in terms]  # type: ignore[operator]
+    with random_states(x.device, derive(seed, "posterior")):
+        terms = [vae.elbo_terms(x) for _ in range(10)]
+    means = [(reconstruction - kl).double().mean() for reconstruction, kl in terms]
     return float(torch.stack(means).mean())
 
 
