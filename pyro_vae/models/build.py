@@ -16,7 +16,8 @@ from ..data.splits import DataSpec, Splits, Units, moments
 from ..memory import check_memory
 from ..randomness import derive, random_states, usual_settings
 from .autoencoder import Autoencoder
-from .columns import ColumnInputs, ColumnsLikelihood, Statistics
+from .column_inputs import ColumnInputs, Statistics
+from .columns import ColumnsLikelihood
 from .likelihoods import LIKELIHOODS, Likelihood
 from .networks import Decoder, Encoder
 from .posteriors import Mixture, num_features, posterior_family
