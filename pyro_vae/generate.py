@@ -68,7 +68,7 @@ def _main(arguments: GenerateArguments) -> None:
     refuse_existing(arguments.out, arguments.overwrite, (".png", ".npy", ".npz", ".csv"))
     import numpy as np
 
-    from .data.export import write_table
+    from .data.export import table_text
     from .files import write_atomically
     from .memory import check_memory
     from .models.autoencoder import Autoencoder
@@ -117,12 +117,12 @@ def _main(arguments: GenerateArguments) -> None:
         x, z = generate_images(vae, arguments.num, arguments.draw, labels)
     if ending == ".png":
         save(image_grid(in_rows(to_display(vae, x))), arguments.out)
-    elif ending == ".csv":
-        write_table(likelihood.spec, x, likelihood.units, arguments.out)
     else:
         values = likelihood.spec.from_units(x, likelihood.units).cpu().numpy()
         buffer = io.BytesIO()
-        if ending == ".npy":
+        if ending == ".csv":
+            buffer.write(table_text(likelihood.spec, values).encode())
+        elif ending == ".npy":
             np.save(buffer, values)
         else:
             arrays = {"x": values, "z": z.cpu().numpy()}

@@ -6,9 +6,10 @@ with labels is used at the label of each row or, if it infers labels, at the mos
 
   .npz   mean and missing (N, *shape), draws (N, S, *shape), pareto_k (N,)
   .npy   the data, completed by the means
-  .csv   the same for a table, with the names of its columns, and its labels in a column label
+  .csv   the same for a table, with names, text and units of its columns, and its labels in label
 
-The means of integers are rounded in .npy and .csv. A row's Pareto k above 0.7 says that its means
+The means of integers are rounded in .npy and .csv. In the place of a mean, a category has the most
+probable one, in .npy and .npz its code. A row's Pareto k above 0.7 says that its means
 and draws cannot be relied on; refit the guide, or raise --num-samples.
 
   python -m pyro_vae.impute runs/patients --out completed.csv
@@ -17,7 +18,6 @@ and draws cannot be relied on; refit the guide, or raise --num-samples.
 
 from __future__ import annotations
 
-import csv
 import io
 import sys
 import warnings
@@ -73,6 +73,7 @@ def _main(arguments: ImputeArguments) -> None:
     refuse_existing(arguments.out, arguments.overwrite, (".npz", ".npy", ".csv"))
     import numpy as np
 
+    from .data.export import rounded
     from .evidence.importance import reliable_k
     from .files import write_atomically
 
@@ -89,8 +90,7 @@ def _main(arguments: ImputeArguments) -> None:
         np.savez(buffer, **arrays)
     else:
         completed = _values(run, stored, found.mean)
-        if run.splits.spec.discrete:
-            completed = np.where(missing, np.rint(completed), stored)
+        completed = np.where(missing, rounded(run.splits.spec, completed), stored)
         if ending == ".npy":
             np.save(buffer, completed)
         else:
@@ -181,25 +181,13 @@ def _values(run: OpenRun, stored: np.ndarray, x: object) -> np.ndarray:
 
 
 def _table(run: OpenRun, values: np.ndarray) -> str:
-    """The text of a table with these values (N, D): names, numbers, and a label for each row."""
-    columns, labels = list(run.splits.spec.columns), run.splits.whole().labels
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    """The text of a table with these values (N, D): names, cells, and a label for each row."""
+    from .data.export import table_text
+
+    labels = run.splits.whole().labels
     names = (*run.splits.class_names, "")  # −1 is a label that is not known
-    named = [] if labels is None else [[names[i]] for i in labels.tolist()]
-    if columns:
-        writer.writerow(columns + ["label"] * bool(named))
-    for i, row in enumerate(values):
-        writer.writerow([_cell(value) for value in row] + (named[i] if named else []))
-    return text.getvalue()
-
-
-def _cell(value: np.floating) -> str:
-    """The shortest text from which the same number is read, in float32 if it is one."""
-    import numpy as np
-
-    single = np.float32(value)
-    return str(single if single == value else value).removesuffix(".0")
+    named = None if labels is None else [names[i] for i in labels.tolist()]
+    return table_text(run.splits.spec, values, named)
 
 
 also_function(__name__, "pyro_vae.evidence.imputation", "impute")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 import pyro_vae
 from pyro_vae.config.columns import ColumnKind
@@ -26,9 +27,9 @@ KINDS = (
 NAMES = tuple(f"{kind.name} {j}" for j, kind in enumerate(KINDS))
 
 
-def spec_of(kinds: tuple[ColumnKind, ...] = KINDS) -> DataSpec:
+def spec_of(kinds: tuple[ColumnKind, ...] = KINDS, missing: bool = False) -> DataSpec:
     names = tuple(f"{kind.name} {j}" for j, kind in enumerate(kinds))
-    return DataSpec((len(kinds),), None, discrete=False, columns=names, kinds=kinds)
+    return DataSpec((len(kinds),), None, False, columns=names, kinds=kinds, missing=missing)
 
 
 def values(count: int, seed: int = 0) -> np.ndarray:
@@ -63,18 +64,18 @@ def values(count: int, seed: int = 0) -> np.ndarray:
     return np.column_stack(columns).astype(np.float64)
 
 
-def splits_of(x: np.ndarray, kinds: tuple[ColumnKind, ...] = KINDS, name: str = "mixed") -> Splits:
-    """x as training, validation and test rows, 80, 10 and 10%."""
-    import torch
-
-    spec, rows = spec_of(kinds), torch.from_numpy(x.astype(np.float32))
+def splits_of(
+    x: np.ndarray, kinds: tuple[ColumnKind, ...] = KINDS, missing: bool = False
+) -> Splits:
+    """x as training, validation and test rows, 80, 10 and 10%. NaN may mark missing values."""
+    spec, rows = spec_of(kinds, missing), torch.from_numpy(x.astype(np.float32))
     first, second = int(0.8 * len(x)), int(0.9 * len(x))
     train, validation, test = (
         Split(rows, torch.arange(*part), spec)
         for part in ((0, first), (first, second), (second, len(x)))
     )
-    range_ = float(x.min()), float(x.max())
-    return Splits(name, train, validation, test, spec, "columns", (), *range_, False, "digest")
+    range_ = float(np.nanmin(x)), float(np.nanmax(x))
+    return Splits("mixed", train, validation, test, spec, "columns", (), *range_, False, "digest")
 
 
 def small_vae(splits: Splits, **settings: object) -> pyro_vae.VAE:

@@ -1,4 +1,4 @@
-"""x of a table → a CSV file like the data: names, units, categories as text, counts as integers.
+"""Values of a table → the text of a CSV file: names, units, categories, counts as integers.
 
 The inverse of reading: a table that is read and written has the same cells, up to the spelling of
 numbers (2.0 is written as 2).
@@ -9,59 +9,50 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
-from ..config.columns import COUNTS
-from ..files import write_atomically
-from .splits import DataSpec, Units
+from .splits import DataSpec
 
 
-def table_rows(spec: DataSpec, x: Tensor, units: Units) -> list[list[str]]:
-    """The cells of a table, without its names.
+def table_text(spec: DataSpec, values: np.ndarray, labels: Sequence[str] | None = None) -> str:
+    """A table as CSV, with the names of its columns if it has them.
 
     Args:
         spec: of the data, a table.
-        x: (N, D) in `units`; NaN is written as an empty cell. A mean of codes or counts is rounded
-            to the nearest.
-        units: of the likelihood.
+        values: (N, D) as they are stored, see `DataSpec.from_units`. NaN is written as an empty
+            cell, and codes, counts and integers are rounded: means are none.
+        labels: of the rows, for a last column label; None if there are none.
     """
-    values = spec.from_units(x, units).cpu().numpy()
-    columns = []
-    for j in range(values.shape[1]):
-        write = _writer(spec, j, values.dtype)
-        columns.append(["" if np.isnan(value) else write(value) for value in values[:, j]])
-    return [list(row) for row in zip(*columns, strict=True)]
-
-
-def write_table(spec: DataSpec, x: Tensor, units: Units, path: Path) -> None:
-    """Write x (N, D) as a CSV file with the names of the columns, if it has them. See `table_rows`.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    values = rounded(spec, values)
+    writers = [_writer(spec, column) for column in range(values.shape[1])]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     if spec.columns:
-        writer.writerow(spec.columns)
-    writer.writerows(table_rows(spec, x, units))
-    write_atomically(path, text.getvalue().encode())
+        writer.writerow([*spec.columns, *["label"] * (labels is not None)])
+    for i, row in enumerate(values):
+        cells = ["" if np.isnan(v) else write(v) for v, write in zip(row, writers, strict=True)]
+        writer.writerow(cells if labels is None else [*cells, labels[i]])
+    return text.getvalue()
 
 
-def _writer(spec: DataSpec, column: int, dtype: np.dtype) -> Callable[[float], str]:
+def rounded(spec: DataSpec, values: np.ndarray) -> np.ndarray:
+    """Values (..., D) that the data can take: integers where the data are integers."""
+    if not spec.kinds:
+        return np.rint(values) if spec.discrete else values
+    return np.where([kind.is_discrete for kind in spec.kinds], np.rint(values), values)
+
+
+def _writer(spec: DataSpec, column: int) -> Callable[[np.floating], str]:
     """The text of a value of a column."""
-    kind = spec.kinds[column] if spec.kinds else None
-    if kind is not None and kind.categories:
-        categories: Sequence[str] = kind.categories
-        return lambda code: categories[int(min(max(np.rint(code), 0), len(categories) - 1))]
-    if spec.discrete or (kind is not None and kind.name in COUNTS):
-        return lambda value: str(int(np.rint(value)))
+    categories = spec.kinds[column].categories if spec.kinds else ()
+    if categories:
+        last = len(categories) - 1
+        return lambda code: categories[int(np.clip(code, 0, last))]
+    return _number
 
-    def shortest(value: float) -> str:
-        """As few digits as tell the value from others of its type."""
-        text = np.format_float_positional(value, trim="-")
-        return text if len(text) <= 16 else np.format_float_scientific(value, trim="-")
 
-    return shortest
+def _number(value: np.floating) -> str:
+    """The shortest text from which the same number is read, in float32 if it is one."""
+    single = np.float32(value)
+    return str(single if single == value else value).removesuffix(".0")

@@ -143,13 +143,7 @@ def choose_spec(
     `missing`: whether values may be missing, now or in other data for the model.
     """
     if missing:
-        check_columns(source, train)
-    if missing and not scan.missing:
-        warnings.warn(
-            f"--missing model: no value of {source.name} is missing. The encoder learns from "
-            f"complete rows only; other numbers that mark missing values must be made NaN",
-            stacklevel=3,
-        )
+        _check_missing(source, scan, train)
     if source.kinds:
         return _spec_of_kinds(source, max_value, train, missing)
     low, high, integral = scan.low, scan.high, scan.integral
@@ -196,6 +190,17 @@ def choose_spec(
         scale=scale,
         missing=missing,
     )
+
+
+def _check_missing(source: Source, scan: Scan, train: Tensor) -> None:
+    """Check that each column has values in the training rows; note that no value is missing."""
+    check_columns(source, train)
+    if not scan.missing:
+        warnings.warn(
+            f"--missing model: no value of {source.name} is missing. The encoder learns from "
+            f"complete rows only; other numbers that mark missing values must be made NaN",
+            stacklevel=4,
+        )
 
 
 def _spec_of_kinds(source: Source, max_value: int | None, train: Tensor, missing: bool) -> DataSpec:

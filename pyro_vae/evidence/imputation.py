@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..config import InputError
 from ..memory import Callback, check_memory, ignore, rows_at_once
+from ..models.columns import ColumnsLikelihood
 from ..models.interface import LatentModel
 from ..models.log_weights import log_weights
 from ..randomness import one_thread
@@ -39,7 +40,8 @@ class Imputation:
     """B rows without missing values, in the units of x. Observed values are those of x.
 
     Attributes:
-        mean: (B, *data_shape), E[x_m|x_o] in the place of missing values.
+        mean: (B, *data_shape), E[x_m|x_o] in the place of missing values; of a categorical column
+            the code of the largest p(x_m|x_o).
         draws: (S, B, *data_shape), independent draws from p(x_m|x_o) in their place. Those of one
             row are joint: they have the correlations of its missing values.
         pareto_k: (B,) float64, k̂ of the row's weights: above `reliable_k(K)`, mean and draws cannot
@@ -119,7 +121,12 @@ def _weighted(vae: LatentModel, x: Tensor, num_samples: int) -> tuple[Tensor, Te
 
 
 def _mean(vae: LatentModel, z: Tensor, shares: Tensor) -> Tensor:
-    """Σₖ w̃ₖ E[x|zₖ] (B, *data_shape), float64, from the largest weight to the least."""
+    """Σₖ w̃ₖ E[x|zₖ] (B, *data_shape), float64, from the largest weight to the least.
+
+    Categories are weighted by their probabilities, and summarized at last.
+    """
+    likelihood = getattr(vae, "likelihood_module", None)
+    kinds = isinstance(likelihood, ColumnsLikelihood)
     shares, order = shares.sort(dim=0, descending=True)
     z = z.gather(0, order.unsqueeze(-1).expand(z.shape))
     values = vae.likelihood(z[:1]).event_shape.numel() * z.shape[1]
@@ -127,13 +134,15 @@ def _mean(vae: LatentModel, z: Tensor, shares: Tensor) -> Tensor:
     total: Tensor | float = 0.0
     done = torch.zeros(shares.shape[1], dtype=torch.float64, device=z.device)
     for weights, some in zip(shares.split(size), z.split(size), strict=True):
-        means = vae.likelihood(some).mean.double()
+        p = vae.likelihood(some)
+        means = (likelihood.expected(p) if kinds else p.mean).double()  # type: ignore[union-attr]
         total = total + torch.einsum("kb,kb...->b...", weights, means)
         done = done + weights.sum(0)
         if (done > 1 - NEGLIGIBLE).all():
             break
     assert isinstance(total, Tensor)
-    return total / done.reshape(-1, *[1] * (total.dim() - 1))
+    mean = total / done.reshape(-1, *[1] * (total.dim() - 1))
+    return likelihood.summary(mean) if kinds else mean  # type: ignore[union-attr]
 
 
 def _completed(x: Tensor, values: Tensor) -> Tensor:

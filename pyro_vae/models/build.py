@@ -17,7 +17,8 @@ from ..data.splits import DataSpec, Splits, Units, moments
 from ..memory import check_memory
 from ..randomness import derive, random_states, usual_settings
 from .autoencoder import Autoencoder
-from .columns import ColumnInputs, ColumnsLikelihood, Statistics
+from .column_inputs import ColumnInputs, Statistics
+from .columns import ColumnsLikelihood
 from .labels import ConditionalVAE, Model, SemiSupervisedVAE
 from .likelihoods import LIKELIHOODS, Likelihood
 from .networks import JOINED, Decoder, Encoder, LabelledDecoder, LabelledEncoder

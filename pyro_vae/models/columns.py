@@ -12,8 +12,8 @@
 
 The last column is what the decoder gives for each row, K numbers for a categorical column. s, ν and
 r are learned for each column and do not depend on z. Locations and logarithms of means are in units
-of the data: μ = centre + spread · output. The encoder's input is standardized by the same numbers:
-x, log x or log(1 + x), and one unit for each category.
+of the data: μ = centre + spread · output. The encoder's input is standardized by the same numbers,
+see `column_inputs`.
 
 Source: "Handling incomplete heterogeneous data using VAEs", arXiv 1807.03653.
 """
@@ -22,11 +22,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pyro.distributions import (
     Bernoulli,
     Binomial,
@@ -39,17 +37,17 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ..config.columns import COUNTS, KINDS, REAL, ColumnKind
-from ..data.splits import DataSpec, Split
+from ..data.splits import DataSpec
 from .bounds import soft_clamp
 from .column_families import (
     ABSENT,
-    TINY,
     Categorical,
     LogNormal,
     NegativeBinomial,
     Poisson,
     ZeroInflated,
 )
+from .column_inputs import ColumnInputs, Statistics, masks, transformed
 from .likelihoods import MAX_LOG_SCALE, MIN_SCALE, Likelihood
 
 # Logarithms of means, and locations of log-normal columns, keep every bit within these.
@@ -59,112 +57,7 @@ LOG_LOCATION = (-75.0, 75.0)
 LOG_COUNT = (-4.0, 8.0)
 LOG_DF = (-2.0, 4.0)
 FIRST_LOG_DF = 2.0  # ν = 9.4
-# Rows that are read for the first values, about
-SAMPLED_ROWS = 50_000
 LEAST_SHARE = 1e-3
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Of the training rows, each (D,), float64; 0 where a kind has no such number.
-
-    Attributes:
-        centre, spread: mean and standard deviation in the encoder's input, see `transformed`.
-            Median and quartiles for student-t.
-        mean, variance: of x.
-        zeros: share of values 0.
-        shares: (K,) of the categories of each column, or empty.
-    """
-
-    centre: Tensor
-    spread: Tensor
-    mean: Tensor
-    variance: Tensor
-    zeros: Tensor
-    shares: list[Tensor]
-
-    @classmethod
-    def of(cls, train: Split) -> Statistics:
-        """Of a training split, without values that are NaN."""
-        kinds, step = train.spec.kinds, max(1, len(train) // SAMPLED_ROWS)
-        index = torch.arange(0, len(train), step)
-        rows = train.take(index, "real").cpu().double()
-        numbers, shares = [], []
-        for column, kind in zip(transformed(rows, masks(kinds)).T, kinds, strict=True):
-            present = column[~column.isnan()]
-            middle, spread = present.mean(), present.std(correction=0)
-            if kind.name == "student-t":
-                low, middle, high = present.quantile(present.new_tensor([0.25, 0.5, 0.75]))
-                spread = (high - low) / 1.35 if high > low else spread
-            numbers.append((middle, spread if spread > 0 else torch.ones_like(spread)))
-            counts = present.new_zeros(len(kind.categories))
-            if kind.categories:
-                counts = torch.bincount(present.long(), minlength=len(kind.categories)).double()
-            shares.append((counts + 0.5) / (counts.sum() + counts.numel() / 2))
-        centre, spread = torch.tensor(numbers, dtype=torch.float64).T
-        mean = rows.nanmean(0)
-        variance = (rows - mean).square().nanmean(0)
-        zeros = (rows == 0).sum(0) / (~rows.isnan()).sum(0)
-        return cls(centre, spread, mean, variance, zeros.double(), shares)
-
-    @classmethod
-    def blank(cls, kinds: Sequence[ColumnKind]) -> Statistics:
-        """Placeholders, for a model whose weights are loaded."""
-        with torch.device("cpu"):  # their values are read
-            half = torch.full((len(kinds),), 0.5)
-            shares = [torch.ones(len(kind.categories)) for kind in kinds]
-        return cls(half, half, half, half, half, shares)
-
-
-def masks(kinds: Sequence[ColumnKind]) -> Tensor:
-    """(2, D) which columns are log-normal, and which are counts."""
-    logs = [kind.name == "log-normal" for kind in kinds]
-    return torch.tensor([logs, [kind.name in COUNTS for kind in kinds]])
-
-
-def transformed(x: Tensor, masks: Tensor) -> Tensor:
-    """x (..., D) as it enters the encoder, before it is standardized: x, log x or log(1 + x)."""
-    is_log, is_count = masks
-    # The branches that are not taken must be finite, or their gradients are NaN.
-    log = torch.where(is_log, x, 1.0).clamp_min(TINY).log()
-    log_count = torch.log1p(torch.where(is_count, x, 0.0).clamp_min(0.0))
-    return torch.where(is_log, log, torch.where(is_count, log_count, x))
-
-
-class ColumnInputs(nn.Module):
-    """x (..., D) → the encoder's input (..., F), of about unit size.
-
-    One number for each column, and for each category of a categorical column. Codes between two
-    categories, which pseudo-inputs of a prior may have, are shares of both.
-    """
-
-    centre: Tensor
-    spread: Tensor
-    masks: Tensor
-    others: Tensor
-    columns: Tensor
-    codes: Tensor
-
-    def __init__(self, kinds: Sequence[ColumnKind], centre: Tensor, spread: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("masks", masks(kinds), persistent=False)
-        self.register_buffer("centre", centre.clone())
-        self.register_buffer("spread", spread.clone())
-        columns = [j for j, kind in enumerate(kinds) if kind.name == "categorical"]
-        pairs = [(j, k) for j in columns for k in range(len(kinds[j].categories))]
-        others = [j for j in range(len(kinds)) if j not in columns]
-        self.size = len(others) + len(pairs)
-        self._index("others", others)
-        self._index("columns", [j for j, _ in pairs])
-        self._index("codes", [k for _, k in pairs])
-
-    def _index(self, name: str, values: list[int]) -> None:
-        self.register_buffer(name, torch.tensor(values, dtype=torch.long), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        standardized = (transformed(x, self.masks) - self.centre) / self.spread
-        one_hot = F.relu(1 - (x[..., self.columns] - self.codes).abs())
-        return torch.cat([standardized[..., self.others], one_hot], dim=-1)
 
 
 class Columns(TorchDistribution):
@@ -246,6 +139,7 @@ class ColumnsLikelihood(Likelihood):
     sizes: Tensor
     absent: Tensor
     logit_index: Tensor
+    columns_categorical: Tensor
 
     def __init__(
         self, spec: DataSpec, mean: Tensor, std: Tensor, statistics: Statistics | None = None
@@ -335,6 +229,27 @@ class ColumnsLikelihood(Likelihood):
         outputs = raw.split(self.outputs, dim=-1)
         parts = [self._part(*args) for args in zip(self.names, places, outputs, strict=True)]
         return Columns(parts, places, self.order)
+
+    def expected(self, p: Any) -> Tensor:
+        """Means of p(x|z), and probabilities of all categories: (..., D + D_c · K).
+
+        Averaged over z, they are those of the mixture. `summary` makes values of x of them.
+        """
+        columns = p.base_dist
+        parts = [columns.mean]
+        if "categorical" in self.names:
+            part = columns.parts[self.names.index("categorical")]
+            parts.append(part.logits.softmax(-1).flatten(-2))
+        return torch.cat(parts, dim=-1)
+
+    def summary(self, expected: Tensor) -> Tensor:
+        """Means, and the most probable categories (..., D), of `expected` values."""
+        mean = expected[..., : len(self.kinds)].clone()
+        if "categorical" in self.names:
+            place = self.columns_categorical
+            shares = expected[..., len(self.kinds) :].unflatten(-1, (len(place), -1))
+            mean[..., place] = shares.argmax(-1).to(mean)
+        return mean
 
     def _part(self, name: str, place: Tensor, raw: Tensor) -> TorchDistribution:
         """The distribution of all columns of one kind, batch (..., Dᵢ)."""

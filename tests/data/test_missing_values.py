@@ -75,9 +75,11 @@ def test_objects_in_memory(data):
 
 
 def test_text_in_memory_is_no_number():
-    for values in (["1", None, "3", "4"], ["NA", 2.0, 3.0, 4.0]):
-        with pytest.raises(InputError, match="expected numbers in every column"):
-            load_data(pd.DataFrame({"a": values, "b": [1, 2, 3, 4]}, dtype=object), missing="model")
+    frame = pd.DataFrame({"a": ["NA", 2.0, 3.0, 4.0], "b": [1, 2, 3, 4]}, dtype=object)
+    with pytest.raises(InputError, match="expected numbers or text in every column"):
+        load_data(frame, missing="model")
+    frame = pd.DataFrame({"a": ["1", None, "3", "1"], "b": [1, 2, 3, 4]}, dtype=object)
+    assert load_data(frame, missing="model").spec.kinds[0].categories == ("1", "3")
 
 
 def test_integers_with_missing_values_stay_counts():

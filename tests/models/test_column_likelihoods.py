@@ -27,7 +27,8 @@ from pyro_vae.capture.captured import CapturedSVI, capture
 from pyro_vae.capture.optimizer import OneOptimizer
 from pyro_vae.config.columns import COUNTS, ColumnKind
 from pyro_vae.models.build import build_blank
-from pyro_vae.models.columns import ColumnInputs, ColumnsLikelihood, Statistics
+from pyro_vae.models.column_inputs import ColumnInputs, Statistics
+from pyro_vae.models.columns import ColumnsLikelihood
 from pyro_vae.objectives.registry import objective
 
 SPLITS = splits_of(mixed_tables.values(1000))
@@ -405,3 +406,95 @@ def test_priors_and_discreteness(prior):
     columns = [j for j, kind in enumerate(KINDS) if kind.is_discrete]
     part = splits_of(mixed_tables.values(60)[:, columns], whole)
     assert small_vae(part).likelihood_module.is_discrete
+
+
+# Missing values
+
+
+def lacking_splits(count: int = 400) -> pyro_vae.Splits:
+    """The table without a fifth of its values."""
+    x = mixed_tables.values(count)
+    x[np.random.default_rng(1).random(x.shape) < 0.2] = np.nan
+    return splits_of(x, missing=True)
+
+
+def test_missing_values_are_left_out_of_the_density():
+    """log p(x|z) is the sum over observed columns, and no gradient is NaN."""
+    splits = lacking_splits()
+    vae = small_vae(splits)
+    x = next(splits.train.fixed("real", 0, 40))
+    assert x.isnan().any(0).all()
+    z = torch.randn(40, 2)
+    with torch.no_grad():
+        columns = vae.likelihood_module.each(vae.decoder(z))
+        for i in range(40):
+            seen = ~x[i].isnan()
+            full = torch.where(seen, x[i], vae.likelihood_module.fill_values())
+            own = columns.log_prob(full)[i][seen].sum()
+            torch.testing.assert_close(vae.likelihood(z).log_prob(x)[i], own)
+    loss = objective("trace", 1, 1).differentiable_loss(vae.model, vae.guide, x)
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in vae.parameters())
+    values = splits.train.values[splits.train.rows].double()
+    with torch.no_grad():
+        mean = vae.likelihood_module.each(vae.decoder.bias).mean
+    for j, kind in enumerate(KINDS):  # the moments of the observed values
+        if kind.name == "gaussian" or kind.name in COUNTS:
+            assert mean[j].item() == pytest.approx(values[:, j].nanmean().item(), rel=5e-3)
+
+
+def test_the_encoder_sees_zeros_and_what_is_observed():
+    splits = lacking_splits()
+    vae = small_vae(splits)
+    inputs: Any = vae.encoder.inputs
+    assert vae.encoder.layers[1].in_features == 2 * inputs.size
+    caught = []
+    vae.encoder.layers.register_forward_pre_hook(lambda module, given: caught.append(given[0]))
+    x = next(splits.train.fixed("real", 0, 30))
+    vae.posterior(x)
+    values, observed = caught[0].chunk(2, dim=1)
+    missing = inputs(x).isnan()
+    assert missing.any()
+    assert observed.equal((~missing).float())
+    assert (values[missing] == 0).all()
+    assert values[~missing].equal(inputs(x)[~missing])
+    others = inputs.others.tolist()
+    assert missing[:, : len(others)].equal(x[:, others].isnan())
+    assert missing[:, len(others) :].equal(x[:, inputs.columns].isnan())
+
+
+def test_imputed_categories_are_the_most_probable():
+    """Of the mixture over z, not the mean of codes: 0 and 3 in equal shares are not 1 or 2."""
+    likelihood: Any = small_vae(SPLITS).likelihood_module
+    raw = torch.zeros(2, sum(likelihood.outputs))
+    place = outputs_of(likelihood, 1)
+    raw[0, place] = torch.tensor([5.0, 0.0, 0.0, 4.0])
+    raw[1, place] = torch.tensor([0.0, 0.0, 1.0, 6.0])
+    with torch.no_grad():
+        p = likelihood(raw)
+        expected = likelihood.expected(p)
+        assert likelihood.summary(expected).equal(p.mean)
+        mixed = likelihood.summary(expected.mean(0))
+    assert p.mean[:, 1].tolist() == [0, 3]
+    assert mixed[1].item() == 3
+    torch.testing.assert_close(mixed[0], p.mean[:, 0].mean())
+
+
+def test_imputation_of_every_kind():
+    splits = lacking_splits()
+    vae = small_vae(splits)
+    x = next(splits.test.fixed("real", 0))
+    torch.manual_seed(0)
+    found = pyro_vae.impute(vae, x, num_draws=20, num_samples=100)
+    seen = ~x.isnan()
+    for values in (found.mean, *found.draws):
+        assert not values.isnan().any()
+        assert values[seen].equal(x[seen])
+    for j, kind in enumerate(KINDS):
+        draws = found.draws[..., j]
+        if kind.is_discrete:
+            assert draws.equal(draws.round())
+        if kind.categories:
+            assert 0 <= draws.min() <= draws.max() < len(kind.categories)
+        if kind.name == "categorical":
+            assert found.mean[:, j].equal(found.mean[:, j].round())

@@ -15,7 +15,7 @@ from pyro_vae import DataConfig, InputError, ModelConfig, build, load_data
 from pyro_vae.config import Config
 from pyro_vae.config.columns import KINDS, ColumnKind, check_columns, read_columns
 from pyro_vae.data.columns import describe_columns
-from pyro_vae.data.export import write_table
+from pyro_vae.data.export import table_text
 from pyro_vae.data.loading import load_foreign
 from pyro_vae.data.splits import DataSpec, Splits
 
@@ -388,7 +388,7 @@ def test_a_table_that_is_read_and_written_is_the_same(tmp_path):
     splits = load_data(path)
     assert splits.spec.kinds
     x = torch.cat(list(splits.whole().fixed("real", 0)))
-    write_table(splits.spec, x, "real", tmp_path / "b.csv")
+    (tmp_path / "b.csv").write_text(table_text(splits.spec, x.numpy()))
     with path.open() as one, (tmp_path / "b.csv").open() as other:
         first, second = list(csv.reader(one)), list(csv.reader(other))
     assert [row[:7] + row[8:] for row in first] == [row[:7] + row[8:] for row in second]
@@ -403,12 +403,63 @@ def test_missing_values_means_and_numbers_are_written(tmp_path):
     kinds = (ColumnKind("poisson"), ColumnKind("categorical", ("a", "b")), ColumnKind("gaussian"))
     spec = DataSpec((3,), None, False, ("n", "c", "x"), kinds=kinds)
     x = torch.tensor([[2.6, 1.0, 1e-20], [float("nan"), 7.0, -0.1], [0.2, 0.4, 123456.0]])
-    write_table(spec, x, "real", tmp_path / "a.csv")
-    lines = (tmp_path / "a.csv").read_text().splitlines()
-    assert lines == ["n,c,x", "3,b,1e-20", ",b,-0.1", "0,a,123456"]
+    lines = table_text(spec, x.numpy(), ["p", "q", "r"]).splitlines()
+    assert lines == ["n,c,x,label", "3,b,1e-20,p", ",b,-0.1,q", "0,a,123456,r"]
     plain = DataSpec((2,), None, False, offset=(1e9, 0.0), scale=(1.0, 1.0))
-    write_table(plain, torch.tensor([[0.5, 2.0]]), "real", tmp_path / "b.csv")
-    assert (tmp_path / "b.csv").read_text() == "1000000000.5,2\n"
+    values = plain.from_units(torch.tensor([[0.5, 2.0]]), "real").numpy()
+    assert table_text(plain, values) == "1000000000.5,2\n"
     counts = DataSpec((2,), 16, True, columns=("p", "q"))
-    write_table(counts, torch.tensor([[0.5, 1.0]]), "binary", tmp_path / "c.csv")
-    assert (tmp_path / "c.csv").read_text() == "p,q\n8,16\n"
+    assert table_text(counts, np.array([[7.6, 16.0]])) == "p,q\n8,16\n"
+
+
+# Missing values
+
+
+@pytest.mark.parametrize("library", ["csv", "pandas", "polars"])
+def test_blanks_are_missing_values_of_any_kind(library, tmp_path):
+    """NaN in x; kinds and categories are those of the others."""
+    names = ["normal", "visits", "town", "answer", "likert", "income"]
+    columns: dict[str, Any] = {name: list(COLUMNS[name][0]) for name in names}
+    hidden = RANDOM.random((COUNT, len(names))) < 0.2
+    hidden[:, 0] &= ~hidden.all(1)
+    marks = ["", "NA", "nan", "null", "N/A", "None"]
+    for j, name in enumerate(names):
+        for i in np.flatnonzero(hidden[:, j]):
+            columns[name][i] = marks[i % 6] if library == "csv" else None
+    if library == "csv":
+        data: Any = write(tmp_path / "a.csv", columns)
+    elif library == "pandas":
+        data = pytest.importorskip("pandas").DataFrame(columns)
+    else:
+        data = pytest.importorskip("polars").DataFrame(columns, strict=False)
+    with pytest.raises(InputError, match=r"impute missing values, or model them by --missing mod"):
+        load_data(data)
+    splits = load_data(data, missing="model")
+    assert kinds_of(splits) == {name: COLUMNS[name][1] for name in names}
+    assert splits.spec.kinds[2].categories == ("Bern", "Oslo", "Rome")
+    rows = splits.whole().values.numpy()
+    assert np.array_equal(np.isnan(rows), hidden)
+    for j, name in enumerate(names):
+        codes, kind = rows[~hidden[:, j], j], splits.spec.kinds[j]
+        expected = np.asarray(COLUMNS[name][0])[~hidden[:, j]]
+        if kind.categories:
+            assert [kind.categories[int(code)] for code in codes] == expected.astype(str).tolist()
+        else:
+            np.testing.assert_allclose(codes, expected.astype(np.float32), rtol=1e-6)
+    assert "missing at random" in splits.describe()
+    again = load_data(data, spec=splits.spec)
+    assert again.fingerprint == splits.fingerprint
+
+
+@pytest.mark.filterwarnings("ignore:--missing model")
+def test_a_mark_of_missing_values_may_be_a_category_that_is_stated(tmp_path):
+    values = RANDOM.choice(["None", "mild", "severe"], COUNT)
+    path = write(tmp_path / "a.csv", {"x": NORMAL, "pain": values})
+    with pytest.raises(InputError, match="impute missing values"):
+        load_data(path)
+    order = ["None", "mild", "severe"]
+    for missing in ("refuse", "model"):
+        stated = {"pain": {"kind": "ordinal", "categories": order}}
+        splits = load_data(path, columns=stated, missing=missing)
+        assert splits.spec.kinds[1].categories == tuple(order)
+        assert not splits.whole().values.isnan().any()

@@ -16,6 +16,7 @@ from test_output import refusal
 
 import pyro_vae
 from pyro_vae import diagnose, encode, evaluate, generate, report, train
+from pyro_vae.impute import main as impute_main
 from pyro_vae.refit import main as refit_main
 from pyro_vae.training.checkpoint import load_checkpoint
 
@@ -166,6 +167,43 @@ def test_a_checkpoint_of_an_older_version_has_no_kinds(tmp_path):
     content["format_version"] = 1  # without digests
     torch.save(content, path)
     assert pyro_vae.load(path).likelihood_module.spec.kinds == ()
+
+
+def test_a_table_with_blanks(data, tmp_path, capsys):
+    """--missing model: every command, and a completed table with the same observed cells."""
+    random = np.random.default_rng(0)
+    with data.open() as file:
+        names, *rows = list(csv.reader(file))
+    for row in rows:
+        for j in range(1, 13):
+            if random.random() < 0.1:
+                row[j] = random.choice(["", "NA"])
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([names, *rows])
+    run, kinds = str(tmp_path / "run"), str(data.parent / "kinds.json")
+    table = ["--data", str(tmp_path / "a.csv"), "--columns", kinds, "--out", run, *QUICK]
+    assert "model them by --missing model" in refusal(capsys, train.main, *table)
+    assert train.main([*table, "--missing", "model"]) == 0
+    assert "missing at random" in capsys.readouterr().out
+    assert evaluate.main([run, "--num-samples", "30", "--json"]) == 0
+    assert encode.main([run, "--out", str(tmp_path / "e.npz")]) == 0
+    assert generate.main([run, "--out", str(tmp_path / "g.csv"), "--draw"]) == 0
+    out = tmp_path / "completed.csv"
+    assert impute_main([run, "--out", str(out), "--num-samples", "50"]) == 0
+    with out.open() as file:
+        header, *completed = list(csv.reader(file))
+    assert header == names[1:13]
+    for row, full in zip(rows, completed, strict=True):
+        for j, kind in enumerate(mixed_tables.KINDS):
+            cell, given = full[j], row[j + 1]
+            assert cell not in ("", "NA", "nan")
+            if kind.categories:
+                assert cell in kind.categories
+            elif kind.is_discrete:
+                assert cell.isdecimal()
+            if given not in ("", "NA"):
+                assert cell == given if kind.categories else float(cell) == np.float32(given)
+    assert impute_main([run, "--out", str(tmp_path / "i.npz"), "--num-samples", "50"]) == 0
 
 
 # Mistakes
