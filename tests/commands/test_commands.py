@@ -500,7 +500,7 @@ def test_a_run_that_diverges_keeps_its_best_model(tmp_path, capsys, monkeypatch)
 
     def epoch(run, position, sums, on_step):
         if position.epoch == 5:
-            raise svi._diverged("loss", run.config, position)
+            raise svi.diverged("loss", run.config, position)
         return original(run, position, sums, on_step)
 
     monkeypatch.setattr(svi, "_epoch", epoch)

@@ -41,6 +41,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "data.validation_size": ("8", 8),
     "data.test_size": ("9", 9),
     "data.missing": ("model", "model"),
+    "data.labelled": ("11", 11),
     "model.kind": ("ae", "ae"),
     "model.architecture": ("conv", "conv"),
     "model.latent_dim": ("3", 3),
@@ -50,6 +51,8 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "model.encoder_hidden": ("8 9", (8, 9)),
     "model.activation": ("Tanh", "Tanh"),
     "model.likelihood": ("gaussian", "gaussian"),
+    "model.condition": ("label", "label"),
+    "fit.classification_weight": ("7", 7.0),
     "fit.objective": ("iwae", "iwae"),
     "fit.num_particles": ("4", 4),
     "fit.beta": ("0.5", 0.5),
@@ -80,6 +83,8 @@ BESIDE = {
     "fit.elbo_weight": {"fit.objective": "ciwae"},
     "fit.free_bits": {"fit.objective": "free-bits"},
     "fit.mmd_weight": {"fit.objective": "mmd"},
+    "data.labelled": {"model.condition": "partial"},
+    "fit.classification_weight": {"model.condition": "partial"},
 }
 
 
