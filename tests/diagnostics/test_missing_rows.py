@@ -74,7 +74,7 @@ def check_patterns_of_simulated_rows() -> None:
     for name, call in calls.items():
         vae, x = watched()
         found = call(vae, x)
-        rows = [part for part, _ in found] if name == "pairs" else vae.seen
+        rows = [part for _, part, _ in found] if name == "pairs" else vae.seen
         like = x[:6] if name == "local test" else x
         patterns = {tuple(row) for row in like.isnan().tolist()}
         simulated = {tuple(row) for part in rows for row in part.isnan().tolist()}
