@@ -18,13 +18,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from .cli import choose_device, parse, refuse_existing, run_command
 from .config import InputError, auto
 from .config.options import check_integer
+
+if TYPE_CHECKING:
+    from .models.labels import ConditionalVAE
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,8 @@ def _main(arguments: GenerateArguments) -> None:
     from .memory import check_memory
     from .models.autoencoder import Autoencoder
     from .models.labels import ConditionalVAE
-    from .plots.from_model import class_samples, generate_images, to_display
-    from .plots.run import save, short
+    from .plots.from_model import generate_images, to_display
+    from .plots.run import save
     from .plots.tiles import image_grid, in_rows
     from .randomness import random_states
     from .training.checkpoint import load_checkpoint
@@ -102,15 +105,7 @@ def _main(arguments: GenerateArguments) -> None:
         vae = vae.given(arguments.label)
     with random_states(device, arguments.seed):
         if isinstance(vae, ConditionalVAE) and ending == ".png":
-            columns = max(1, arguments.num // vae.num_classes)
-            grid = class_samples(vae, columns, vae.num_classes, arguments.draw)
-            shown = [short(name, 12) for name in vae.class_names]
-            save(image_grid(grid, row_labels=shown), arguments.out)
-            print(
-                f"{arguments.out}: {'draws from' if arguments.draw else 'means of'} p(x|z, y), a "
-                f"class in each of {vae.num_classes} rows, a z from the prior in each of {columns} "
-                f"columns"
-            )
+            _draw_classes(vae, arguments)
             return
         if isinstance(vae, ConditionalVAE):
             labels = vae.label_prior().sample((arguments.num,))
@@ -138,6 +133,22 @@ def _main(arguments: GenerateArguments) -> None:
     elif arguments.label is not None:
         density = f"p(x|z, y) at label {arguments.label}"
     print(f"{arguments.out}: {arguments.num} {kind} {density}, z from the prior")
+
+
+def _draw_classes(vae: ConditionalVAE, arguments: GenerateArguments) -> None:
+    """Write a grid with a row for each class."""
+    from .plots.from_model import class_samples
+    from .plots.run import save, short
+    from .plots.tiles import image_grid
+
+    columns = max(1, arguments.num // vae.num_classes)
+    grid = class_samples(vae, columns, vae.num_classes, arguments.draw)
+    names = [short(name, 12) for name in vae.class_names]
+    save(image_grid(grid, row_labels=names), arguments.out)
+    print(
+        f"{arguments.out}: {'draws from' if arguments.draw else 'means of'} p(x|z, y), a class in "
+        f"each of {vae.num_classes} rows, a z from the prior in each of {columns} columns"
+    )
 
 
 if __name__ == "__main__":

@@ -204,27 +204,33 @@ def evaluate(
         else:
             batches = split.fixed(likelihood.units, seed, count)
             terms = _measured(vae, batches, measure, on_batch)
-    log_evidence, reconstruction, kl, errors, tails, observed, means = terms
-    note_outlier(vae, split, log_evidence, "log p(x)")
+    note_outlier(vae, split, terms[0], "log p(x)")
+    found = _means(terms, num_samples, with_tail, likelihood.is_discrete)
+    return Evaluation(**found, binarization=binarization, accuracies=shares)
 
+
+def _means(
+    terms: Sequence[Tensor], num_samples: int, with_tail: bool, is_discrete: bool
+) -> dict[str, Any]:
+    """The numbers of an `Evaluation` from the terms of all rows."""
+    log_evidence, reconstruction, kl, errors, tails, observed, means = terms
+    count = len(log_evidence)
     density, deviation = log_evidence.mean().item(), errors.square().sum().sqrt().item()
     unreliable = (tails > reliable_k(num_samples)).double().mean().item()
     several, size = count > 1, observed.mean().item()
-    return Evaluation(
-        elbo=reconstruction.mean().item() - kl.mean().item(),
-        reconstruction=reconstruction.mean().item(),
-        kl=kl.mean().item(),
-        log_evidence=density,
-        standard_error=log_evidence.std().item() / math.sqrt(count) if several else None,
-        monte_carlo_error=deviation / count if num_samples > 1 else None,
-        unreliable_weights=unreliable if with_tail else None,
-        bits_per_dim=-density / (size * math.log(2)) if likelihood.is_discrete else None,
-        active_units=int((means.var(0) > ACTIVE_VARIANCE).sum()) if several else None,
-        num_images=count,
-        num_samples=num_samples,
-        binarization=binarization,
-        accuracies=shares,
-    )
+    return {
+        "elbo": reconstruction.mean().item() - kl.mean().item(),
+        "reconstruction": reconstruction.mean().item(),
+        "kl": kl.mean().item(),
+        "log_evidence": density,
+        "standard_error": log_evidence.std().item() / math.sqrt(count) if several else None,
+        "monte_carlo_error": deviation / count if num_samples > 1 else None,
+        "unreliable_weights": unreliable if with_tail else None,
+        "bits_per_dim": -density / (size * math.log(2)) if is_discrete else None,
+        "active_units": int((means.var(0) > ACTIVE_VARIANCE).sum()) if several else None,
+        "num_images": count,
+        "num_samples": num_samples,
+    }
 
 
 def _measured(

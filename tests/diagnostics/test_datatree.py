@@ -12,6 +12,7 @@ import torch
 from conftest import SIGMAS
 
 import pyro_vae
+from pyro_vae.diagnostics import datatree
 from pyro_vae.models.linear_gaussian import LinearGaussian
 
 pytest.importorskip("arviz_base", reason="needs pip install '.[arviz]'")
@@ -88,12 +89,17 @@ def test_a_program_of_the_users_own():
     assert dict(tree["posterior"].sizes) == {"chain": 1, "draw": 50, "row": 4, "latent": 1}
 
 
-def test_images_and_columns_have_names():
-    for shape, dims in [((1, 4, 4), ("channel", "height", "width")), ((3,), ("column",))]:
-        splits = pyro_vae.load_data(np.random.default_rng(0).normal(size=(30, *shape[-2:])))
-        vae = pyro_vae.build(pyro_vae.ModelConfig(latent_dim=2, hidden=(4,)), splits)
-        tree = pyro_vae.to_datatree(vae, next(splits.test.fixed("real", 0)), 20, 100)
-        assert tree["observed_data"].x.dims == ("row", *dims)
+@pytest.mark.parametrize(
+    ("shape", "dims"),
+    [
+        ((3,), ["column"]),
+        ((2, 9), ["channel", "time"]),
+        ((1, 4, 4), ["channel", "height", "width"]),
+        ((1, 4, 4, 4), ["channel", "depth", "height", "width"]),
+    ],
+)
+def test_values_have_the_names_of_their_dimensions(shape, dims):
+    assert datatree._data_dims(torch.zeros(5, *shape)) == dims
 
 
 def test_mistakes(exact, monkeypatch):

@@ -48,7 +48,9 @@ def test_rows_are_restored_with_any_number_of_threads(likelihood, guide):
 
 
 @pytest.mark.parametrize("guide", ["diagonal", "full"])
-@pytest.mark.parametrize("likelihood", ["bernoulli", "discretized-logistic"])
+@pytest.mark.parametrize(
+    "likelihood", ["bernoulli", pytest.param("discretized-logistic", marks=pytest.mark.slow)]
+)
 def test_a_row_takes_as_many_bits_as_its_elbo(likelihood, guide):
     """On 1,000 rows, at SIGMAS standard errors of the draws of z and 0.3% for the rounding."""
     vae, x = trained(likelihood, guide)
@@ -102,6 +104,7 @@ def test_the_bits_that_are_taken_are_given_back():
     assert 32 * (two - one) / 200 < plain / np.log(2) + 5
 
 
+@pytest.mark.slow
 def test_draws_far_out_are_as_rare_as_in_the_posterior(monkeypatch):
     """The coder gives every symbol of a range a share: in a wide range, they add up."""
     vae, x = trained("bernoulli", epochs=2)
@@ -197,6 +200,7 @@ def test_another_model_is_one_line(coded, run, capsys):
     assert "was made by another model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_models_that_cannot_compress_say_why(tmp_path, capsys):
     x = np.random.default_rng(0).uniform(size=(40, 3))
     for values, flags, message in [

@@ -41,7 +41,8 @@ from pyro_vae.objectives.registry import objective
 from pyro_vae.training import distributed, modes
 from pyro_vae.training import loop as svi
 from pyro_vae.training.checkpoint import load_checkpoint
-from pyro_vae.training.loop import Diverged, fit, iterate
+from pyro_vae.training.loop import fit, iterate
+from pyro_vae.training.records import Diverged
 from pyro_vae.training.run import RunFolder
 
 TIMINGS = ("seconds", "images_per_second")

@@ -20,7 +20,8 @@ from pyro_vae.models.priors import StandardNormal
 from pyro_vae.objectives import elbos
 from pyro_vae.training import modes
 from pyro_vae.training.checkpoint import load_checkpoint, serialize
-from pyro_vae.training.loop import Diverged, fit, iterate
+from pyro_vae.training.loop import fit, iterate
+from pyro_vae.training.records import Diverged
 
 TIMINGS = ("seconds", "images_per_second")
 
