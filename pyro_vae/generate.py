@@ -83,8 +83,7 @@ def _main(arguments: GenerateArguments) -> None:
     from .training.checkpoint import load_checkpoint
 
     device = choose_device(arguments.device)
-    checkpoint = load_checkpoint(arguments.run)
-    vae = checkpoint.vae.to(device)
+    vae = load_checkpoint(arguments.run).vae.to(device)
     if isinstance(vae, Autoencoder):
         raise InputError(
             f"{arguments.run} is a deterministic autoencoder, which has no prior to draw from; "
@@ -93,15 +92,13 @@ def _main(arguments: GenerateArguments) -> None:
     likelihood, ending = vae.likelihood_module, arguments.out.suffix.lower()
     if ending == ".csv" and not likelihood.spec.is_table:
         raise InputError(f"--out .csv expects a run on a table; that of {arguments.run} is none")
-    row = vae.prior().event_shape.numel() + math.prod(vae.likelihood_module.spec.shape)
+    row = vae.prior().event_shape.numel() + math.prod(likelihood.spec.shape)
     check_memory(arguments.num * row, f"{arguments.num:,} rows", "lower --num")
     labels = None
     if arguments.label is not None:
         if not isinstance(vae, ConditionalVAE):
-            raise InputError(
-                f"--label expects a model with labels; {arguments.run} was trained with "
-                f"--condition none"
-            )
+            known = f"{arguments.run} was trained with --condition none"
+            raise InputError(f"--label expects a model with labels; {known}")
         vae = vae.given(arguments.label)
     with random_states(device, arguments.seed):
         if isinstance(vae, ConditionalVAE) and ending == ".png":
@@ -127,12 +124,9 @@ def _main(arguments: GenerateArguments) -> None:
             np.savez(buffer, **arrays)  # type: ignore[arg-type]
         write_atomically(arguments.out, buffer.getvalue())
     kind = "draws from" if arguments.draw else "means of"
-    density = "p(x|z)"
-    if labels is not None:
-        density = "p(x|z, y), y as in the training data"
-    elif arguments.label is not None:
-        density = f"p(x|z, y) at label {arguments.label}"
-    print(f"{arguments.out}: {arguments.num} {kind} {density}, z from the prior")
+    at = "" if arguments.label is None else f" at label {arguments.label}"
+    at = at if labels is None else ", y as in the training data"
+    print(f"{arguments.out}: {arguments.num} {kind} p(x|z{', y' * bool(at)}){at}, z from the prior")
 
 
 def _draw_classes(vae: ConditionalVAE, arguments: GenerateArguments) -> None:
