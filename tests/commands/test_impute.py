@@ -284,6 +284,7 @@ TINY = suite.Effort(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
     "kind",

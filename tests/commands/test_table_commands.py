@@ -83,6 +83,7 @@ def test_kinds_are_in_the_run(trained):
     assert "ordinal 8=ordinal" in page
 
 
+@pytest.mark.slow
 def test_every_command(trained, tmp_path, capsys):
     run = str(trained)
     assert evaluate.main([run, "--num-samples", "50", "--json"]) == 0
@@ -138,6 +139,7 @@ def test_diagnose(trained, capsys):
     assert (trained / "figures" / "diagnose_columns.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_that_of_an_uninterrupted_one(data, trained, tmp_path):
     """Bit for bit, also without the file of kinds."""
     run, kinds = str(tmp_path / "run"), tmp_path / "kinds.json"

@@ -134,6 +134,7 @@ def test_displays_are_curves_and_middle_slices():
     np.testing.assert_allclose(strips, (shown - span[0]) / (span[1] - span[0]), atol=1 / 255)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("x", "flags", "row", "shape"),
     [

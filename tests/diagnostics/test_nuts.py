@@ -146,6 +146,7 @@ class Broad(nn.Module):
         return torch.zeros(*x.shape[:-1], 2, dtype=x.dtype)
 
 
+@pytest.mark.slow
 def test_two_modes_do_not_pass_for_one():
     """x = z² + noise: posteriors around ±2, between which no chain crosses.
 

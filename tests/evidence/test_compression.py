@@ -130,6 +130,7 @@ def coded(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_another_process_restores_the_rows(coded, digits, capsys):
     command = [sys.executable, "-m", "pyro_vae.decompress", str(coded / "run"), str(coded / "x.bb")]
     subprocess.run([*command, "--out", str(coded / "x.npy")], check=True)
@@ -194,6 +195,7 @@ def test_a_stated_number_of_rows_is_not_trusted_with_memory(coded, capsys):
     assert "may be damaged" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_model_is_one_line(coded, run, capsys):
     arguments = [str(run), str(coded / "x.bb"), "--out", str(coded / "b.npy")]
     assert decompress.main(arguments) == 2

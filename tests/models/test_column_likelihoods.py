@@ -353,6 +353,7 @@ def test_weights_are_loaded_where_they_belong():
     }
 
 
+@pytest.mark.slow
 def test_a_captured_step_is_that_of_svi():
     x = next(SPLITS.train.fixed("real", 0, 32))
     ends = []

@@ -143,6 +143,7 @@ def test_scikit_learn_finds_the_same_likelihood():
     assert ours == pytest.approx(PCA(2).fit(x.numpy()).score(x.numpy()), abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guide", ["exact", pytest.param("diagonal", marks=pytest.mark.slow)])
 def test_svi_reaches_the_optimum(guide):
     """From a random start: likelihood within 0.02 nats an image, posterior within KL 0.01."""
