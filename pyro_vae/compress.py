@@ -1,11 +1,12 @@
 """Compress discrete data by a model, losslessly: bits-back coding.
 
 The file has −ELBO / log 2 bits a row, besides a few random bits at its beginning; reading it needs
-the model (`decompress`). The output compares it with gzip, PNG and WebP on the same rows.
+the model (`decompress`). Of a run whose guide was refitted, give the checkpoint of the trained one,
+since a refitted guide cannot code. The output compares it with gzip, PNG and WebP on the same rows.
 
-  python -m pyro_vae.compress runs/digits --out digits.bb
-  python -m pyro_vae.compress runs/digits --data scans.npy --out scans.bb
-  python -m pyro_vae.decompress runs/digits scans.bb --out scans.npy
+  python -m pyro_vae.compress runs/digits/checkpoints/best.pt --out digits.bb
+  python -m pyro_vae.compress runs/scans --data scans.npy --out scans.bb
+  python -m pyro_vae.decompress runs/scans scans.bb --out scans.npy
 """
 
 from __future__ import annotations
@@ -73,12 +74,11 @@ def _main(arguments: CompressArguments) -> None:
     content = pack(header, stack)
     write_atomically(arguments.out, content)
     spec = run.vae.likelihood_module.spec
-    bound = 1 if run.vae.likelihood_module.units == "binary" else spec.bound
     sizes = {
         "bits-back": 32 * (len(stack) - len(first)) / len(x),
         "-ELBO / log 2": -_elbo(run.vae, x, run.seed) / math.log(2),
-        **usual_sizes(values, bound),
-        "without a code": uncoded(spec.shape, bound),
+        **usual_sizes(values, coder.bound),
+        "without a code": uncoded(spec.shape, coder.bound),
     }
     print(
         f"{arguments.out}: {len(x):,} {spec.row}s in {len(content):,} bytes; bits per {spec.row}:"

@@ -3,7 +3,7 @@
 The rows are those that were compressed, to the last bit. If this machine computes other
 probabilities than the one that compressed them, or the file is damaged, an error says so.
 
-  python -m pyro_vae.decompress runs/digits digits.bb --out digits.npy
+  python -m pyro_vae.decompress runs/digits/checkpoints/best.pt digits.bb --out digits.npy
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def _main(arguments: DecompressArguments) -> None:
     vae = load_checkpoint(arguments.run).vae
     if not isinstance(vae, VAE):
         raise InputError(f"{arguments.run} is an autoencoder, which compresses nothing")
-    likelihood, coder = vae.likelihood_module, Coder(vae)
-    if header.shape != likelihood.spec.shape or header.model != coder.fingerprint():
+    coder = Coder(vae)
+    if header.shape != coder.shape or header.model != coder.fingerprint():
         raise InputError(
             f"{arguments.file} was made by another model than {arguments.run}, or where the same "
             f"model computes other probabilities (another processor or version of torch)"
@@ -71,9 +71,8 @@ def _main(arguments: DecompressArguments) -> None:
     values = x.numpy().astype("int32")
     if digest_of(values) != header.digest:
         raise InputError(f"{arguments.file} is damaged: its rows are not those of its digest")
-    bound = 1 if likelihood.units == "binary" else likelihood.spec.bound
     buffer = io.BytesIO()
-    np.save(buffer, smallest(values, bound))
+    np.save(buffer, smallest(values, coder.bound))
     write_atomically(arguments.out, buffer.getvalue())
     print(f"{arguments.out}: {header.count:,} rows of {'x'.join(map(str, header.shape))}")
 

@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from .cli import OpenRun, RunArguments, open_run, parse, refuse_existing, run_command
 from .config import InputError, auto
@@ -113,7 +113,7 @@ def _moments(run: OpenRun) -> tuple[dict[str, np.ndarray], list[str], Tensor | N
     import torch
 
     from .models.flows import MOMENT_DRAWS, FlowDistribution
-    from .models.labels import ConditionalVAE, SemiSupervisedVAE, at_rows, labels_at
+    from .models.labels import ConditionalVAE, SemiSupervisedVAE, labels_at
     from .models.networks import MAX_STANDARDIZED
 
     whole, likelihood = run.splits.whole(), run.vae.likelihood_module
@@ -121,9 +121,11 @@ def _moments(run: OpenRun) -> tuple[dict[str, np.ndarray], list[str], Tensor | N
     with torch.no_grad():
         for x, y in whole.fixed_with_labels(likelihood.units, run.seed):
             far.append((likelihood.deviations(x).abs() > MAX_STANDARDIZED).flatten(1).any(1).cpu())
-            posterior = at_rows(run.vae, x, y).posterior(x)
+            model: Any = run.vae
             if isinstance(run.vae, ConditionalVAE):
                 given.append(labels_at(run.vae, x, y))
+                model = run.vae.given(given[-1])
+            posterior = model.posterior(x)
             if isinstance(run.vae, SemiSupervisedVAE):
                 shares.append(run.vae.label_posterior(x).probs.cpu())
             means.append(posterior.mean.cpu())

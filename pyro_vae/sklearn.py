@@ -184,6 +184,8 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
 
         `random_state`: a seed or generator; None for the seed of `fit`.
         """
+        from .plots.from_model import generate_images
+
         check_is_fitted(self)
         seed = (
             self.seed_
@@ -191,8 +193,7 @@ class VAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseE
             else check_random_state(random_state).randint(2**31 - 1)
         )
         with torch.no_grad(), random_states(torch.device("cpu"), seed):
-            z = self.vae_.prior().sample((n_samples,))
-            return self._values(self.vae_.likelihood(z).sample())
+            return self._values(generate_images(self.vae_, n_samples, draw=True)[0])
 
     def _rows(self, X: Any) -> Tensor:
         """Rows X as x, in float64. Where grey values are binarized, each row has the same draws."""

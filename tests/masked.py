@@ -12,7 +12,26 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal as Normal
 
 import pyro_vae
+from pyro_vae.diagnostics import suite
 from pyro_vae.models.linear_gaussian import LinearGaussian
+
+# The smallest studies that test each kind of check
+EFFORT = suite.Effort(
+    held_out=30,
+    importance_samples=40,
+    refined=5,
+    refine_steps=5,
+    simulations=60,
+    draws=19,
+    annealed=10,
+    anneal_steps=5,
+    anneal_chains=2,
+    chain_rows=2,
+    chains=2,
+    chain_warmup=4,
+    chain_draws=6,
+    aggregate=40,
+)
 
 
 class MaskedOracle(LinearGaussian):

@@ -517,8 +517,14 @@ TABLE: dict[Callable[[], None], list[Fault]] = {
 }
 # fmt: on
 
+
+def each_fault(table: dict[Callable, list[Fault]]) -> pytest.MarkDecorator:
+    """Parametrizes a test by the checks and faults of a table."""
+    cases = [pytest.param(c, f, id=f.name) for c, faults in table.items() for f in faults]
+    return pytest.mark.parametrize(("check", "fault"), cases)
+
+
 CHECKS = list(TABLE)
-FAULTS = [pytest.param(c, f, id=f.name) for c, faults in TABLE.items() for f in faults]
 
 
 def plant(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -548,7 +554,7 @@ def test_sound_code_passes(check):
     check()
 
 
-@pytest.mark.parametrize(("check", "fault"), FAULTS)
+@each_fault(TABLE)
 def test_planted_fault_is_caught(check, fault, monkeypatch):
     plant(fault, monkeypatch)
     with pytest.raises(AssertionError):

@@ -76,7 +76,7 @@ def _labels(run: RunFolder) -> str:
     train, condition = run.splits.train, run.config.model.condition
     if condition == "none" or train.labels is None:
         return ""
-    known = int((train.labels >= 0).sum())
+    known = len(train.labelled)
     if condition == "label":
         return "the model is conditional on the label"
     return (

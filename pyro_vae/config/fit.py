@@ -122,6 +122,12 @@ class FitConfig(Typed):
         """The weight of log q(y|x) of each row with a label, in semi-supervised training."""
         return LABEL_WEIGHT if self.classification_weight is None else self.classification_weight
 
+    def of_bounds(self) -> dict[str, Any]:
+        """The settings of an objective with posterior and KL that are not the defaults."""
+        names = ("objective", "num_particles", "kl_warmup", *option_names())
+        values = {name: getattr(self, name) for name in names}
+        return {n: value for n, value in values.items() if value != getattr(FitConfig, n)}
+
     @property
     def kl_weight(self) -> float:
         """The KL term's weight after its warm-up."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from .data import DataConfig
 from .families import FlowPrior, check_objective_families
-from .fit import FitConfig, option_names, resolve_epochs
+from .fit import FitConfig, resolve_epochs
 from .model import DEFAULT_HIDDEN, ModelConfig
 from .options import InputError, Typed, check_integer, structure
 
@@ -57,13 +57,11 @@ class Config(Typed):
             for name in ("guide", "prior"):
                 if getattr(model, name) != getattr(ModelConfig, name):
                     raise InputError(f"--{name} has no effect on --model ae; drop it")
-            for name in ("objective", "num_particles", "kl_warmup", *option_names()):
-                if getattr(self.fit, name) != getattr(FitConfig, name):
-                    flag = name.replace("_", "-")
-                    raise InputError(
-                        f"--{flag} has no effect on --model ae, which has neither posterior nor "
-                        f"KL; drop it or train --model vae"
-                    )
+            for name in self.fit.of_bounds():
+                raise InputError(
+                    f"--{name.replace('_', '-')} has no effect on --model ae, which has neither "
+                    f"posterior nor KL; drop it or train --model vae"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionary of JSON values."""
@@ -99,12 +97,11 @@ def _check_labels(config: Config) -> None:
     if condition == "partial":
         if config.refit == "on":
             raise InputError("--refit on expects labels that are given, not inferred; drop it")
-        for name in ("objective", "num_particles", "kl_warmup", *option_names()):
-            if getattr(fit, name) != getattr(FitConfig, name):
-                raise InputError(
-                    f"--condition partial sums over the labels in --objective trace, with one "
-                    f"particle and no other options; drop --{name.replace('_', '-')}"
-                )
+        for name in fit.of_bounds():
+            raise InputError(
+                f"--condition partial sums over the labels in --objective trace, with one "
+                f"particle and no other options; drop --{name.replace('_', '-')}"
+            )
 
 
 # Named settings, for --preset.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..config import InputError
 from ..randomness import derive
+from .source import listed
 from .splits import Split, Splits
 
 PARTS = ("train", "validation", "test")
@@ -44,8 +45,8 @@ def with_classes(splits: Splits, classes: Sequence[str] = ()) -> Splits:
     unknown = [name for name in splits.class_names if name not in classes]
     if unknown:
         raise InputError(
-            f"the model knows the classes {_listed(classes)}; {splits.name} also has "
-            f"{_listed(unknown)}: drop these rows, or name the classes as in the training data"
+            f"the model knows the classes {listed(classes)}; {splits.name} also has "
+            f"{listed(unknown)}: drop these rows, or name the classes as in the training data"
         )
     spec = dataclasses.replace(splits.spec, classes=tuple(classes))
     changed: dict[str, Any] = {"spec": spec, "class_names": tuple(classes)}
@@ -71,12 +72,12 @@ def _check_new(splits: Splits, classes: Sequence[str]) -> None:
     if missing:
         raise InputError(
             f"each class expects training rows with its label; {splits.name} has none of "
-            f"{_listed(missing)}: add some, or drop all rows of this class"
+            f"{listed(missing)}: add some, or drop all rows of this class"
         )
     if len(classes) < 2:
         raise InputError(
             f"--condition and --labelled expect at least two classes; {splits.name} has "
-            f"{_listed(classes)} only"
+            f"{listed(classes)} only"
         )
 
 
@@ -90,7 +91,7 @@ def hide_labels(splits: Splits, labelled: int, seed: int) -> Splits:
     """
     labels, count = splits.train.labels, len(splits.spec.classes)
     assert labels is not None
-    known = int((labels >= 0).sum())
+    known = len(splits.train.labelled)
     if not count <= labelled <= known:
         raise InputError(
             f"--labelled expects {count}, the number of classes, to {known}, the number of "
@@ -121,9 +122,5 @@ def _proportional(shares: Tensor, total: int) -> list[int]:
 def class_shares(train: Split, count: int) -> Tensor:
     """The share of each of `count` classes (count,) among the rows with a label, float64."""
     assert train.labels is not None
-    counts = torch.bincount(train.labels[train.labels >= 0], minlength=count).double()
+    counts = torch.bincount(train.labels[train.labelled], minlength=count).double()
     return counts / counts.sum().clamp_min(1)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(name[:40] for name in names[:8]) + (", …" if len(names) > 8 else "")

@@ -6,14 +6,13 @@ Tables without names are taken by position only if a model knows numbers alone.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from ..config import InputError
 from .columns import as_kind, refuse_text
-from .source import Source
+from .source import Source, listed
 from .splits import DataSpec
 
 
@@ -30,7 +29,7 @@ def match_columns(source: Source, spec: DataSpec) -> Source:
     if not spec.columns or not source.columns:
         if spec.kinds:
             raise InputError(
-                f"the model expects a table with columns {_list(spec.columns)}, matched by name; "
+                f"the model expects a table with columns {listed(spec.columns)}, matched by name; "
                 f"{source.name} has no names of columns"
             )
         refuse_text(source, "the model expects numbers")
@@ -38,15 +37,15 @@ def match_columns(source: Source, spec: DataSpec) -> Source:
     missing = [name for name in spec.columns if name not in source.columns]
     if missing:
         raise InputError(
-            f"the model expects columns {_list(spec.columns)}; {source.name} has "
-            f"{_list(source.columns)} and lacks {_list(missing)}: name its columns as in the "
+            f"the model expects columns {listed(spec.columns)}; {source.name} has "
+            f"{listed(source.columns)} and lacks {listed(missing)}: name its columns as in the "
             f"training data"
         )
     extra = [name for name in source.columns if name not in spec.columns]
     if extra and not spec.kinds:  # those that a model of kinds leaves out are ignored in silence
         warnings.warn(
             f"{source.name} has columns that the model does not know, which are ignored: "
-            f"{_list(extra)}",
+            f"{listed(extra)}",
             stacklevel=3,
         )
     if spec.kinds:
@@ -69,7 +68,3 @@ def _as_trained(source: Source, spec: DataSpec) -> Source:
     return replace(
         source, values=np.column_stack(values), columns=spec.columns, kinds=spec.kinds, texts=()
     )
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(name[:40] for name in names[:8]) + (", ..." if len(names) > 8 else "")

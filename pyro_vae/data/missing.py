@@ -61,7 +61,7 @@ def check_observed(source: Source) -> None:
         )
 
 
-def check_columns(source: Source, train: Tensor) -> None:
+def check_columns_observed(source: Source, train: Tensor) -> None:
     """Check that the training rows hold values of each column or channel; note unobserved pixels.
 
     Args:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config import InputError
-from .missing import REMEDY, check_columns, check_observed, without_missing
+from .missing import REMEDY, check_columns_observed, check_observed, without_missing
 from .precision import column_name, offset_and_scale
 from .source import Source
 from .splits import CHUNK, DataSpec, interval
@@ -194,7 +194,7 @@ def choose_spec(
 
 def _check_missing(source: Source, scan: Scan, train: Tensor) -> None:
     """Check that each column has values in the training rows; note that no value is missing."""
-    check_columns(source, train)
+    check_columns_observed(source, train)
     if not scan.missing:
         warnings.warn(
             f"--missing model: no value of {source.name} is missing. The encoder learns from "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,33 +108,18 @@ def from_array(
 def _arranged(values: np.ndarray, config: DataConfig, origin: Path | str) -> np.ndarray:
     """Rows (N, D), sequences (N, C, T), images (N, C, H, W) or volumes (N, C, D, H, W)."""
     size, layout, dims = config.image_size, config.layout, values.ndim
-    first, last = (
-        dims > 3 and values.shape[1] in CHANNELS,
-        dims > 3 and values.shape[-1] in CHANNELS,
-    )
-    if layout == "sequences" and dims in (2, 3) and not size:
-        return values[:, None] if dims == 2 else values.swapaxes(1, 2)
-    if (
-        dims == 4
-        and not size
-        and (layout == "volumes" or (layout == "auto" and not (first or last)))
-    ):
-        return values[:, None]
-    if dims == 5 and not size and layout in ("auto", "volumes") and (first or last):
-        return np.moveaxis(values, 4, 1) if last else values
     if layout == "auto" and dims == 2:
-        if not size:
-            return values
-        if values.shape[1] != size[0] * size[1]:
-            raise InputError(
-                f"--image-size {size[0]} {size[1]} expects rows of {size[0] * size[1]} values; "
-                f"{origin} has {values.shape[1]}"
-            )
-        return values.reshape(len(values), 1, *size)
-    if layout == "auto" and dims == 3:
-        return values[:, None]
-    if layout == "auto" and dims == 4 and (first or last):
-        return np.moveaxis(values, 3, 1) if last else values
+        return values if size is None else _as_images(values, size, origin)
+    last = dims > 2 and (values.shape[-1] in CHANNELS or layout == "sequences")
+    first = dims > 2 and values.shape[1] in CHANNELS
+    # Number of axes of a row, without that of the channels
+    places = {3: 2, 4: 2 if first or last else 3, 5: 3}.get(dims, 0)
+    places = {"sequences": 1, "volumes": 3}.get(layout, places)
+    if places and (size is None or (layout == "auto" and places == 2)):
+        if dims == places + 1:
+            return values[:, None]
+        if dims == places + 2 and (first or last):
+            return np.moveaxis(values, -1, 1) if last else values
     shapes = {
         "auto": "rows (N, D), grey images (N, H, W), images of 1 or 3 channels (N, H, W, C) or "
         "(N, C, H, W), or volumes (N, D, H, W), perhaps with 1 or 3 channels",
@@ -141,6 +127,16 @@ def _arranged(values: np.ndarray, config: DataConfig, origin: Path | str) -> np.
         "volumes": "volumes (N, D, H, W), perhaps with 1 or 3 channels, without --image-size,",
     }
     raise InputError(f"expected {shapes[layout]} in {origin}; got an array {values.shape}")
+
+
+def _as_images(values: np.ndarray, size: tuple[int, int], origin: Path | str) -> np.ndarray:
+    """Rows (N, D) as grey images (N, 1, H, W)."""
+    if values.shape[1] != size[0] * size[1]:
+        raise InputError(
+            f"--image-size {size[0]} {size[1]} expects rows of {size[0] * size[1]} values; "
+            f"{origin} has {values.shape[1]}"
+        )
+    return values.reshape(len(values), 1, *size)
 
 
 def _classes(
@@ -190,6 +186,11 @@ def one_hot(labels: np.ndarray) -> bool:
     if labels.ndim != 2 or labels.dtype.kind not in "biuf":
         return False
     return bool(((labels != 0).sum(1) == 1).all() and ((labels == 1).sum(1) == 1).all())
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names of columns or classes in a message: the first of many, shortened."""
+    return ", ".join(name[:40] for name in names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 def is_number(text: str) -> bool:

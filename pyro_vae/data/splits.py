@@ -18,6 +18,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -228,6 +229,13 @@ class Split:
         if of_bytes and generator is None and self.spec.binarizes(units) and self.spec.bound < 256:
             return binarize(values, self.spec.bound)
         return self.spec.to_units(values, units, generator)
+
+    @cached_property
+    def labelled(self) -> Tensor:
+        """The rows of this split whose label is known: their indices, int64."""
+        if self.labels is None:
+            return torch.empty(0, dtype=torch.int64, device="cpu")
+        return (self.labels >= 0).nonzero().flatten()
 
     def labels_of(self, index: Tensor | slice) -> Tensor | None:
         """The labels of the rows `index` (B,) on `device`, or None."""

@@ -59,6 +59,9 @@ class Coder:
     Args:
         vae: a VAE with a discrete likelihood, Gaussian q(z|x) and p(z) = N(μ, diag σ²).
 
+    Attributes:
+        bound: the largest possible value of x.
+
     Raises:
         InputError: the model is of another kind, or the package constriction is missing.
     """
@@ -74,9 +77,9 @@ class Coder:
         self.vae = copy.deepcopy(vae).double().cpu().eval()
         spec = likelihood.spec
         self.shape = spec.shape
-        count = 2 if likelihood.units == "binary" else spec.bound + 1
-        self._values = torch.arange(count, dtype=torch.float64)
-        with one_thread():
+        self.bound = 1 if likelihood.units == "binary" else spec.bound
+        self._values = torch.arange(self.bound + 1, dtype=torch.float64)
+        with on_one_core():
             prior = self.vae.prior()
             if not (type(prior) is Independent and isinstance(prior.base_dist, Normal)):
                 raise InputError(
@@ -90,7 +93,8 @@ class Coder:
         if type(posterior) not in (Independent, MultivariateNormal):
             raise InputError(
                 f"compression expects --guide diagonal or full; this model's q(z|x) is a "
-                f"{type(posterior).__name__}"
+                f"{type(posterior).__name__}. Of a run whose guide was refitted, give "
+                f"RUN/checkpoints/best.pt, which holds the trained one"
             )
         model = self._constriction.stream.model
         self._gaussian = model.QuantizedGaussian(-LIMIT, LIMIT)
@@ -110,10 +114,9 @@ class Coder:
         Returns:
             The stack (n,) and the random bits with which it began (m,), uint32.
         """
-        size = len(self._prior[0]) + 8
-        first = np.random.default_rng(seed).integers(0, 2**32, size, dtype=np.uint32)
+        first = self._first_bits(seed)
         stack = self._constriction.stream.stack.AnsCoder(first, seal=True)
-        with one_thread():
+        with on_one_core():
             # The stack gives the last row first.
             for i, row in reversed([*enumerate(x.double().cpu().split(1))]):
                 self._shift(stack, [seed, i], 1)
@@ -133,7 +136,7 @@ class Coder:
         """
         coder = self._constriction.stream.stack.AnsCoder(np.asarray(stack, dtype=np.uint32))
         rows = torch.empty(count, *self.shape, dtype=torch.float64, device="cpu")
-        with one_thread():
+        with on_one_core():
             for i, row in enumerate(rows):
                 z = coder.decode(self._gaussian, *self._prior)
                 symbols = coder.decode(self._categorical, self._probabilities(z))
@@ -144,13 +147,11 @@ class Coder:
                     raise InputError(NOT_OURS) from None
                 self._shift(coder, [seed, i], -1)
                 on_row(1)
-        size = len(self._prior[0]) + 8
-        first = np.random.default_rng(seed).integers(0, 2**32, size, dtype=np.uint32)
         try:
             rest = coder.get_compressed(unseal=True)
         except AssertionError:  # there is no seal
             rest = np.empty(0, np.uint32)
-        if not np.array_equal(rest, first):
+        if not np.array_equal(rest, self._first_bits(seed)):
             raise InputError(NOT_OURS)
         return rows
 
@@ -159,7 +160,7 @@ class Coder:
         digest = hashlib.blake2b(digest_size=16)
         for name, value in self.vae.state_dict().items():
             digest.update(name.encode() + value.numpy().tobytes())
-        with one_thread():
+        with on_one_core():
             size = len(self._prior[0])
             for step in range(8):
                 z = np.arange(size) % 7 * 97 - 300 + step * 75
@@ -168,6 +169,11 @@ class Coder:
                 for part in self._posterior(x):
                     digest.update(part.tobytes())
         return digest.hexdigest()
+
+    def _first_bits(self, seed: int) -> np.ndarray:
+        """The random bits with which a stack begins, enough for a first z: (m,) uint32."""
+        size = len(self._prior[0]) + 8
+        return np.random.default_rng(seed).integers(0, 2**32, size, dtype=np.uint32)
 
     def _probabilities(self, z: np.ndarray) -> np.ndarray:
         """p(x|z) (D, K) of each value of x, for a latent in multiples of `SPACING`."""
@@ -224,7 +230,7 @@ class Coder:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def on_one_core() -> Iterator[None]:
     """Compute in one thread, without gradients: sums then have one order."""
     before = torch.get_num_threads()
     with usual_settings(validate=False), torch.no_grad():

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from pyro.distributions import Categorical
 from torch import Tensor
 
 from ..data.splits import CHUNK, Split
@@ -118,20 +119,17 @@ def _summed_out(
     """The measures of rows whose labels are not known, from those at each class."""
     units, count = vae.likelihood_module.units, len(log_joint)
     logits = [vae.label_posterior(x).logits for x in split.fixed(units, seed, count)]
-    log_q = torch.cat(logits).double()
-    q = log_q.exp().mT
+    q = Categorical(logits=torch.cat(logits).double())
     _, reconstruction, kl, errors, tails, observed, means = by_class
     log_evidence = log_joint.logsumexp(-1)
     posterior = (log_joint - log_evidence.unsqueeze(-1)).exp().mT  # p(y|x), (C, N)
-    of_labels = (q * (log_q - vae.label_prior().logits).mT).sum(0)
     return [
         log_evidence,
-        (q * reconstruction).sum(0),
-        of_labels + (q * kl).sum(0),
+        *vae.summed_out(q, reconstruction, kl),
         (posterior * errors).square().sum(0).sqrt(),
         torch.where(posterior > RELEVANT, tails, -torch.inf).amax(0),
         observed[0],
-        (q.unsqueeze(-1) * means).sum(0),
+        (q.probs.mT.unsqueeze(-1) * means).sum(0),
     ]
 
 

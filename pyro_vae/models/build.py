@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -134,11 +135,7 @@ def new_guide(
         else:
             encoder = _new_encoder(vae, encoder_hidden, num_features(guide, latent_dim))
     new = VAE(prior, encoder, copy.deepcopy(vae.decoder), likelihood, family)
-    new = new.to(likelihood.mean.device)
-    if isinstance(family, Refined):
-        with random_states(likelihood.mean.device, derive(seed, "starts")), torch.no_grad():
-            family.starts.copy_(new.prior().sample((len(family.starts),)))
-    return new
+    return _with_starts(new.to(likelihood.mean.device), seed)
 
 
 def _refined_with_labels(
@@ -156,10 +153,16 @@ def _refined_with_labels(
     encoder: Any = new.encoder
     encoder.layers[-1] = _new_head(vae, family, num_features(guide, family.latent_dim))
     new.family = family
-    new.to(vae.label_logits.device)
-    with random_states(vae.label_logits.device, derive(seed, "starts")), torch.no_grad():
-        family.starts.copy_(new.prior().sample((len(family.starts),)))
-    return new
+    return _with_starts(new.to(vae.label_logits.device), seed)
+
+
+def _with_starts(vae: Any, seed: int) -> Any:
+    """The model. A refined guide starts its search from draws of the prior, too."""
+    if isinstance(vae.family, Refined):
+        device = vae.likelihood_module.mean.device
+        with random_states(device, derive(seed, "starts")), torch.no_grad():
+            vae.family.starts.copy_(vae.prior().sample((len(vae.family.starts),)))
+    return vae
 
 
 def _new_head(vae: Any, family: nn.Module, size: int) -> nn.Linear:
@@ -221,15 +224,20 @@ def _assemble(config: ModelConfig, likelihood: Likelihood) -> Model:
     data_dim = max(data_dim * (1 + likelihood.spec.missing), outputs)
     _check_size(config, data_dim, encoder_hidden, hidden)
     latent_dim, guide = config.latent_dim, config.guide
-    if config.condition != "none":
-        return _with_labels(config, likelihood)
-    size = latent_dim if config.kind == "ae" else num_features(guide, latent_dim)
     moments = (likelihood.mean, likelihood.std)
-    bounded = likelihood.units != "real"
-    network = (config.architecture, shape, encoder_hidden, config.activation)
-    encoder = Encoder(*network, size, *moments, bounded, likelihood.spec.missing, inputs)
-    network = (config.architecture, shape, hidden, config.activation)
-    decoder = Decoder(*network, latent_dim, bias)
+
+    def read(num_features: int) -> Encoder:
+        network = (config.architecture, shape, encoder_hidden, config.activation)
+        bounded, missing = likelihood.units != "real", likelihood.spec.missing
+        return Encoder(*network, num_features, *moments, bounded, missing, _inputs(likelihood))
+
+    def write(size: int) -> Decoder:
+        return Decoder(config.architecture, shape, hidden, config.activation, size, bias)
+
+    if config.condition != "none":
+        return _with_labels(config, likelihood, read, write)
+    size = latent_dim if config.kind == "ae" else num_features(guide, latent_dim)
+    encoder, decoder = read(size), write(latent_dim)
     if config.kind == "ae":
         return Autoencoder(encoder, decoder, likelihood)
     family = _family(guide, latent_dim)
@@ -237,29 +245,27 @@ def _assemble(config: ModelConfig, likelihood: Likelihood) -> Model:
     return VAE(prior, encoder, decoder, likelihood, family)
 
 
-def _with_labels(config: ModelConfig, likelihood: Likelihood) -> ConditionalVAE:
-    """A model of rows with labels. All classes have the same share."""
-    hidden = DEFAULT_HIDDEN[config.architecture] if config.hidden is None else config.hidden
-    encoder_hidden = hidden if config.encoder_hidden is None else config.encoder_hidden
-    shape, activation, size = likelihood.spec.shape, config.activation, config.latent_dim
-    moments, count = (likelihood.mean, likelihood.std), len(likelihood.spec.classes)
+def _with_labels(
+    config: ModelConfig,
+    likelihood: Likelihood,
+    read: Callable[[int], Encoder],
+    write: Callable[[int], Decoder],
+) -> ConditionalVAE:
+    """A model of rows with labels. All classes have the same share.
 
-    def read(num_features: int) -> Encoder:
-        network = (config.architecture, shape, encoder_hidden, activation)
-        bounded, missing = likelihood.units != "real", likelihood.spec.missing
-        inputs = _inputs(likelihood)
-        return Encoder(*network, num_features, *moments, bounded, missing, inputs)
-
-    network = (config.architecture, shape, hidden, activation)
+    Args:
+        read: number of features → a new network of x.
+        write: size of its input → a new network that gives the likelihood's parameters.
+    """
+    count, latent_dim = len(likelihood.spec.classes), config.latent_dim
+    features = num_features(config.guide, latent_dim)
     parts: dict[str, Any] = {
-        "prior": prior_family(config.prior, size, *moments),
-        "encoder": LabelledEncoder(
-            read(JOINED), activation, count, num_features(config.guide, size)
-        ),
-        "decoder": LabelledDecoder(Decoder(*network, size + count, likelihood.initial_bias())),
+        "prior": prior_family(config.prior, latent_dim, likelihood.mean, likelihood.std),
+        "encoder": LabelledEncoder(read(JOINED), config.activation, count, features),
+        "decoder": LabelledDecoder(write(latent_dim + count)),
         "likelihood": likelihood,
         "shares": torch.full((count,), 1 / count),
-        "family": _family(config.guide, size),
+        "family": _family(config.guide, latent_dim),
     }
     if config.condition == "label":
         return ConditionalVAE(**parts)

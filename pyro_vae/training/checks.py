@@ -14,7 +14,6 @@ from torch import Tensor
 from ..capture.build import find_leaves
 from ..config import FitConfig, InputError
 from ..config.families import check_objective_families
-from ..config.fit import option_names
 from ..data.splits import Split, Splits
 from ..memory import check_memory
 from ..models.autoencoder import Autoencoder
@@ -90,13 +89,11 @@ def check_labels(vae: Model, splits: Splits) -> None:
 
 
 def _check_enumerated(config: FitConfig) -> None:
-    plain = FitConfig()
-    for name in ("objective", "num_particles", "kl_warmup", *option_names()):
-        if getattr(config, name) != getattr(plain, name):
-            raise InputError(
-                f"a semi-supervised model expects the objective trace, with one particle and no "
-                f"other options; got {name} = {getattr(config, name)}"
-            )
+    for name, value in config.of_bounds().items():
+        raise InputError(
+            f"a semi-supervised model expects the objective trace, with one particle and no other "
+            f"options; got {name} = {value}"
+        )
 
 
 def check_particles(config: FitConfig, train: Split) -> None:

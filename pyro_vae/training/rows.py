@@ -23,7 +23,7 @@ def step_rows(vae: Model, train: Split, index: Tensor, seed: int, step: int) -> 
     args = arguments(vae, train.take(index, units), train.labels_of(index))
     if not isinstance(vae, SemiSupervisedVAE) or train.labels is None:
         return args
-    known = (train.labels >= 0).nonzero().flatten()
+    known = train.labelled
     random = np.random.default_rng([seed, step, distributed.rank()])
     chosen = known[torch.from_numpy(random.integers(len(known), size=len(index)))]
     return (*args, train.take(chosen, units), train.labels[chosen].to(args[0].device))
@@ -35,5 +35,4 @@ def classification_weight(train: Split, config: FitConfig) -> float:
     Summed over an epoch, these terms have the expectation of α log q(y|x) summed over the rows with
     a label, with α = `config.label_weight`.
     """
-    assert train.labels is not None
-    return config.label_weight * (train.labels >= 0).double().mean().item()
+    return config.label_weight * (len(train.labelled) / len(train))

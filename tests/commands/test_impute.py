@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from masked import missing_values
+from masked import EFFORT, missing_values
 
 import pyro_vae
 from pyro_vae import diagnose, encode, evaluate, generate, report, train
@@ -266,23 +266,6 @@ def test_bad_data_of_train_are_one_line(change, flags, message, tmp_path, capsys
 
 # --- every command --------------------------------------------------------------------------------
 
-TINY = suite.Effort(
-    held_out=20,
-    importance_samples=40,
-    refined=4,
-    refine_steps=5,
-    simulations=60,
-    draws=19,
-    annealed=4,
-    anneal_steps=5,
-    anneal_chains=2,
-    chain_rows=2,
-    chains=2,
-    chain_warmup=4,
-    chain_draws=6,
-    aggregate=40,
-)
-
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
@@ -296,7 +279,7 @@ def test_every_command(kind, request, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     shutil.copytree(source, run)
     (run / "figures").mkdir(exist_ok=True)
-    monkeypatch.setattr(suite, "QUICK", TINY)
+    monkeypatch.setattr(suite, "QUICK", EFFORT)
     monkeypatch.setattr(refitting, "TAIL_PAIRS", 60)
     monkeypatch.setattr(refitting, "SCORED", 60)
     capsys.readouterr()

@@ -10,10 +10,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from masked import MaskedOracle, exact_log_evidence, hidden, masked_oracle, missing_splits
+from masked import EFFORT, MaskedOracle, exact_log_evidence, hidden, masked_oracle, missing_splits
 from pyro.distributions import MultivariateNormal
 from scipy import stats
-from test_faults import Fault, plant
+from test_faults import Fault, each_fault, plant
 
 import pyro_vae
 from pyro_vae.config.families import FullGuide, RefinedGuide, RefitConfig
@@ -40,24 +40,6 @@ def watched(count: int = 40):
     vae, x = masked_oracle(count=count)
     vae.__class__, vae.seen = Watched, []
     return vae, x
-
-
-EFFORT = suite.Effort(
-    held_out=30,
-    importance_samples=40,
-    refined=5,
-    refine_steps=5,
-    simulations=60,
-    draws=19,
-    annealed=10,
-    anneal_steps=5,
-    anneal_chains=2,
-    chain_rows=2,
-    chains=2,
-    chain_warmup=4,
-    chain_draws=6,
-    aggregate=40,
-)
 
 
 def check_patterns_of_simulated_rows() -> None:
@@ -148,11 +130,7 @@ def test_rows_that_lack_values(check):
     check()
 
 
-@pytest.mark.parametrize(
-    ("check", "fault"),
-    [(check, fault) for check, faults in TABLE.items() for fault in faults],
-    ids=lambda value: value.name if isinstance(value, Fault) else value.__name__,
-)
+@each_fault(TABLE)
 def test_planted_faults_are_caught(check, fault, monkeypatch):
     plant(fault, monkeypatch)
     with pytest.raises(AssertionError):

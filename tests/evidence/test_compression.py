@@ -15,7 +15,7 @@ import pyro_vae
 from pyro_vae import compress, decompress, train
 from pyro_vae.evidence import compression
 from pyro_vae.evidence.codecs import unpack, usual_sizes
-from pyro_vae.evidence.compression import SPACING, Coder, one_thread
+from pyro_vae.evidence.compression import SPACING, Coder, on_one_core
 from pyro_vae.models.log_weights import log_weights
 
 pytest.importorskip("constriction", reason="needs pip install '.[compression]'")
@@ -77,7 +77,7 @@ def draws(vae, x, seed: int = 0) -> np.ndarray:
         return z
 
     coder._draw = watched
-    with one_thread():
+    with on_one_core():
         coder.encode(x, seed)
     return np.array(found)
 

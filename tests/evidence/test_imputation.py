@@ -15,7 +15,7 @@ import torch
 from masked import exact_conditional, hidden, masked_oracle, missing_splits, missing_vae
 from pyro.distributions import MultivariateNormal
 from scipy import stats
-from test_faults import Fault, plant
+from test_faults import Fault, each_fault, plant
 
 import pyro_vae
 from pyro_vae import InputError
@@ -156,11 +156,7 @@ def test_imputation(check):
     check()
 
 
-@pytest.mark.parametrize(
-    ("check", "fault"),
-    [(check, fault) for check, faults in TABLE.items() for fault in faults],
-    ids=lambda value: value.name if isinstance(value, Fault) else value.__name__,
-)
+@each_fault(TABLE)
 def test_planted_faults_are_caught(check, fault, monkeypatch):
     plant(fault, monkeypatch)
     with pytest.raises(AssertionError):

@@ -20,7 +20,7 @@ import pyro_vae
 from pyro_vae import InputError, ModelConfig
 from pyro_vae.config.families import RefinedGuide
 from pyro_vae.models import labels as module
-from pyro_vae.models.build import _with_labels, build, new_guide
+from pyro_vae.models.build import _assemble, build, new_guide
 from pyro_vae.models.discrete_gaussian import DiscreteGaussian
 from pyro_vae.models.labels import (
     ConditionalVAE,
@@ -238,7 +238,7 @@ def test_every_parameter_has_a_gradient(condition, architecture):
 
 @pytest.mark.parametrize("guide", ["diagonal", "full", "flow", "mixture"])
 @pytest.mark.parametrize("prior", ["normal", "mixture", "flow"])
-def test_every_family_works_with_labels(guide, prior):
+def test_every_family_works_assemble(guide, prior):
     vae, splits = small("partial", guide={"family": guide}, prior={"family": prior})
     x, y = next(splits.train.fixed("count", 0, 6)), splits.train.labels[:6]
     assert torch.tensor(LOSS.loss(vae.model, vae.guide, x, y)).isfinite()
@@ -257,7 +257,7 @@ def test_svi_maximizes_the_elbo_of_the_three_distributions(name, tmp_path, monke
     spec = dataclasses.replace(likelihood.spec, classes=("a", "b", "c"))
     monkeypatch.setattr(likelihood, "spec", spec)
     config = ModelConfig(latent_dim=3, hidden=(16,), likelihood=name, condition="label")
-    vae = _with_labels(config, likelihood).double()
+    vae = _assemble(config, likelihood).double()
     torch.manual_seed(1)
     loss = Trace_ELBO().loss(vae.model, vae.guide, x, y)
     torch.manual_seed(1)
