@@ -369,3 +369,16 @@ def test_the_constant_of_a_known_label_is_far_enough():
         q = Categorical(logits=logits)
         assert q.probs[1] == 0
         assert (q.probs * q.logits).sum() == 0
+
+
+@pytest.mark.parametrize("condition", ["none", "label"])
+def test_a_refined_guide_starts_from_draws_of_the_prior(condition):
+    """At SIGMAS standard errors of the mean of the starts."""
+    splits = pyro_vae.load_data("digits")
+    vae = build(ModelConfig(latent_dim=2, hidden=(4,), condition=condition), splits)
+    vae.prior_module.loc.fill_(7.0)
+    one, again, other = (new_guide(vae, RefinedGuide(), None, k).family.starts for k in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert (abs(one.mean(0) - 7) < SIGMAS / len(one) ** 0.5).all()
+    assert len(one.unique(dim=0)) == len(one)
