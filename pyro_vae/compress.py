@@ -59,8 +59,8 @@ def _main(arguments: CompressArguments) -> None:
 
     from .evidence.codecs import Packed, digest_of, pack, uncoded, usual_sizes
     from .evidence.compression import Coder
-    from .files import write_atomically
     from .models.vae import VAE
+    from .runtime.files import write_atomically
 
     run = open_run(arguments)
     if not isinstance(run.vae, VAE):
@@ -107,7 +107,7 @@ def _elbo(vae: VAE, x: Tensor, seed: int) -> float:
     """Mean ELBO of the rows, nats, with ten draws of z for each."""
     import torch
 
-    from .randomness import derive, random_states
+    from .runtime.randomness import derive, random_states
 
     with random_states(x.device, derive(seed, "posterior")):
         terms = [vae.elbo_terms(x) for _ in range(10)]

@@ -49,9 +49,9 @@ def _main(arguments: DecompressArguments) -> None:
 
     from .evidence.codecs import digest_of, smallest, unpack
     from .evidence.compression import Coder
-    from .files import write_atomically
-    from .memory import check_memory
     from .models.vae import VAE
+    from .runtime.files import write_atomically
+    from .runtime.memory import check_memory
     from .training.checkpoint import load_checkpoint
 
     header, stack = unpack(arguments.file)

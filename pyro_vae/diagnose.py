@@ -132,7 +132,7 @@ def _diagnose(arguments: DiagnoseArguments, run: OpenRun, show: bool) -> dict[st
     from .models.labels import SemiSupervisedVAE
     from .page.write import write_report
     from .plots.codes import latent_codes
-    from .randomness import derive, random_states
+    from .runtime.randomness import derive, random_states
 
     folder, whole = arguments.run, run
     effort = QUICK if arguments.quick else FULL
@@ -226,7 +226,7 @@ def _record(study: Study, report: dict[str, Any], folder: Path, run: OpenRun) ->
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:
-    from .files import to_json, write_atomically
+    from .runtime.files import to_json, write_atomically
 
     write_atomically(path, (to_json(report, indent=2) + "\n").encode())
 

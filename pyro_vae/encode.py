@@ -72,9 +72,9 @@ def _main(arguments: EncodeArguments) -> None:
     refuse_existing(arguments.out, arguments.overwrite, (".npz",))
     import numpy as np
 
-    from .files import write_atomically
-    from .memory import check_memory
     from .models.autoencoder import Autoencoder
+    from .runtime.files import write_atomically
+    from .runtime.memory import check_memory
 
     run = open_run(arguments)
     if (arguments.draws or arguments.recalibrate) and isinstance(run.vae, Autoencoder):
@@ -156,7 +156,7 @@ def _recalibrate(run: OpenRun, arrays: dict[str, np.ndarray], given: Tensor | No
     from .diagnostics.recalibration import recalibrate
     from .diagnostics.suite import random_rows
     from .models.labels import models_at
-    from .randomness import derive, random_states
+    from .runtime.randomness import derive, random_states
 
     units, like = run.vae.likelihood_module.units, None
     if run.splits.spec.missing:
@@ -200,7 +200,7 @@ def _draw(run: OpenRun, num_draws: int, arrays: dict[str, np.ndarray], given: Te
 
     from .diagnostics.draws import METHODS, posterior_draws
     from .models.labels import models_at
-    from .randomness import derive, random_states
+    from .runtime.randomness import derive, random_states
 
     x = torch.cat(list(run.splits.whole().fixed(run.vae.likelihood_module.units, run.seed)))
     shown = ""

@@ -72,14 +72,14 @@ def _main(arguments: GenerateArguments) -> None:
     import numpy as np
 
     from .data.export import table_text
-    from .files import write_atomically
-    from .memory import check_memory
     from .models.autoencoder import Autoencoder
     from .models.labels import ConditionalVAE
     from .plots.from_model import generate_images, to_display
     from .plots.run import save
     from .plots.tiles import image_grid, in_rows
-    from .randomness import random_states
+    from .runtime.files import write_atomically
+    from .runtime.memory import check_memory
+    from .runtime.randomness import random_states
     from .training.checkpoint import load_checkpoint
 
     device = choose_device(arguments.device)

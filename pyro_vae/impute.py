@@ -75,7 +75,7 @@ def _main(arguments: ImputeArguments) -> None:
 
     from .data.export import rounded
     from .evidence.importance import reliable_k
-    from .files import write_atomically
+    from .runtime.files import write_atomically
 
     run, ending = _open(arguments), arguments.out.suffix.lower()
     whole = run.splits.whole()
@@ -113,8 +113,8 @@ def _open(arguments: ImputeArguments) -> OpenRun:
     """
     import math
 
-    from .memory import check_memory
     from .models.autoencoder import Autoencoder
+    from .runtime.memory import check_memory
 
     run = open_run(arguments)
     spec = run.splits.spec
@@ -149,7 +149,7 @@ def _impute(run: OpenRun, num_draws: int, num_samples: int) -> Imputation:
 
     from .evidence.imputation import Imputation, impute
     from .models.labels import ConditionalVAE, labels_at, models_at
-    from .randomness import derive, random_states
+    from .runtime.randomness import derive, random_states
 
     units, vae = run.vae.likelihood_module.units, run.vae
     batches = list(run.splits.whole().fixed_with_labels(units, run.seed))

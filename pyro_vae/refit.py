@@ -121,7 +121,7 @@ def refit_run(
     """
     from tqdm import tqdm
 
-    from .files import to_json, write_atomically
+    from .runtime.files import to_json, write_atomically
     from .training.checkpoint import serialize
     from .training.refitting import RefitRecord, refit, refitted_config, validation_elbo, work
 

@@ -32,7 +32,7 @@ from .config.families import Guide, Prior
 from .data.loading import load_data
 from .evidence.importance import importance_sample
 from .models.build import build
-from .randomness import random_states
+from .runtime.randomness import random_states
 from .training.loop import iterate
 
 # Training, validation and test rows need one each.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
-from ..randomness import RandomStates
+from ..runtime.randomness import RandomStates
 from .graph import Call, Graph, Mode, observe
 from .guards import (
     Guards,

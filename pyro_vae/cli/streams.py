@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..config import InputError
-from ..files import printable, to_json
+from ..runtime.files import printable, to_json
 
 
 def share_cores() -> None:

@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from ..config import DataConfig, InputError
-from ..files import printable
-from ..memory import check_memory
+from ..runtime.files import printable
+from ..runtime.memory import check_memory
 from .source import Source, from_array
 
 # Pillow's modes that hold an image without loss, the widest first, and their largest values.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import InputError
-from ..randomness import derive
+from ..runtime.randomness import derive
 from .source import listed
 from .splits import Split, Splits
 

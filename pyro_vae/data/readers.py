@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from ..config import TORCHVISION_CLASSES, DataConfig, InputError
-from ..memory import check_memory
+from ..runtime.memory import check_memory
 from .images import read_folder
 from .in_memory import read_frame
 from .source import LABEL_NAMES, Source, from_array, one_hot

@@ -13,7 +13,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 from ..config import InputError
-from ..memory import check_memory
+from ..runtime.memory import check_memory
 from .missing import MARKS
 from .source import LABEL_COLUMNS, is_number
 

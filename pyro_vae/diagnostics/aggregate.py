@@ -12,9 +12,9 @@ import torch
 from scipy.spatial.distance import cdist
 from torch import Tensor
 
-from ..memory import rows_at_once
 from ..models.interface import LatentModel
-from ..randomness import one_thread
+from ..runtime.memory import rows_at_once
+from ..runtime.randomness import one_thread
 
 
 @one_thread()

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ..config.columns import ColumnKind
 from ..evidence.intervals import Interval
-from ..memory import rows_at_once
 from ..models.vae import VAE
-from ..randomness import one_thread
+from ..runtime.memory import rows_at_once
+from ..runtime.randomness import one_thread
 from .findings import Check, Finding
 from .predictive import has_kinds
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from ..config import InputError
-from ..memory import check_memory, rows_at_once
 from ..models.interface import LatentModel
 from ..models.log_weights import log_likelihood
-from ..randomness import one_thread
+from ..runtime.memory import check_memory, rows_at_once
+from ..runtime.randomness import one_thread
 from .draws import posterior_draws
 
 

@@ -35,10 +35,10 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ..evidence.importance import pareto_smoothed, reliable_k
-from ..memory import check_memory, rows_at_once
 from ..models.interface import LatentModel
 from ..models.log_weights import log_weights
-from ..randomness import one_thread
+from ..runtime.memory import check_memory, rows_at_once
+from ..runtime.randomness import one_thread
 from .nuts import chains, convergence
 from .recalibration import Recalibration
 from .refinement import PARTICLES, refine

@@ -35,8 +35,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..evidence.intervals import Interval
-from ..memory import Callback, ignore
-from ..randomness import one_thread
+from ..runtime.memory import Callback, ignore
+from ..runtime.randomness import one_thread
 
 BLOCKS = 20  # of the jackknife
 STUDENT = float(stats.t.isf(0.025, BLOCKS - 1))

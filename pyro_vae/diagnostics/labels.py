@@ -23,9 +23,9 @@ from scipy import stats
 from torch import Tensor
 
 from ..data.missing import hidden_at_random
-from ..memory import Callback, ignore, rows_at_once
 from ..models.labels import SemiSupervisedVAE
-from ..randomness import one_thread
+from ..runtime.memory import Callback, ignore, rows_at_once
+from ..runtime.randomness import one_thread
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from ..evidence.evaluation import ACTIVE_VARIANCE
-from ..memory import rows_at_once
 from ..models.interface import LatentModel
+from ..runtime.memory import rows_at_once
 
 # A latent is collapsed if its KL is below this, in nats.
 COLLAPSED_KL = 0.01

@@ -32,9 +32,9 @@ from pyro.distributions import Distribution
 from torch import Tensor
 
 from ..data.missing import hidden_at_random
-from ..memory import Callback, ignore, rows_at_once
 from ..models.interface import LatentModel
-from ..randomness import one_thread
+from ..runtime.memory import Callback, ignore, rows_at_once
+from ..runtime.randomness import one_thread
 
 COMPONENTS = 8  # principal ones of x, and as many of the posterior means: the features of x
 MOST_LATENTS = 32  # with products, those whose means vary most

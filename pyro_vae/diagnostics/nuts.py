@@ -18,9 +18,9 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor
 from torch.distributions import biject_to
 
-from ..memory import Callback, ignore
 from ..models.interface import PyroModel, held_fixed
-from ..randomness import one_thread
+from ..runtime.memory import Callback, ignore
+from ..runtime.randomness import one_thread
 from .aggregate import energy_coefficient
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..data.missing import hidden_as
-from ..memory import rows_at_once
 from ..models.interface import LatentModel
-from ..randomness import one_thread
+from ..runtime.memory import rows_at_once
+from ..runtime.randomness import one_thread
 
 Statistic = Callable[[Tensor, Tensor], Tensor]
 

@@ -25,8 +25,8 @@ from scipy import stats
 from torch import Tensor
 
 from ..evidence.intervals import Interval, interval, share_interval
-from ..memory import Callback, ignore
 from ..models.interface import LatentModel
+from ..runtime.memory import Callback, ignore
 from .sbc import simulate
 
 

@@ -38,10 +38,10 @@ from torch.optim import Adam
 from ..capture.optimizer import NonFiniteGradient, OneOptimizer
 from ..config import InputError
 from ..evidence.importance import Evidence, importance_sample
-from ..memory import Callback, ignore
 from ..models.interface import LatentModel, PyroModel, held_fixed, register
 from ..objectives.registry import objective
-from ..randomness import one_thread
+from ..runtime.memory import Callback, ignore
+from ..runtime.randomness import one_thread
 
 # The references of guides with independent and with correlated latents, and of other families
 Reference = Literal[

@@ -28,10 +28,10 @@ from torch import Tensor
 
 from ..data.missing import hidden_at_random
 from ..evidence.intervals import Interval, interval, share_interval
-from ..memory import Callback, ignore, rows_at_once
 from ..models.interface import LatentModel
 from ..models.log_weights import log_likelihood
-from ..randomness import one_thread
+from ..runtime.memory import Callback, ignore, rows_at_once
+from ..runtime.randomness import one_thread
 
 Quantity = Callable[[Tensor, Tensor], Tensor]
 

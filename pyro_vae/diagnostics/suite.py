@@ -17,11 +17,11 @@ from ..data.splits import Split, Units
 from ..evidence.annealing import anneal
 from ..evidence.evaluation import mean_kl
 from ..evidence.importance import importance_sample, reliable_k, upper_bound
-from ..memory import rows_at_once
 from ..models.vae import VAE
 from ..plots import calibration as calibration_figures
 from ..plots import posterior as posterior_figures
-from ..randomness import derive
+from ..runtime.memory import rows_at_once
+from ..runtime.randomness import derive
 from . import findings as verdicts
 from .aggregate import aggregate_posterior, energy_coefficient, energy_test, holes
 from .latents import latent_use

@@ -29,9 +29,9 @@ import torch
 from pyro.distributions import Distribution
 from torch import Tensor
 
-from ..memory import Callback, check_memory, concatenate, ignore, rows_at_once
 from ..models.interface import LatentModel
-from ..randomness import one_thread
+from ..runtime.memory import Callback, check_memory, concatenate, ignore, rows_at_once
+from ..runtime.randomness import one_thread
 
 # Acceptance rate to which the step sizes are tuned. The optimum for HMC is 0.65, and a lower rate
 # costs more than a higher one ("Optimal tuning of the hybrid Monte Carlo algorithm", arXiv

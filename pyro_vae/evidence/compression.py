@@ -36,9 +36,9 @@ from pyro.distributions import Independent, MultivariateNormal, Normal
 from torch import Tensor
 
 from ..config import InputError
-from ..memory import Callback, ignore
 from ..models.vae import VAE
-from ..randomness import usual_settings
+from ..runtime.memory import Callback, ignore
+from ..runtime.randomness import usual_settings
 
 SPACING = 2.0**-10
 LIMIT = 16 * 1024  # latents are coded within ± this many multiples

@@ -19,12 +19,12 @@ from torch.distributions import Distribution, kl_divergence
 
 from ..data.precision import column_name
 from ..data.splits import Split
-from ..memory import Callback, ignore
 from ..models.autoencoder import Autoencoder
 from ..models.interface import uncompiled
 from ..models.labels import ConditionalVAE, Model, SemiSupervisedVAE, arguments, needs_labels
 from ..models.vae import VAE
-from ..randomness import derive, random_states
+from ..runtime.memory import Callback, ignore
+from ..runtime.randomness import derive, random_states
 from .importance import MIN_TAIL_SAMPLES, Evidence, choose_mode, importance_sample, reliable_k
 from .labels import Accuracies, accuracies, measured_with_labels
 

@@ -30,11 +30,11 @@ from pyro.distributions import Distribution
 from torch import Tensor, nn
 
 from ..capture.captured import CapturedFunction, Mode
-from ..memory import Callback, check_memory, concatenate, ignore, rows_at_once
 from ..models.interface import LatentModel
 from ..models.log_weights import log_weights
 from ..models.refined import Refined
-from ..randomness import one_thread
+from ..runtime.memory import Callback, check_memory, concatenate, ignore, rows_at_once
+from ..runtime.randomness import one_thread
 
 # Draws of z for each row in a chunk, at least: the decoder then takes most of the time.
 MIN_CHUNK_DRAWS = 64

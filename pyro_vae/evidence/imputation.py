@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from ..config import InputError
-from ..memory import Callback, check_memory, ignore, rows_at_once
 from ..models.columns import ColumnsLikelihood
 from ..models.interface import LatentModel
 from ..models.log_weights import log_weights
-from ..randomness import one_thread
+from ..runtime.memory import Callback, check_memory, ignore, rows_at_once
+from ..runtime.randomness import one_thread
 from .importance import MIN_TAIL_SAMPLES, pareto_smoothed
 
 # torch draws from at most so many categories.

@@ -15,8 +15,8 @@ from ..config import DEFAULT_HIDDEN, InputError, ModelConfig
 from ..config.families import FlowGuide, FlowPrior, Guide, MixturePrior, RefinedGuide, VampPrior
 from ..data.labels import class_shares, with_classes
 from ..data.splits import DataSpec, Splits, Units, moments
-from ..memory import check_memory
-from ..randomness import derive, random_states, usual_settings
+from ..runtime.memory import check_memory
+from ..runtime.randomness import derive, random_states, usual_settings
 from .autoencoder import Autoencoder
 from .column_inputs import ColumnInputs, Statistics
 from .columns import ColumnsLikelihood

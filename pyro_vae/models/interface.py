@@ -21,7 +21,7 @@ import pyro
 from pyro.distributions import Distribution
 from torch import Tensor, nn
 
-from ..randomness import one_thread
+from ..runtime.randomness import one_thread
 
 # Pyro's warning about a parameter that requires no gradient.
 UNREGISTERED = ".* was not registered in the param store"

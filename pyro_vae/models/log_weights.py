@@ -11,7 +11,7 @@ import torch
 from pyro.distributions import Distribution
 from torch import Tensor
 
-from ..memory import rows_at_once
+from ..runtime.memory import rows_at_once
 from .interface import LatentModel
 
 

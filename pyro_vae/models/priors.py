@@ -30,7 +30,7 @@ from ..config.families import (
     Prior,
     VampPrior,
 )
-from ..randomness import random_states
+from ..runtime.randomness import random_states
 from .flows import FlowDistribution, autoregressive_flow, even_normals
 from .posteriors import FullGaussian, GaussianMixture, num_features, posterior_family
 

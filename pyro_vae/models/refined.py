@@ -32,7 +32,7 @@ from scipy.optimize import minimize
 from scipy.special import gammaln
 from torch import Tensor, nn
 
-from ..memory import rows_at_once
+from ..runtime.memory import rows_at_once
 from .flows import products
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
-from ..memory import rows_at_once
-from ..randomness import random_states
+from ..runtime.memory import rows_at_once
+from ..runtime.randomness import random_states
 
 PLATE = "num_particles_vectorized"  # Pyro's name for it
 

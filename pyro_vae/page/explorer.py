@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..data.splits import Splits
-from ..memory import rows_at_once
 from ..models.autoencoder import Autoencoder
 from ..models.labels import ConditionalVAE, Model
 from ..plots.codes import Codes
 from ..plots.from_model import to_display
 from ..plots.tiles import MISSING
+from ..runtime.memory import rows_at_once
 from .render import data_url
 
 # Latents, anchors, points per side; the first plan whose sheets fit the budget is used.

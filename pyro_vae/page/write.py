@@ -11,10 +11,10 @@ import torch
 
 from ..config import Config
 from ..data.splits import Splits
-from ..files import printable, write_atomically
 from ..plots import run as figures
 from ..plots.codes import Codes, latent_codes
 from ..plots.from_model import draw_run
+from ..runtime.files import printable, write_atomically
 from ..training.checkpoint import Checkpoint, load_checkpoint
 from .render import render
 from .summary import Overview, Picture, flat, overview

@@ -14,10 +14,10 @@ from pyro.distributions import Distribution, Independent, Normal
 from torch import Tensor
 
 from ..data.splits import Splits
-from ..memory import rows_at_once
 from ..models.labels import ConditionalVAE, Model, at_rows, labels_at
 from ..models.vae import VAE
-from ..randomness import one_thread, random_states
+from ..runtime.memory import rows_at_once
+from ..runtime.randomness import one_thread, random_states
 from . import run as figures
 from . import tiles
 from .codes import Codes, first_rows

@@ -25,7 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..files import printable
+from ..runtime.files import printable
 
 STYLE: Any = {
     "font.size": 9,

@@ -28,7 +28,7 @@ from ..config.options import structure
 from ..data.splits import DataSpec, Splits
 from ..models.build import build_blank
 from ..models.labels import Model
-from ..randomness import usual_settings
+from ..runtime.randomness import usual_settings
 from .records import check_tensor, unpack
 
 FORMAT = "pyro_vae checkpoint"

@@ -15,11 +15,11 @@ from ..capture.build import find_leaves
 from ..config import FitConfig, InputError
 from ..config.families import check_objective_families
 from ..data.splits import Split, Splits
-from ..memory import check_memory
 from ..models.autoencoder import Autoencoder
 from ..models.labels import ConditionalVAE, Model, SemiSupervisedVAE, needs_labels
 from ..models.refined import Refined
 from ..models.vae import VAE
+from ..runtime.memory import check_memory
 
 # Decoded values of a step that would take hours, without any progress to show.
 MAX_STEP_VALUES = 10**12

@@ -38,7 +38,7 @@ from ..models.autoencoder import Autoencoder
 from ..models.interface import UNREGISTERED, uncompiled
 from ..models.labels import Model, SemiSupervisedVAE, arguments, at_rows
 from ..objectives.registry import objective
-from ..randomness import OwnState, derive, usual_settings
+from ..runtime.randomness import OwnState, derive, usual_settings
 from . import distributed, schedules
 from .checks import check_model, check_particles, check_trained
 from .modes import run_mode, steps_at_once

@@ -30,14 +30,14 @@ from ..config.families import MixturePrior, RefinedGuide, RefitConfig, VampPrior
 from ..data.missing import hidden_as, hidden_at_random
 from ..data.splits import Split, Splits
 from ..evidence.evaluation import elbo_terms
-from ..memory import Callback, check_memory, ignore, rows_at_once
 from ..models.build import new_guide
 from ..models.interface import held_fixed, uncompiled
 from ..models.labels import ConditionalVAE
 from ..models.refined import Refined
 from ..models.vae import VAE
 from ..objectives.simulated import WithSimulated
-from ..randomness import OwnState, derive, random_states, usual_settings
+from ..runtime.memory import Callback, check_memory, ignore, rows_at_once
+from ..runtime.randomness import OwnState, derive, random_states, usual_settings
 from .loop import active
 from .modes import CAPTURE_FROM
 from .records import Diverged

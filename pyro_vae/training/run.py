@@ -20,8 +20,8 @@ from typing import Any
 
 from ..config import Config, DataConfig, InputError, read_config, resolve
 from ..data.splits import Splits
-from ..files import LOCK, InUse, append, locked, temporary, to_json, write_atomically
 from ..models.labels import Model
+from ..runtime.files import LOCK, InUse, append, locked, temporary, to_json, write_atomically
 from .checkpoint import Checkpoint, load_checkpoint, serialize
 from .records import Record
 

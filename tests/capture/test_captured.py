@@ -41,13 +41,13 @@ from pyro.infer.util import torch_item
 from torch import Tensor, nn
 
 import pyro_vae
-from pyro_vae import memory
 from pyro_vae.capture.captured import Captured, CapturedFunction, Observer, capture
 from pyro_vae.capture.optimizer import OneOptimizer
 from pyro_vae.config.options import KL_WEIGHTED, Objective
 from pyro_vae.models.linear_gaussian import LinearGaussian
 from pyro_vae.objectives import importance_weighted as weighted
 from pyro_vae.objectives.registry import objective
+from pyro_vae.runtime import memory
 
 build = importlib.import_module("pyro_vae.capture.build")
 capturing = importlib.import_module("pyro_vae.capture.captured")

@@ -24,7 +24,7 @@ from pyro_vae.__main__ import COMMANDS
 from pyro_vae.capture import captured as capture
 from pyro_vae.cli import run_command
 from pyro_vae.evidence import evaluation
-from pyro_vae.randomness import derive
+from pyro_vae.runtime.randomness import derive
 from pyro_vae.training.checkpoint import load_checkpoint
 
 KEYS = {

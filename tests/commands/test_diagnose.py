@@ -11,8 +11,8 @@ import torch
 
 from pyro_vae import diagnose, train
 from pyro_vae.diagnostics import suite as studies
-from pyro_vae.files import to_json
 from pyro_vae.plots import run as figures
+from pyro_vae.runtime.files import to_json
 
 NAMES = [
     "importance weights",

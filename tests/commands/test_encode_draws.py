@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import pyro_vae
-from pyro_vae import encode, files, train
+from pyro_vae import encode, train
 from pyro_vae.diagnostics import draws as home
-from pyro_vae.randomness import derive, random_states
+from pyro_vae.runtime import files
+from pyro_vae.runtime.randomness import derive, random_states
 
 
 def trained(folder, *flags):

@@ -28,7 +28,7 @@ from pyro_vae.cli import RunArguments, choose_device, open_run, parse, refuse_ex
 from pyro_vae.config import PRESETS
 from pyro_vae.config.families import FlowGuide, MixturePrior
 from pyro_vae.config.options import check_integer
-from pyro_vae.memory import check_memory
+from pyro_vae.runtime.memory import check_memory
 
 NAMES = {"data.source": "data", "data.root": "data-root", "model.kind": "model"}
 # The setting, its value as flags, and as the value in Config.

@@ -17,8 +17,8 @@ from pyro_vae import diagnose, encode, evaluate, generate, report, train
 from pyro_vae.diagnostics import suite
 from pyro_vae.evidence import imputation
 from pyro_vae.impute import main as impute
-from pyro_vae.randomness import derive, random_states
 from pyro_vae.refit import main as refit
+from pyro_vae.runtime.randomness import derive, random_states
 from pyro_vae.training import refitting
 
 NAN = float("nan")

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from pyro_vae import DataConfig, InputError, load_data
 from pyro_vae.data.readers import read
 from pyro_vae.data.source import Source
-from pyro_vae.files import printable
+from pyro_vae.runtime.files import printable
 
 RANDOM = np.random.default_rng(0)
 

@@ -13,7 +13,6 @@ import torch
 from conftest import SIGMAS
 from pyro.distributions import Normal
 
-from pyro_vae import memory
 from pyro_vae.diagnostics import nuts
 from pyro_vae.diagnostics.aggregate import (
     aggregate_posterior,
@@ -24,6 +23,7 @@ from pyro_vae.diagnostics.aggregate import (
 from pyro_vae.diagnostics.gradients import Gradient
 from pyro_vae.diagnostics.latents import LatentUse, latent_use
 from pyro_vae.diagnostics.predictive import PredictiveCheck, predictive_check
+from pyro_vae.runtime import memory
 
 LOC, SCALE = torch.tensor([1.0, -2.0]), torch.tensor([2.0, 0.5])
 

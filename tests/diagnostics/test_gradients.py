@@ -11,12 +11,12 @@ import torch
 from scipy import stats
 from torch.distributions import kl_divergence
 
-from pyro_vae import memory as chunks
 from pyro_vae import objective
 from pyro_vae.diagnostics.gradients import BLOCKS, measure_gradients, slope
 from pyro_vae.evidence.intervals import Interval
 from pyro_vae.models.linear_gaussian import LinearGaussian
 from pyro_vae.objectives import importance_weighted as weighted
+from pyro_vae.runtime import memory as chunks
 
 # Each test rejects a true hypothesis at most so often, however many numbers it compares, but for
 # one that says otherwise.

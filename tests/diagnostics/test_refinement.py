@@ -13,11 +13,11 @@ from scipy import stats
 from torch.distributions import kl_divergence
 
 import pyro_vae
-from pyro_vae import memory as chunks
 from pyro_vae.diagnostics import refinement
 from pyro_vae.diagnostics.refinement import elbo, gaps, refine
 from pyro_vae.evidence.importance import importance_sample
 from pyro_vae.models.linear_gaussian import LinearGaussian
+from pyro_vae.runtime import memory as chunks
 
 # Each test rejects a true hypothesis at most so often, however many images it looks at.
 FALSE_ALARM = 1e-4

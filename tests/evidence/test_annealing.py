@@ -16,7 +16,6 @@ from pyro.distributions import Normal
 from test_importance import Encoder
 from torch import nn
 
-from pyro_vae import memory as chunks
 from pyro_vae.evidence import annealing
 from pyro_vae.evidence.annealing import anneal
 from pyro_vae.evidence.quadrature import quadrature
@@ -24,6 +23,7 @@ from pyro_vae.models.likelihoods import LIKELIHOODS
 from pyro_vae.models.linear_gaussian import LinearGaussian
 from pyro_vae.models.priors import StandardNormal
 from pyro_vae.models.vae import VAE
+from pyro_vae.runtime import memory as chunks
 
 
 def widest(count: int) -> float:

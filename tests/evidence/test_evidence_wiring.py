@@ -17,7 +17,7 @@ from pyro_vae.evidence.importance import Evidence, importance_sample, reliable_k
 from pyro_vae.models.likelihoods import LIKELIHOODS
 from pyro_vae.models.linear_gaussian import LinearGaussian
 from pyro_vae.models.log_weights import log_likelihood, log_weights
-from pyro_vae.randomness import derive, random_states
+from pyro_vae.runtime.randomness import derive, random_states
 
 # --- Annealing ---
 

@@ -18,7 +18,7 @@ from pyro_vae.evidence import anneal, importance_sample, upper_bound
 from pyro_vae.evidence.evaluation import elbo_terms, evaluate, note_outlier
 from pyro_vae.evidence.importance import pareto_k, reliable_k
 from pyro_vae.evidence.quadrature import quadrature
-from pyro_vae.files import to_json
+from pyro_vae.runtime.files import to_json
 
 
 class Nowhere(Normal):

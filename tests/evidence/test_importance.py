@@ -13,7 +13,6 @@ from torch import nn
 from torch.distributions import MultivariateNormal, kl_divergence
 
 import pyro_vae
-from pyro_vae import memory as chunks
 from pyro_vae.data.splits import DataSpec
 from pyro_vae.evidence import importance as evidence
 from pyro_vae.evidence.importance import (
@@ -27,6 +26,7 @@ from pyro_vae.models.likelihoods import LIKELIHOODS
 from pyro_vae.models.linear_gaussian import LinearGaussian
 from pyro_vae.models.priors import StandardNormal
 from pyro_vae.models.vae import VAE
+from pyro_vae.runtime import memory as chunks
 
 D, Z, NOISE = 6, 2, 0.7
 

@@ -37,9 +37,9 @@ from torch import Tensor
 
 import pyro_vae
 from pyro_vae import FitConfig, fit, iterate, objective
-from pyro_vae import memory as chunks
 from pyro_vae.config.options import KL_WEIGHTED, Objective
 from pyro_vae.objectives import particles
+from pyro_vae.runtime import memory as chunks
 
 # Each call of `agree` rejects a true hypothesis at most so often, however many numbers it compares;
 # seeds are fixed, so a test that passes once passes always.

@@ -34,7 +34,6 @@ import pyro_vae
 from pyro_vae import report, train
 from pyro_vae.config import Config, DataConfig, FitConfig, ModelConfig, resolve
 from pyro_vae.data.loading import load_data
-from pyro_vae.files import write_atomically
 from pyro_vae.models.build import build
 from pyro_vae.page import render as page_module
 from pyro_vae.page import write as pages_module
@@ -42,6 +41,7 @@ from pyro_vae.page.explorer import THUMBNAIL_BYTES, explore
 from pyro_vae.page.summary import EXPLORER_BYTES, Overview, overview
 from pyro_vae.page.write import write_page
 from pyro_vae.plots.codes import latent_codes
+from pyro_vae.runtime.files import write_atomically
 from pyro_vae.training.checkpoint import load_checkpoint, serialize
 
 HOSTILE = ("</script><b>bold</b>", "<i>\"x' & $y$", "_{{ 7 * 7 }}")

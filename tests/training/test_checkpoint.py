@@ -14,7 +14,7 @@ from conftest import all_likelihoods, batch, example_splits
 import pyro_vae
 from pyro_vae import Config, InputError, ModelConfig
 from pyro_vae.config import resolve
-from pyro_vae.files import write_atomically
+from pyro_vae.runtime.files import write_atomically
 from pyro_vae.training.checkpoint import load_checkpoint, serialize
 
 

@@ -21,7 +21,7 @@ from operations import killed_before, watched
 import pyro_vae
 from pyro_vae import Config, FitConfig, InputError, ModelConfig, iterate
 from pyro_vae.config import resolve
-from pyro_vae.files import InUse, locked
+from pyro_vae.runtime.files import InUse, locked
 from pyro_vae.training.checkpoint import load_checkpoint
 from pyro_vae.training.run import RunFolder, asked_settings, claimed, explained, new_folder
 
@@ -111,14 +111,16 @@ def test_file_systems_without_locks(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", none)
     with pytest.warns(UserWarning, match="has no locks"), locked(tmp_path):
         pass
-    monkeypatch.setattr("pyro_vae.files.fcntl", None)  # as on Windows
+    monkeypatch.setattr("pyro_vae.runtime.files.fcntl", None)  # as on Windows
     with locked(tmp_path), locked(tmp_path / ""):
         pass
 
     def broken(*arguments: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("pyro_vae.files.fcntl", SimpleNamespace(flock=broken, LOCK_EX=2, LOCK_NB=4))
+    monkeypatch.setattr(
+        "pyro_vae.runtime.files.fcntl", SimpleNamespace(flock=broken, LOCK_EX=2, LOCK_NB=4)
+    )
     with pytest.raises(OSError, match="Input/output"), locked(tmp_path):
         pass
 

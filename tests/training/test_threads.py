@@ -18,7 +18,7 @@ from conftest import example_splits
 import pyro_vae
 from pyro_vae import FitConfig, InputError
 from pyro_vae.evidence.evaluation import evaluate
-from pyro_vae.randomness import random_states, usual_settings
+from pyro_vae.runtime.randomness import random_states, usual_settings
 from pyro_vae.training import modes
 from pyro_vae.training.checkpoint import load_checkpoint, serialize
 from pyro_vae.training.loop import fit, iterate

@@ -16,7 +16,7 @@ import pyro_vae
 from pyro_vae import FitConfig
 from pyro_vae.data.splits import DataSpec, Split, Splits
 from pyro_vae.evidence.evaluation import elbo_terms
-from pyro_vae.randomness import OwnState, RandomStates, derive, random_states
+from pyro_vae.runtime.randomness import OwnState, RandomStates, derive, random_states
 from pyro_vae.training import loop, modes, schedules
 from pyro_vae.training.loop import fit, iterate
 from pyro_vae.training.records import Diverged, Position, Record, Sums, pack, unpack

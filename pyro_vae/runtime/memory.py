@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .config import InputError
+from ..config import InputError
 
 CACHE_VALUES = 2**19
 # A network keeps about ten times as many values for the gradient: one or two gigabytes in all.

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from .config import InputError
+from ..config import InputError
 
 fcntl: Any = None
 with suppress(ImportError):  # Windows has none

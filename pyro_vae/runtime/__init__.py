@@ -1,0 +1,1 @@
+"""The process and its machine: global random states, files and locks, memory."""
