@@ -62,7 +62,13 @@ def trace_graph(function: Callable[..., Any], inputs: list[Tensor]) -> GraphModu
     # make_fx knows a tensor by its identity. Without copies, an argument that is given twice, or
     # that a module also holds, would be the same tensor in every later run.
     copies = [x.clone() for x in inputs]
-    with _reported_values_stay_tensors(), pyro.validation_enabled(False):
+    with (
+        _reported_values_stay_tensors(),
+        pyro.validation_enabled(False),
+        warnings.catch_warnings(),
+    ):
+        # On a GPU, about the stream of earlier gradients, which no graph uses
+        warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
         return make_fx(watched)(*copies)
 
 
@@ -89,8 +95,10 @@ def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any
     Raises:
         CannotCapture: the compilation fails, for example because the machine has no compiler.
     """
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx, select_decomp_table
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # parts of the compiler use what torch has deprecated
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx, select_decomp_table
 
     options: dict[str, Any] = {
         "fallback_random": True,  # the same random numbers as in eager mode
@@ -154,9 +162,17 @@ class CudaGraph:
             for _ in range(3):  # initialization at first use must not be recorded
                 run(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with errors_of_torch(), torch.no_grad(), torch.cuda.graph(self.graph):
-            self.outputs = run(*self.inputs)
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        state = generator.graphsafe_get_state()
+        # A random state is unusable after a capture that fails: the first one has a copy of it.
+        for attempt in (generator.clone_state(), state):
+            self.graph = torch.cuda.CUDAGraph()
+            generator.graphsafe_set_state(attempt)
+            try:
+                with errors_of_torch(), torch.no_grad(), torch.cuda.graph(self.graph):
+                    self.outputs = run(*self.inputs)
+            finally:
+                generator.graphsafe_set_state(state)
 
     def __call__(self, *inputs: Tensor) -> Any:
         for own, new in zip(self.inputs, inputs, strict=True):

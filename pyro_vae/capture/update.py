@@ -100,7 +100,8 @@ class AdamUpdate:
         if norm.is_cuda or clip < 1:  # a pass over all gradients; a CUDA graph cannot choose
             gradients = list(torch._foreach_mul(gradients, clip))
         is_finite = norm.isfinite().float()  # the type that the kernel reads
-        torch._foreach_add_(self._steps, is_finite)
+        # A list: the same with a single tensor reads its value, which a CUDA graph cannot.
+        torch._foreach_add_(self._steps, [is_finite] * len(self._steps))
         torch._fused_adam_(
             self.parameters,
             gradients,

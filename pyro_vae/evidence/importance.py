@@ -125,7 +125,7 @@ def importance_sample(
     for part in x.split(rows) if proposal is None else [x]:
         q = vae.posterior(part) if proposal is None else proposal
         blocks = _blocks(vae, q, part, num_samples, sampler)
-        parts.append(_estimate(blocks, num_samples, on_chunk, with_pareto_k))
+        parts.append(_estimate(blocks, x.device, num_samples, on_chunk, with_pareto_k))
     evidence = concatenate(parts)
     if proposal is None and isinstance(vae, nn.Module) and x.dtype != torch.float64:
         _repeat_beyond_float32(evidence, vae, x, on_chunk)
@@ -286,11 +286,15 @@ def _blocks(
 
 
 def _estimate(
-    blocks: Iterator[tuple[Tensor, Tensor]], count: int, on_chunk: Callback, with_pareto_k: bool
+    blocks: Iterator[tuple[Tensor, Tensor]],
+    device: torch.device,
+    count: int,
+    on_chunk: Callback,
+    with_pareto_k: bool,
 ) -> Evidence:
     """The evidence from blocks of log p(x|z) and log w (S, B)."""
-    log_sum = log_sum_squares = torch.tensor(-math.inf, dtype=torch.float64, device="cpu")
-    elbo = reconstruction = torch.zeros((), dtype=torch.float64, device="cpu")
+    log_sum = log_sum_squares = torch.tensor(-math.inf, dtype=torch.float64, device=device)
+    elbo = reconstruction = torch.zeros((), dtype=torch.float64, device=device)
     kept = []
     for log_likelihood, log_w in blocks:
         log_sum = torch.logaddexp(log_sum, log_w.logsumexp(0))

@@ -1604,7 +1604,7 @@ def test_gpu_keeps_what_earlier_steps_gave():
     captured = capture(Trace_ELBO(), "compiled", Sites())
     check_observed(captured, program, x)
     torch.manual_seed(0)
-    losses = [captured.differentiable_loss(program.model, program.guide, x) for _ in range(2)]
+    losses = [captured.differentiable_loss(program.model, program.guide, x)[0] for _ in range(2)]
     for p in program.parameters():
         p.grad = None
     losses[0].backward()
@@ -1654,6 +1654,28 @@ def test_gpu_after_cpu(mode):
         found = step(captured, program, x.cuda(), seed=seed)
         same(found, step(Trace_ELBO(), program, x.cuda(), seed=seed), 1e-4)
     assert captured.captures == 2
+
+
+@needs_cuda
+def test_gpu_operation_that_no_cuda_graph_records():
+    """The random state stays usable, also that of an earlier graph."""
+    program, x = on_gpu(toy()), rows().cuda()
+    earlier = capture(Trace_ELBO(), "compiled")
+    step(earlier, program, x)
+
+    class ThroughTheCpu(Toy):
+        def model(self, x: Tensor) -> None:
+            super().model(x.cpu().cuda())
+
+    other = on_gpu(toy())
+    other.__class__ = ThroughTheCpu
+    captured = capture(Trace_ELBO(), "compiled")
+    with pytest.warns(UserWarning, match="Trace_ELBO runs uncaptured: "):
+        found = step(captured, other, x)
+    same(found, step(Trace_ELBO(), other, x), 1e-4)
+    for seed in (1, 2):
+        same(step(earlier, program, x, seed=seed), step(Trace_ELBO(), program, x, seed=seed), 1e-4)
+    assert earlier.captures == 1
 
 
 @needs_cuda
