@@ -197,15 +197,17 @@ def _add_update(
     """Append the optimizer's update of the leaves that have a gradient, and verify it.
 
     Returns:
-        The step (*inputs, scalars) → loss, norm of the gradient, observed; and the update.
+        The step (*inputs, scalars) → loss, norm of the gradient and observed, in one tensor; and
+        the update.
     """
     trained = [i for i, gradient in enumerate(gradients) if gradient is not None]
     update = AdamUpdate(optimizer, [leaves[i] for i in trained])
     snapshot.keep([*optimizer.parameters, *update.changes])
 
-    def step(*inputs: Tensor) -> tuple[Any, ...]:
+    def step(*inputs: Tensor) -> Tensor:
         loss, gradients, observed = graph(*inputs[:-1])
-        return loss, update([gradients[i] for i in trained], inputs[-1]), observed
+        norm = update([gradients[i] for i in trained], inputs[-1])
+        return torch.stack([loss, norm, *observed])
 
     with snapshot, replaying():
         step(*inputs, update.scalars())

@@ -189,10 +189,11 @@ class CapturedSVI(SVI):
 
     def _replay(self, graph: Graph, *args: Any, **kwargs: Any) -> Any:
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        loss, norm, observed = graph(inputs)
-        if not math.isfinite(norm.item()):
+        loss, norm, *observed = graph(inputs).tolist()
+        if not math.isfinite(norm):
             raise NonFiniteGradient
-        return self.captured.with_observed(_number(loss), tuple(x.item() for x in observed))
+        warn_if_nan(loss, "loss")
+        return self.captured.with_observed(loss, tuple(observed))
 
 
 class _Loss(torch.autograd.Function):

@@ -115,7 +115,8 @@ class Call:
 class Graph:
     """A captured graph, which returns value, gradients of the leaves, and observed tensors.
 
-    With an update, it returns the norm of the gradient in place of the gradients.
+    With an update, it returns loss, norm of the gradient and observed numbers in one tensor, since
+    each value read from an accelerator takes time.
     """
 
     run: Callable[..., Any]
@@ -127,9 +128,9 @@ class Graph:
     copied: tuple[int, ...]
 
     @replaying()
-    def __call__(self, inputs: list[Tensor]) -> tuple[Any, Any, tuple[Tensor, ...]]:
+    def __call__(self, inputs: list[Tensor]) -> Any:
         if self.update is not None:
-            inputs = [*inputs, self.update.scalars()]
+            return self.run(*inputs, self.update.scalars())
         value, gradients, observed = self.run(*inputs)
         if self.copied:
             gradients = list(gradients)

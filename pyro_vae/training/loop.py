@@ -178,7 +178,7 @@ def _setup(vae: Model, splits: Splits, config: FitConfig, seed: int) -> _Run:
         optimizer=optimizer,
         svi=kind(vae.model, vae.guide, optimizer, loss=elbo),
         svi_of_rest=kind(vae.model, vae.guide, optimizer, loss=rest),
-        steps_at_once=steps_at_once(config) if kind is CapturedSVI else 1,
+        steps_at_once=steps_at_once(config, _device(vae)) if kind is CapturedSVI else 1,
         own=OwnState(_device(vae), derive(seed, "training")),
     )
 

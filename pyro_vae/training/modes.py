@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from ..capture.captured import Mode
 from ..config import FitConfig, resolve_epochs
 from ..data.splits import Split
@@ -19,8 +21,9 @@ COMPILE_SECONDS = 15.0
 SAVED_BY_STEP = 1.5e-3
 SAVED_BY_VALUE = 9e-9
 
-# Number of rows times particles of the steps that are made together.
-ROWS_AT_ONCE = 512
+# Number of rows times particles of the steps that are made together, by type of device. An
+# accelerator waits for Python between two calls.
+ROWS_AT_ONCE = {"cpu": 512, "cuda": 2**14}
 
 
 def run_mode(config: FitConfig, train: Split, inferred: bool = False) -> Mode:
@@ -41,6 +44,7 @@ def run_mode(config: FitConfig, train: Split, inferred: bool = False) -> Mode:
     return "graph" if num_steps >= CAPTURE_FROM else "eager"
 
 
-def steps_at_once(config: FitConfig) -> int:
+def steps_at_once(config: FitConfig, device: torch.device) -> int:
     """Number of steps of a captured run between two calls of `on_step`: ten milliseconds or so."""
-    return max(1, min(10, ROWS_AT_ONCE // (config.batch_size * config.num_particles)))
+    rows = ROWS_AT_ONCE[device.type]
+    return max(1, min(10, rows // (config.batch_size * config.num_particles)))

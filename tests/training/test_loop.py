@@ -436,7 +436,7 @@ def test_a_resumed_captured_run_equals_the_uninterrupted_one(tmp_path, monkeypat
     Five steps of an epoch are made three at a time, and a smaller one.
     """
     monkeypatch.setattr(modes, "CAPTURE_FROM", 0)
-    monkeypatch.setattr(modes, "ROWS_AT_ONCE", 50)
+    monkeypatch.setattr(modes, "ROWS_AT_ONCE", {"cpu": 50})
     config = FitConfig(epochs=3, batch_size=16)
     vae, splits = small("bernoulli", tmp_path)
     whole = [record.metrics() for record in fit(vae, splits, config)]

@@ -180,7 +180,7 @@ def expected_rate(step: int) -> float:
 def test_rate_weight_and_clip_of_each_step_also_after_a_resume(stop_at, captured, monkeypatch):
     """Captured, the first two steps of an epoch are made together."""
     monkeypatch.setattr(modes, "CAPTURE_FROM", 0 if captured else 10**9)
-    monkeypatch.setattr(modes, "ROWS_AT_ONCE", 40)
+    monkeypatch.setattr(modes, "ROWS_AT_ONCE", {"cpu": 40})
     made: list[tuple[float, float, float]] = []
     vae, splits = small()
     original = loop._set_schedules
