@@ -93,6 +93,7 @@ class ConditionalVAE(nn.Module):
 
         Args:
             label: number or name of a class, for all rows; or (B,) int64, one for each row.
+                Functions that split many rows into chunks need a class.
 
         Raises:
             InputError: there is no such class.
@@ -101,7 +102,7 @@ class ConditionalVAE(nn.Module):
             label = torch.tensor(class_number(label, self.class_names))
         y = one_hot(label.to(self.label_logits.device), self.label_logits)
         encoder, decoder = _Given(self.encoder, y), _Given(self.decoder, y)
-        kind = _AtRows if y.dim() > 1 and isinstance(self.family, Refined) else VAE
+        kind = _AtRows if y.dim() > 1 else VAE
         vae = kind(self.prior_module, encoder, decoder, self.likelihood_module, self.family)
         return vae.train(self.training)
 
@@ -334,10 +335,17 @@ def one_hot(y: Tensor, like: Tensor) -> Tensor:
 
 
 class _AtRows(VAE):
-    """A model at a label for each row, whose refined posterior is found class by class."""
+    """A model at a label for each row. A refined posterior is found class by class."""
 
     def posterior(self, x: Tensor) -> Distribution:
         encoder, decoder = cast("_Given", self.encoder), cast("_Given", self.decoder)
+        if len(x) != len(encoder.label):
+            raise ValueError(
+                f"the model is at the labels of {len(encoder.label)} rows; got {len(x)} rows. Call "
+                f"given() with the labels of these rows, or with one class for all"
+            )
+        if not isinstance(self.family, Refined):
+            return super().posterior(x)
         rows, found = encoder.label.argmax(-1), {}
         for label in rows.unique().tolist():
             y = encoder.label[rows == label][0]
@@ -349,7 +357,7 @@ class _AtRows(VAE):
         factor = loc.new_empty(*loc.shape, loc.shape[-1])
         for label, q in found.items():
             loc[rows == label], factor[rows == label] = q.loc, q.scale_tril
-        return StudentT(cast("Refined", self.family).df.to(loc), loc, factor)
+        return StudentT(self.family.df.to(loc), loc, factor)
 
 
 class _Given(nn.Module):

@@ -172,7 +172,7 @@ def test_at_a_label_it_is_an_ordinary_vae():
     joint = vae.exact_log_joint(x) - vae.label_logits
     for label, expected in [(1, joint[:, 1]), (y, joint.gather(-1, y[:, None]).squeeze(-1))]:
         given = vae.given(label)
-        assert type(given) is pyro_vae.VAE
+        assert isinstance(given, pyro_vae.VAE)
         q = given.posterior(x)
         _, log_w = log_weights(given, q, x, q.sample((5,)))
         assert torch.allclose(log_w, expected.expand(5, -1), atol=1e-10)
@@ -382,3 +382,13 @@ def test_a_refined_guide_starts_from_draws_of_the_prior(condition):
     assert not torch.equal(one, other)
     assert (abs(one.mean(0) - 7) < SIGMAS / len(one) ** 0.5).all()
     assert len(one.unique(dim=0)) == len(one)
+
+
+def test_labels_of_other_rows_are_refused():
+    """Which would be broadcast, or fail somewhere in a network."""
+    vae, splits = small("label")
+    x, y = next(splits.train.fixed("count", 0, 6)), torch.arange(6)
+    assert vae.given(y).posterior(x[:6]).mean.shape[0] == 6
+    for rows in (x[:1], x[:4]):
+        with pytest.raises(ValueError, match=f"labels of 6 rows; got {len(rows)} rows"):
+            vae.given(y).posterior(rows)
