@@ -12,8 +12,13 @@ and `--help` do not wait for torch.
 
 from __future__ import annotations
 
+import logging
+
 import lazy_loader
 
 from .config import VERSION as __version__  # noqa: F401
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+# The application decides whether and where messages are shown.
+logging.getLogger(__name__).addHandler(logging.NullHandler())

@@ -12,6 +12,7 @@
   pyro-vae decompress restore the rows in a compressed file
 
 `pyro-vae COMMAND --help` explains a command. `python -m pyro_vae.COMMAND` is the same command.
+`pyro-vae --completion bash` (or zsh) prints a script by which the shell completes flags.
 """
 
 from __future__ import annotations
@@ -42,9 +43,17 @@ def main() -> int:
         return run_command(lambda: print((__doc__ or "").strip()))
     if name == "--version":
         return run_command(lambda: print(VERSION))
+    if name == "--completion":
+        return run_command(_print_completion)
     if name not in COMMANDS:
         return fail(f"expected one of {', '.join(COMMANDS)}; got {name}")
     return importlib.import_module(f"pyro_vae.{name}").main(sys.argv[2:])
+
+
+def _print_completion() -> None:
+    from .cli.completion import completion
+
+    print(completion(COMMANDS, " ".join(sys.argv[2:])))
 
 
 if __name__ == "__main__":

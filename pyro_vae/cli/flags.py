@@ -19,6 +19,9 @@ from ..config.options import expected, shown, typed, without_none
 
 Arguments = TypeVar("Arguments")
 
+# How flags are made of the fields of a dataclass
+FLAGS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+
 
 def parse(
     arguments: type[Arguments],
@@ -46,7 +49,7 @@ def parse(
                 args=argv,
                 prog=f"python -m pyro_vae.{prog}",
                 description=doc,
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+                config=FLAGS,
                 registry=registry,
                 **options,
             )

@@ -27,10 +27,10 @@ def show(bar: tqdm[Any], progress: Progress) -> None:
 
 def say(line: dict[str, Any], epochs: int) -> None:
     """Print an epoch if there is no progress bar; in long runs, about 20 epochs in all."""
+    from ..training.records import summary
+
     if line["epoch"] % max(1, epochs // 20) == 0 or line["epoch"] == 1:
-        names = ("train_elbo", "validation_elbo", "reconstruction", "kl")
-        terms = "  ".join(f"{n} {line[n]:.2f}" for n in names if line[n] is not None)
-        print(f"epoch {line['epoch']}/{epochs}  {terms}", flush=True)
+        print(summary(line, epochs), flush=True)
 
 
 def add_scalars(writer: Any, line: dict[str, Any]) -> None:

@@ -5,13 +5,15 @@
         loss = svi.step(x)
 
 `fit` trains to the end, `iterate` yields a record after each epoch. The loop writes no files and
-prints nothing. It leaves Pyro's parameter store and torch's global random state as it found them,
-also between two steps, so the caller may draw and train other models without changing this
-training. A run continued from `record.state()` has exactly the numbers of an uninterrupted run.
+prints nothing; it logs each epoch. It leaves Pyro's parameter store and torch's global random state
+as it found them, also between two steps, so the caller may draw and train other models without
+changing this training. A run continued from `record.state()` has exactly the numbers of an
+uninterrupted run.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 import warnings
@@ -42,9 +44,11 @@ from ..runtime.randomness import OwnState, derive, usual_settings
 from . import distributed, schedules
 from .checks import check_model, check_particles, check_trained
 from .modes import run_mode, steps_at_once
-from .records import Position, Progress, Record, Sums, diverged, pack, unpack
+from .records import Position, Progress, Record, Sums, diverged, pack, summary, unpack
 from .rows import classification_weight, step_rows
 from .terms import ElboTerms
+
+LOG = logging.getLogger(__name__)
 
 # Objectives that are not sums over rows.
 WHOLE_BATCH = ("free-bits", "beta-tc", "mmd")
@@ -117,6 +121,7 @@ def iterate(
                 return
             position, record = _end_of_epoch(run, position, sums)
             sums = Sums()
+            LOG.info("%s", summary(record.metrics(), run.epochs))
             yield record
     finally:
         vae.eval()

@@ -224,6 +224,13 @@ class Record:
         return {name: getattr(self, name) for name in names if name not in left_out}
 
 
+def summary(metrics: dict[str, Any], epochs: int) -> str:
+    """A line of text about an epoch, of a run of so many `epochs`."""
+    names = ("train_elbo", "validation_elbo", "reconstruction", "kl")
+    terms = "  ".join(f"{n} {metrics[n]:.2f}" for n in names if metrics[n] is not None)
+    return f"epoch {metrics['epoch']}/{epochs}  {terms}"
+
+
 class Diverged(ArithmeticError):
     """The loss or its gradient is not finite; the parameters still are."""
 

@@ -71,6 +71,18 @@ def test_records_are_the_elbo_whatever_is_maximized(objective, particles, tmp_pa
     assert abs(record.reconstruction - recon.mean()) < SIGMAS * recon.std() * math.sqrt(1 + 1 / 400)
 
 
+def test_each_epoch_is_a_message_and_nothing_is_printed(tmp_path, caplog, capfd):
+    vae, splits = small("gaussian", tmp_path)
+    with caplog.at_level("INFO", logger="pyro_vae"):
+        records = fit(vae, splits, FitConfig(epochs=3, batch_size=50))
+    messages = [r.getMessage() for r in caplog.records if r.name.startswith("pyro_vae")]
+    assert len(messages) == 3
+    for i, (message, record) in enumerate(zip(messages, records, strict=True)):
+        assert message.startswith(f"epoch {i + 1}/3 ")
+        assert f"validation_elbo {record.validation_elbo:.2f}" in message
+    assert capfd.readouterr() == ("", "")
+
+
 def test_same_seed_same_numbers_and_other_seed_others(tmp_path):
     config = FitConfig(epochs=4, batch_size=16)
     vae, splits = small("bernoulli", tmp_path)
