@@ -218,6 +218,8 @@ def _run(folder: Path, search: Search, splits: Splits, arguments: TuneArguments)
         results = _results(folder, trials)
         write_atomically(folder / "results.json", (to_json(results, 2) + "\n").encode())
         _draw(folder, search, trials, splits.spec.row)
+    except BrokenPipeError:  # stdout is closed
+        raise
     except OSError as error:
         raise InputError(
             f"cannot write {error.filename or folder}: {error.strerror}. Free space or restore "
@@ -225,16 +227,18 @@ def _run(folder: Path, search: Search, splits: Splits, arguments: TuneArguments)
         ) from error
     if failure:
         return fail(f"{failure}; continue with: {again}", status=1)
-    if signals.received is not None:
-        print(f"stopped; continue with: {again}", file=out)
-    if not results["best"]:
-        reasons = [f"trial {t.number}: {t.reason}" for t in trials if t.reason]
-        raise InputError(f"no trial is complete. {reasons[0] if reasons else ''}".strip())
+    stopped = signals.received
+    if results["best"] is None and stopped is None:
+        reasons = [f": trial {t.number}: {t.reason}" for t in trials if t.reason]
+        raise InputError(f"no trial is complete{(reasons or [''])[0]}")
     if arguments.json:
         print_json(results)
-    else:
-        _summarize(folder, search, trials, splits)
-    return 0 if signals.received is None else 128 + signals.received
+    elif results["best"] is not None:
+        _summarize(folder, trials, splits)
+    if stopped is None:
+        return 0
+    print(f"stopped; continue with: {again}", file=out)
+    return 128 + stopped
 
 
 def _trials(
@@ -332,7 +336,7 @@ def _draw(folder: Path, search: Search, trials: Sequence[Trial], row: str) -> No
     save_all(figures, folder / "figures")
 
 
-def _summarize(folder: Path, search: Search, trials: Sequence[Trial], splits: Splits) -> None:
+def _summarize(folder: Path, trials: Sequence[Trial], splits: Splits) -> None:
     """Print the best trials, and what to do with them."""
     from .training.search import best_first
 
@@ -344,16 +348,17 @@ def _summarize(folder: Path, search: Search, trials: Sequence[Trial], splits: Sp
     seconds = sum(trial.seconds for trial in trials)
     run = quote(str(folder / "best"))
     print(
-        f"done   {len(ranked)} complete trials{others}, {seconds:.0f} s in all; the best by "
+        f"done   {len(ranked)} complete trial{'s' * (len(ranked) > 1)}{others}, {seconds:.0f} s in all; the best by "
         f"validation ELBO, nats per {splits.spec.row}:"
     )
     for trial in ranked[:SHOWN]:
         print(_line(trial))
-    print(
-        f"note   {len(ranked)} trials were compared on the same {len(splits.validation):,} "
-        f"validation rows, so the highest ELBO\n"
-        f"       is too high on average. `evaluate` measures it on the test split"
-    )
+    if len(ranked) > 1:
+        print(
+            f"note   {len(ranked)} trials were compared on the same {len(splits.validation):,} "
+            f"validation rows, so the highest ELBO\n"
+            f"       is too high on average. `evaluate` measures it on the test split"
+        )
     print(f"see    {folder}/figures/*.png, {folder / 'results.json'}")
     print(f"next   python -m pyro_vae.evaluate {run}")
     print(f"       python -m pyro_vae.refit {run}")

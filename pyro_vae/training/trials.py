@@ -143,7 +143,9 @@ def crew(count: int, config: Config, splits: Splits) -> Iterator[Crew]:
             worker.join()
 
 
-def _remote(pipe: Connection, stop: threading.Event, path: Path, config: Config) -> Iterator[float]:
+def _remote(
+    pipe: Connection, stop: threading.Event, path: Path, config: Config
+) -> Generator[float]:
     """`train_trial` in the process at the other end of the pipe."""
     try:
         pipe.send((path, config))
