@@ -15,7 +15,7 @@ same search; with several, proposals depend on which trial ends first.
   python -m pyro_vae.tune --data digits --epochs 20 --trials 30
   python -m pyro_vae.tune --data scans.npy --space space.toml --workers 4 --out runs/search
   python -m pyro_vae.tune --resume runs/search --trials 60
-  python -m pyro_vae.train --config runs/search/best/config.json --epochs 200
+  python -m pyro_vae.train --config runs/search/best/config.json --seed 1
 """
 
 from __future__ import annotations
@@ -345,11 +345,12 @@ def _summarize(folder: Path, trials: Sequence[Trial], splits: Splits) -> None:
         state: sum(trial.state == state for trial in trials) for state in ("pruned", "failed")
     }
     others = "".join(f", {count} {state}" for state, count in counts.items() if count)
+    count = f"{len(ranked)} complete trial{'s' * (len(ranked) > 1)}{others}"
     seconds = sum(trial.seconds for trial in trials)
     run = quote(str(folder / "best"))
     print(
-        f"done   {len(ranked)} complete trial{'s' * (len(ranked) > 1)}{others}, {seconds:.0f} s in all; the best by "
-        f"validation ELBO, nats per {splits.spec.row}:"
+        f"done   {count}, {seconds:.0f} s in all; the best by validation ELBO, "
+        f"nats per {splits.spec.row}:"
     )
     for trial in ranked[:SHOWN]:
         print(_line(trial))

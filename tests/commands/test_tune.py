@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -17,8 +16,6 @@ import pytest
 from conftest import example_values, wait_for_epoch
 
 from pyro_vae import evaluate, report, train, tune
-from pyro_vae.cli import parse
-from pyro_vae.config.options import InputError
 from pyro_vae.training import run as run_folder
 from pyro_vae.training.run import RunFolder
 
@@ -253,26 +250,6 @@ def test_a_missing_package_is_named_before_the_work(start, capsys, monkeypatch):
     assert not Path("search").exists()
 
 
-@pytest.mark.parametrize(
-    ("flags", "given"),
-    [
-        ("--space s", {"space": Path("s")}),
-        ("--trials 7", {"trials": 7}),
-        ("--workers 7", {"workers": 7}),
-        ("--out o", {"out": Path("o")}),
-        ("--overwrite", {"overwrite": True}),
-        ("--resume r", {"resume": Path("r")}),
-        ("--config c", {"config": Path("c")}),
-        ("--preset mnist", {"preset": "mnist"}),
-        ("--json", {"json": True}),
-        ("--seed 7", {"seed": 7}),
-    ],
-)
-def test_flags(flags, given):
-    found = parse(tune.TuneArguments, flags.split(), "tune", None)
-    assert found == dataclasses.replace(tune.TuneArguments(), **given)
-
-
 def test_presets_and_configs_are_the_base(start, monkeypatch):
     seen = []
     monkeypatch.setattr(tune, "_prepared", lambda asked, *rest: seen.append(asked) or _stop())
@@ -338,8 +315,3 @@ def _children(pid: int) -> list[int]:
         if int(stat.rpartition(")")[2].split()[1]) == pid and "spawn_main" in command:
             found.append(int(path.name))
     return found
-
-
-def test_errors_are_input_errors():
-    with pytest.raises(InputError, match="has no ELBO"):
-        parse(tune.TuneArguments, ["--model", "ae"], "tune", None)

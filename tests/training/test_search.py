@@ -117,6 +117,8 @@ def test_a_trial_is_worth_its_best_epoch_and_the_best_run_is_kept(tmp_path):
         assert trial.elbo == max(trial.elbos)
         assert trial.elbos[trial.epoch - 1] == trial.elbo
         assert (trial.state == "complete") == (len(trial.elbos) == EPOCHS)
+        if trial.state == "complete":
+            assert study.trials[trial.number].value == trial.elbo
     best = max((t for t in trials if t.state == "complete"), key=lambda t: t.elbo)
     assert best_first(trials)[0] == best
     assert best.epoch == EPOCHS - 1
@@ -141,6 +143,16 @@ def test_the_first_trial_has_the_base_settings_that_are_in_the_space(tmp_path):
     (first,) = searched(tmp_path / "b", search_of(1, space=hidden), folder_made(tmp_path / "b"))
     assert first.settings["hidden"] == [512, 256]
     assert first.settings["latent_dim"] in (21, 22)
+
+
+def test_settings_are_proposed_from_their_space(tmp_path):
+    study, search = open_study(tmp_path, search_of(1)), search_of(1)
+    run_search(study, search, tmp_path, Crew([known], threading.Event()), lambda trial: None)
+    rate, latents, activation = study.trials[0].distributions.values()
+    assert (type(rate).__name__, type(latents).__name__) == ("FloatDistribution", "IntDistribution")
+    assert (rate.low, rate.high, rate.log) == (1e-4, 1e-1, True)
+    assert (latents.low, latents.high, latents.log) == (2, 64, True)
+    assert [json.loads(text) for text in activation.choices] == ["SiLU", "ReLU", "Tanh"]
 
 
 def folder_made(folder: Path) -> Any:
@@ -236,6 +248,7 @@ def test_a_seed_makes_one_search(tmp_path):
     assert not {settings for *_, settings in first[1:]} & {settings for *_, settings in other[1:]}
 
 
+@pytest.mark.timeout(25)  # less than Optuna waits for the lock of a writer that was killed
 @pytest.mark.parametrize("kind", ["stopped", "killed"])
 @pytest.mark.parametrize("at", [0, 1, 13])
 def test_an_interrupted_search_continues_as_if_it_had_not_been(tmp_path, kind, at):
