@@ -472,9 +472,11 @@ def test_a_trial_is_the_run_that_train_makes(tmp_path):
     assert (tmp_path / "trial" / "config.json").read_text() == (
         tmp_path / "run" / "config.json"
     ).read_text()
-    a, b = (load_checkpoint(tmp_path / name) for name in ("trial", "run"))
-    assert a.config == b.config
-    assert all(torch.equal(a.vae.state_dict()[k], v) for k, v in b.vae.state_dict().items())
+    for which in ("best", "last"):
+        a, b = (load_checkpoint(tmp_path / name, which) for name in ("trial", "run"))
+        assert a.config == b.config
+        assert len(a.history) == len(b.history)
+        assert all(torch.equal(a.vae.state_dict()[k], v) for k, v in b.vae.state_dict().items())
 
 
 @pytest.mark.parametrize(
