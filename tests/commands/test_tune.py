@@ -166,6 +166,37 @@ def test_a_search_that_is_interrupted_ends_cleanly_and_continues(start, capsys, 
     assert json.loads(Path("search/search.json").read_text())["num_trials"] == 5
 
 
+def test_figures_show_the_values_of_the_trials(start, monkeypatch):
+    from pyro_vae.plots import search as figures
+
+    drawn = {}
+    for name in ("history", "settings", "curves"):
+        plain = getattr(figures, f"search_{name}")
+
+        def watched(*given: Any, name: str = name, plain: Any = plain) -> Any:
+            drawn[name] = given
+            return plain(*given)
+
+        monkeypatch.setattr(figures, f"search_{name}", watched)
+    Path("space.toml").write_text(SPACE + 'guide = { choices = ["full", "diagonal"] }')
+    assert tune.main([*start, "--trials", "3", "--out", "search"]) == 0
+    trials = results()["trials"]
+    elbos, complete = [t["elbo"] for t in trials], [True] * 3
+    assert drawn["history"] == ([0, 1, 2], elbos, complete, "image")
+    assert [list(curve) for curve in drawn["curves"][0]] == [t["elbos"] for t in trials]
+    columns, choices, log, *rest = drawn["settings"]
+    assert columns["latent_dim"] == [t["settings"]["latent_dim"] for t in trials]
+    assert columns["guide"] == [t["settings"]["guide"]["family"] for t in trials]
+    assert (choices, log) == ({"guide": ["full", "diagonal"]}, ["learning_rate"])
+    assert rest == [elbos, complete, "image"]
+
+
+def test_a_model_that_cannot_be_built_is_refused_before_the_search(start, capsys):
+    Path("space.toml").write_text('activation = { choices = ["SiLU", "SiLUU"] }')
+    refused([*start, "--out", "search"], "activation = SiLUU: ", capsys)
+    assert not Path("search").exists()
+
+
 def test_a_full_disk_is_reported_and_the_search_continues(start, capsys, monkeypatch):
     write = run_folder.write_atomically
 
