@@ -1,6 +1,7 @@
 """Variational autoencoders as Pyro programs.
 
   pyro-vae train      train a model and write a run folder
+  pyro-vae tune       search for the settings of the highest validation ELBO
   pyro-vae evaluate   compute ELBO, log p(x), bits per dimension and active units of a run
   pyro-vae generate   generate data from a run
   pyro-vae encode     write posterior means and standard deviations of data
@@ -25,6 +26,7 @@ from .config import VERSION
 
 COMMANDS = (
     "train",
+    "tune",
     "evaluate",
     "generate",
     "encode",

@@ -16,7 +16,6 @@ To train with several processes, each of which takes a part of every batch, use 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import sys
@@ -28,9 +27,17 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from .cli import choose_device, config_of, fail, parse, run_command
+from .cli import (
+    choose_device,
+    config_of,
+    default_settings,
+    early_flags,
+    fail,
+    parse,
+    run_command,
+)
 from .cli.progress import add_scalars, describe, say, show, summary_writer
-from .config import PRESETS, Config, InputError, auto, read_config, resolve
+from .config import Config, InputError, auto, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -73,29 +80,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    early = argparse.ArgumentParser("pyro_vae.train", add_help=False, allow_abbrev=False)
-    # `parse` refuses a flag without its value.
-    early.add_argument("--config", type=Path, nargs="?")
-    early.add_argument("--resume", type=Path, nargs="?")
-    early.add_argument("--preset", nargs="?")
-    given, _ = early.parse_known_args(argv)
-    default = Config()
+    given = early_flags(argv)
     if given.resume and (given.config or given.preset):
         raise InputError("--resume uses the run's own settings; drop --config and --preset")
-    if given.config and given.preset:
-        raise InputError("--config and --preset both give the settings; drop one")
     if given.resume:
         return _resume(given.resume, argv)
-    if given.preset in PRESETS:
-        default = PRESETS[given.preset]
-    if given.config:
-        default = read_config(given.config)
-    return train(_parse(argv, default))
+    return train(_parse(argv, default_settings(given)))
 
 
 def _parse(argv: Sequence[str] | None, default: Config) -> TrainArguments:
-    names = [field.name for field in dataclasses.fields(Config)]
-    defaults = TrainArguments(**{name: getattr(default, name) for name in names})
+    defaults = TrainArguments(**vars(default))
     return parse(TrainArguments, argv, "train", __doc__, defaults)
 
 

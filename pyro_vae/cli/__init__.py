@@ -4,7 +4,7 @@ This wing and the commands import torch only when they start to work, so that `-
 invalid flag are answered at once.
 """
 
-from .flags import config_of, parse
+from .flags import config_of, default_settings, early_flags, names_given, parse
 from .runs import OpenRun, RunArguments, choose_device, load_run_data, open_run, refuse_existing
 from .streams import fail, print_json, run_command, share_cores
 
@@ -13,8 +13,11 @@ __all__ = [
     "RunArguments",
     "choose_device",
     "config_of",
+    "default_settings",
+    "early_flags",
     "fail",
     "load_run_data",
+    "names_given",
     "open_run",
     "parse",
     "print_json",

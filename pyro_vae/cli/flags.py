@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -10,11 +11,12 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import tyro
 
-from ..config import Config, InputError
+from ..config import PRESETS, Config, InputError, read_config
 from ..config.options import expected, shown, typed, without_none
 
 Arguments = TypeVar("Arguments")
@@ -114,3 +116,33 @@ def config_of(arguments: Config) -> Config:
     """The `Config` in the arguments of a command that extends it."""
     names = [field.name for field in dataclasses.fields(Config)]
     return Config(**{name: getattr(arguments, name) for name in names})
+
+
+def early_flags(argv: Sequence[str] | None) -> argparse.Namespace:
+    """--config, --preset and --resume, on which the defaults of the other flags depend."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    # `parse` refuses a flag without its value.
+    early.add_argument("--config", type=Path, nargs="?")
+    early.add_argument("--resume", type=Path, nargs="?")
+    early.add_argument("--preset", nargs="?")
+    return early.parse_known_args(argv)[0]
+
+
+def default_settings(given: argparse.Namespace) -> Config:
+    """The settings of --config or --preset, which other flags override; else the defaults.
+
+    Raises:
+        InputError: both are given, or the file is no config.json.
+    """
+    if given.config and given.preset:
+        raise InputError("--config and --preset both give the settings; drop one")
+    if given.config:
+        return read_config(given.config)
+    return PRESETS.get(given.preset, Config())
+
+
+def names_given(argv: Sequence[str] | None) -> set[str]:
+    """The names of the flags on the command line, as fields: latent_dim for --latent-dim 8."""
+    words = sys.argv[1:] if argv is None else argv
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    return {flag[2:].replace("-", "_") for flag in flags}

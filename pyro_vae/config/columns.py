@@ -8,12 +8,11 @@ values suggest (`data.columns`). Imports no torch.
 
 from __future__ import annotations
 
-import json
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .files import read_file
 from .options import InputError, shown
 
 # Name → the values of such a column.
@@ -33,8 +32,6 @@ REAL = ("gaussian", "student-t", "log-normal")
 COUNTS = tuple(name for name, values in KINDS.items() if values.startswith("counts"))
 WITH_CATEGORIES = ("bernoulli", "categorical", "ordinal")
 DROP = "drop"  # in the place of a kind: the column is left out
-
-MAX_FILE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -69,35 +66,8 @@ def read_columns(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file cannot be read, or does not hold kinds by column.
     """
-    readers: dict[str, Any] = {".toml": tomllib.loads, ".json": _json}
-    ending = path.suffix.lower()
-    if ending not in readers:
-        raise InputError(f"--columns expects a .toml or .json file; got {path}")
-    try:
-        if path.exists() and not path.is_file():  # reading a pipe might wait for ever
-            raise InputError(f"--columns expects a regular file; got {path}")
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-        if len(content) > MAX_FILE_BYTES:
-            raise InputError(f"--columns {path}: expected kinds of columns; got over a megabyte")
-        values = readers[ending](content.decode("utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"--columns: cannot read {path}: {error.strerror}") from None
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"--columns {path} is not {ending[1:].upper()}: {error}") from None
+    values = read_file(path, "columns", "kinds of columns")
     return check_columns(values, f"--columns {path}")
-
-
-def _json(text: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            raise ValueError(f"it names {next(n for n in names if names.count(n) > 1)!r} twice")
-        return dict(pairs)
-
-    return json.loads(text, object_pairs_hook=unique)
 
 
 def check_columns(values: Any, where: str = "columns") -> dict[str, Any]:

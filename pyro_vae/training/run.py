@@ -42,7 +42,13 @@ RUN_FILES = (
 
 
 @contextmanager
-def new_folder(out: Path | None, name: str, source: Path | None, overwrite: bool) -> Iterator[Path]:
+def new_folder(
+    out: Path | None,
+    name: str,
+    source: Path | None,
+    overwrite: bool,
+    remove: Callable[[Path], None] | None = None,
+) -> Iterator[Path]:
     """Create the folder of a new run, and hold its lock during the block.
 
     Args:
@@ -51,6 +57,7 @@ def new_folder(out: Path | None, name: str, source: Path | None, overwrite: bool
         source: the folder of the data, which must not contain the run.
         overwrite: remove the files of an earlier run in it. config.json remains until the new run
             replaces it: it marks the folder as that of a run.
+        remove: removes what is in the folder, if that is not a run.
 
     Raises:
         InputError: the folder has other content, is in use, lies in the data, or cannot be written.
@@ -67,7 +74,7 @@ def new_folder(out: Path | None, name: str, source: Path | None, overwrite: bool
                         f"{folder}, replace it by --overwrite, or give another --out"
                     )
                 with explained(folder):
-                    _remove_run(folder)
+                    (remove or _remove_run)(folder)
         else:
             folder = _first_free(stack, name, source)
         yield folder
@@ -116,8 +123,9 @@ def _check_place(folder: Path, source: Path | None) -> None:
 
 
 def _content(folder: Path) -> list[Path]:
-    """The entries of a folder, without those that a kill leaves before config.json exists."""
-    begun = (LOCK, temporary(folder / "config.json").name)
+    """The entries of a folder, without those that a kill leaves before its first file exists."""
+    first = ("config.json", "search.json")
+    begun = (LOCK, *(temporary(folder / name).name for name in first))
     return [p for p in folder.iterdir() if p.name not in begun] if folder.is_dir() else []
 
 

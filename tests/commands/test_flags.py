@@ -23,6 +23,7 @@ from pyro_vae import (
     load_data,
     report,
     train,
+    tune,
 )
 from pyro_vae.cli import RunArguments, choose_device, open_run, parse, refuse_existing
 from pyro_vae.config import PRESETS
@@ -155,6 +156,15 @@ def test_defaults_of_flags_are_those_of_the_dataclasses(asked, tmp_path):
         (train.TrainArguments, "--config c", {"config": Path("c")}),
         (train.TrainArguments, "--preset iwae-mnist", {"preset": "iwae-mnist"}),
         (train.TrainArguments, "--tensorboard", {"tensorboard": True}),
+        (tune.TuneArguments, "--space s", {"space": Path("s")}),
+        (tune.TuneArguments, "--trials 7", {"trials": 7}),
+        (tune.TuneArguments, "--workers 7", {"workers": 7}),
+        (tune.TuneArguments, "--out o", {"out": Path("o")}),
+        (tune.TuneArguments, "--overwrite", {"overwrite": True}),
+        (tune.TuneArguments, "--resume r", {"resume": Path("r")}),
+        (tune.TuneArguments, "--config c", {"config": Path("c")}),
+        (tune.TuneArguments, "--preset mnist", {"preset": "mnist"}),
+        (tune.TuneArguments, "--json", {"json": True}),
         (RunArguments, "--data d", {"data": "d"}),
         (RunArguments, "--data-root d", {"data_root": Path("d")}),
         (RunArguments, "--seed 0", {"seed": 0}),

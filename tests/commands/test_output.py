@@ -22,7 +22,7 @@ import pytest
 
 import pyro_vae
 from pyro_vae import __main__ as package
-from pyro_vae import diagnose, encode, evaluate, generate, report, train
+from pyro_vae import diagnose, encode, evaluate, generate, report, train, tune
 from pyro_vae.cli import print_json, run_command
 from pyro_vae.diagnostics import findings, suite
 from pyro_vae.evidence.intervals import Interval
@@ -31,6 +31,7 @@ from pyro_vae.impute import main as impute
 TINY = ["--epochs", "1", "--hidden", "8", "--latent-dim", "2"]
 COMMANDS = {
     "train": train.main,
+    "tune": tune.main,
     "evaluate": evaluate.main,
     "generate": generate.main,
     "encode": encode.main,
