@@ -248,12 +248,12 @@ def _trials(
     from tqdm import tqdm
 
     from .training.search import best_first, ended, run_search
-    from .training.trials import LostWorker, crew
+    from .training.trials import LostWorker, start_workers
 
     trials = ended(study)
     done = sum(trial.state != "interrupted" for trial in trials)
     with (
-        crew(workers, search.base, splits) as people,
+        start_workers(workers, search.base, splits) as processes,
         tqdm(total=search.num_trials, initial=done, unit="trial", disable=None) as bar,
     ):
 
@@ -266,7 +266,7 @@ def _trials(
                 bar.set_postfix_str(f"best {best[0].elbo:.2f}")
 
         try:
-            run_search(study, search, folder, people, on_end)
+            run_search(study, search, folder, processes, on_end)
         except LostWorker as error:
             return str(error)
     return ""

@@ -33,7 +33,7 @@ from ..models.build import build_blank
 from ..runtime.randomness import derive
 from .records import Diverged
 from .stop import requested
-from .trials import Crew, Trainer
+from .trials import Trainer, Workers
 
 JOURNAL = "journal.log"
 
@@ -161,7 +161,7 @@ def run_search(
     study: Any,
     search: Search,
     folder: Path,
-    crew: Crew,
+    workers: Workers,
     on_end: Callable[[Trial], None],
 ) -> None:
     """Run trials until there are `search.num_trials`, or a signal requests to stop.
@@ -170,7 +170,7 @@ def run_search(
 
     Args:
         study: see `open_study`.
-        crew: who trains.
+        workers: where trials are trained.
         on_end: called after each trial.
 
     Raises:
@@ -181,31 +181,31 @@ def run_search(
     keep_best(study, folder)
 
     def work(trainer: Trainer) -> None:
-        while not crew.stop.is_set():
+        while not workers.stop.is_set():
             with lock:
                 trial = _next(study, search)
                 if trial is None:
                     return
                 values = _suggest(trial, search.space)
             path = folder / "trials" / str(trial.number)
-            _run(study, trial, search.base, values, partial(trainer, path), crew.stop)
+            _run(study, trial, search.base, values, partial(trainer, path), workers.stop)
             with lock:
                 keep_best(study, folder)
                 on_end(_trial(study.trials[trial.number]))
 
-    if len(crew.trainers) == 1:  # in this thread, which handles signals
-        return work(crew.trainers[0])
-    with ThreadPoolExecutor(len(crew.trainers)) as pool:
-        pending = {pool.submit(work, trainer) for trainer in crew.trainers}
+    if len(workers.trainers) == 1:  # in this thread, which handles signals
+        return work(workers.trainers[0])
+    with ThreadPoolExecutor(len(workers.trainers)) as pool:
+        pending = {pool.submit(work, trainer) for trainer in workers.trainers}
         try:
             while pending:
                 done, pending = wait(pending, timeout=0.2)
                 for future in done:
                     future.result()
                 if requested():
-                    crew.end()
+                    workers.end()
         except BaseException:
-            crew.end()
+            workers.end()
             raise
 
 

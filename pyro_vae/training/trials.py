@@ -37,24 +37,24 @@ Trainer = Callable[[Path, Config], Generator[float]]
 
 
 @dataclass(frozen=True)
-class Crew:
-    """Who trains the trials of a search.
+class Workers:
+    """Where the trials of a search are trained.
 
     Attributes:
         trainers: one for each trial at a time.
         stop: set when the search should stop.
-        workers: their processes; none if there is one trainer, which works in this process.
+        processes: their processes; none if there is one trainer, which works in this one.
     """
 
     trainers: Sequence[Trainer]
     stop: threading.Event
-    workers: Sequence[Any] = ()
+    processes: Sequence[Any] = ()
 
     def end(self) -> None:
         """Stop at once, also in the middle of an epoch."""
         self.stop.set()
-        for worker in self.workers:
-            worker.terminate()
+        for process in self.processes:
+            process.terminate()
 
 
 class LostWorker(RuntimeError):
@@ -110,7 +110,7 @@ def train_trial(
 
 
 @contextmanager
-def crew(count: int, config: Config, splits: Splits) -> Iterator[Crew]:
+def start_workers(count: int, config: Config, splits: Splits) -> Iterator[Workers]:
     """Trainers for `count` trials at a time: one in this process, several in as many others.
 
     Worker processes read the data themselves, and share the threads of this process. They end with
@@ -122,25 +122,25 @@ def crew(count: int, config: Config, splits: Splits) -> Iterator[Crew]:
     """
     stop = threading.Event()
     if count == 1:
-        yield Crew([partial(train_trial, splits=splits, stop=stop)], stop)
+        yield Workers([partial(train_trial, splits=splits, stop=stop)], stop)
         return
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // count)
-    workers, pipes = [], []
+    processes, pipes = [], []
     for _ in range(count):
         here, there = context.Pipe()
         arguments = (there, config, splits.train.device, threads)
-        workers.append(context.Process(target=_work, args=arguments, daemon=True))
-        workers[-1].start()
+        processes.append(context.Process(target=_work, args=arguments, daemon=True))
+        processes[-1].start()
         there.close()  # so that the end of the process closes the pipe
         pipes.append(here)
-    found = Crew([partial(_remote, pipe, stop) for pipe in pipes], stop, workers)
+    found = Workers([partial(_remote, pipe, stop) for pipe in pipes], stop, processes)
     try:
         yield found
     finally:
         found.end()
-        for worker in workers:
-            worker.join()
+        for process in processes:
+            process.join()
 
 
 def _remote(

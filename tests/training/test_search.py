@@ -36,7 +36,7 @@ from pyro_vae.training.search import (
     prune_from,
     run_search,
 )
-from pyro_vae.training.trials import Crew, LostWorker, load_without_test, train_trial
+from pyro_vae.training.trials import LostWorker, Workers, load_without_test, train_trial
 
 pytest.importorskip("optuna", reason="needs pip install '.[tune]'")
 
@@ -88,7 +88,7 @@ def searched(folder: Path, search: Search, trainer: Any = known, count: int = 1)
     """The trials that have ended after a search, or a continued one, in a folder."""
     study = open_study(folder, search)
     run_search(
-        study, search, folder, Crew([trainer] * count, threading.Event()), lambda trial: None
+        study, search, folder, Workers([trainer] * count, threading.Event()), lambda trial: None
     )
     return ended(study)
 
@@ -106,8 +106,8 @@ def course(trials: list[Any]) -> list[tuple]:
 def test_a_trial_is_worth_its_best_epoch_and_the_best_run_is_kept(tmp_path):
     seen = []
     study = open_study(tmp_path, search_of(12))
-    crew = Crew([known], threading.Event())
-    run_search(study, search_of(12), tmp_path, crew, seen.append)
+    workers = Workers([known], threading.Event())
+    run_search(study, search_of(12), tmp_path, workers, seen.append)
     trials = ended(study)
     assert trials == seen
     assert [trial.number for trial in trials] == [*range(12)]
@@ -147,7 +147,7 @@ def test_the_first_trial_has_the_base_settings_that_are_in_the_space(tmp_path):
 
 def test_settings_are_proposed_from_their_space(tmp_path):
     study, search = open_study(tmp_path, search_of(1)), search_of(1)
-    run_search(study, search, tmp_path, Crew([known], threading.Event()), lambda trial: None)
+    run_search(study, search, tmp_path, Workers([known], threading.Event()), lambda trial: None)
     rate, latents, activation = study.trials[0].distributions.values()
     assert (type(rate).__name__, type(latents).__name__) == ("FloatDistribution", "IntDistribution")
     assert (rate.low, rate.high, rate.log) == (1e-4, 1e-1, True)
@@ -269,7 +269,7 @@ def test_an_interrupted_search_continues_as_if_it_had_not_been(tmp_path, kind, a
 
     study = open_study(folder, search_of(18))
     try:
-        run_search(study, search_of(18), folder, Crew([interrupted], stop), lambda trial: None)
+        run_search(study, search_of(18), folder, Workers([interrupted], stop), lambda trial: None)
     except KeyboardInterrupt:
         with (folder / "journal.log").open("a") as file:
             file.write('{"op_code":5,"trial_')  # a line without its end
