@@ -74,6 +74,17 @@ def evaluated_rows(
         yield arguments(vae, x, y)
 
 
+def decisive_rows(values: Tensor) -> Tensor:
+    """The rows that alone decide the mean of values (N,), see `DECISIVE`, the farthest last."""
+    distances, order = (values - values.median()).abs().sort()
+    nearer = distances.cumsum(0) - distances
+    ordinary = len(values) // 2  # half of the rows at least
+    found = (distances > DECISIVE * nearer)[ordinary:].nonzero()
+    return (
+        order[ordinary + int(found[0]) :] if len(found) and len(values) >= MIN_ROWS else order[:0]
+    )
+
+
 def note_outlier(vae: Model, split: Split, values: Tensor, what: str) -> None:
     """Warn of rows that alone decide a mean, see `DECISIVE`; they may be several.
 
@@ -81,13 +92,10 @@ def note_outlier(vae: Model, split: Split, values: Tensor, what: str) -> None:
         values: (N,) nats, of the first N rows of the split.
         what: name of their mean.
     """
-    distances, order = (values - values.median()).abs().sort()
-    nearer = distances.cumsum(0) - distances
-    ordinary = len(values) // 2  # half of the rows at least
-    decisive = (distances > DECISIVE * nearer)[ordinary:].nonzero()
-    if len(values) < MIN_ROWS or not len(decisive):
+    decisive = decisive_rows(values)
+    if not len(decisive):
         return
-    row, others = int(order[-1]), len(values) - ordinary - int(decisive[0]) - 1
+    row, others = int(decisive[-1]), len(decisive) - 1
     text = (
         f"row {split.rows[row]} of the data (counted from 0) "
         + (f"and {others} more decide" if others else "alone decides")
