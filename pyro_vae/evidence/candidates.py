@@ -42,18 +42,23 @@ class Candidate:
     seed: int
 
 
-def same_values(first: Split, other: Split) -> Split:
-    """`other` with the stored values of `first`, which must be equal: memory then holds them once.
+def same_values(first: Candidate, name: str, test: Split) -> Split:
+    """The test rows of the run `name`, with the stored values of `first`, which must be equal.
+
+    Memory then holds them once.
 
     Raises:
-        InputError: it has other values.
+        InputError: they are other values.
     """
-    a, b = first.values, other.values
+    a, b = first.test.values, test.values
     if a.shape == b.shape and a.dtype == b.dtype:
         arrays = a.cpu().numpy(), b.cpu().numpy()
         if np.array_equal(*arrays, equal_nan=a.dtype.is_floating_point):
-            return replace(other, values=a)
-    raise InputError("their data differ: expected runs of the same rows, or --data for all of them")
+            return replace(test, values=a)
+    raise InputError(
+        f"expected runs of the same data; the rows of {name} are not those of {first.name}: give "
+        f"other data for all runs by --data"
+    )
 
 
 def binarized_once(candidates: Sequence[Candidate], rows: Tensor, seed: int) -> list[Candidate]:

@@ -115,7 +115,7 @@ def candidates(runs: Iterable[tuple[str, Checkpoint, Split]]) -> list[Candidate]
         seen[key, seed] += 1
         method = methods.setdefault((key, seen[key, seed]), f"method {len(methods) + 1}")
         if found:
-            test = same_values(found[0].test, test)
+            test = same_values(found[0], name, test)
         found.append(Candidate(name, checkpoint.vae, test, method, int(seed)))
     return found
 
@@ -141,7 +141,11 @@ def view(found: Comparison) -> ComparisonView:
     ]
     return ComparisonView(
         protocol=protocol(found),
-        rankings=[(LABELS[name], _ranking(m)) for name, m in found.measures.items() if m.tiers],
+        rankings=[
+            (LABELS[name], _ranking(m))
+            for name, m in found.measures.items()
+            if m.tiers and len(m.means) > 1
+        ],
         rows=rows,
         seeds=seeds,
         methods=several if seeds else [],
