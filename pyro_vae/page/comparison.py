@@ -13,7 +13,7 @@ from ..config import InputError
 from ..data.splits import Split
 from ..evidence.candidates import Candidate, same_values
 from ..evidence.comparison import Comparison, Measure, compare
-from ..evidence.differences import Difference
+from ..evidence.differences import MIN_ROWS, Difference
 from ..plots import run as figures
 from ..plots.comparison import difference_intervals
 from ..training.checkpoint import Checkpoint
@@ -205,8 +205,8 @@ def notes(found: Comparison) -> list[str]:
     shown = max((len(m.differences) for m in found.measures.values()), default=0)
     if shown < pairs:
         words.append(
-            f"{pairs - shown} of {pairs} pairs of runs have too few test rows in common, since "
-            f"other seeds give other splits"
+            f"{pairs - shown} of {pairs} pairs of runs have fewer than {MIN_ROWS} test rows in "
+            f"common, since other seeds give other splits"
         )
     counts = [d.count for m in found.measures.values() for d in m.over_seeds]
     if counts and min(counts) < 5:

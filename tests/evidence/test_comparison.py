@@ -18,6 +18,7 @@ import pyro_vae
 from pyro_vae import InputError
 from pyro_vae.config.columns import ColumnKind
 from pyro_vae.data.splits import DataSpec, Split
+from pyro_vae.evidence import comparison
 from pyro_vae.evidence.candidates import Candidate, log_jacobian, same_values
 from pyro_vae.evidence.comparison import compare
 from pyro_vae.evidence.evaluation import evaluate
@@ -153,6 +154,23 @@ def test_a_row_that_alone_decides_is_named():
     found = compare(models, num_samples=30)
     assert f"row {row} of the data (counted from 0) alone decides" in " ".join(found.notes)
     assert found.measures["log_evidence"].differences[0].sign == 0
+
+
+def test_a_model_with_an_infinite_value_is_left_out_and_named(monkeypatch):
+    original = comparison.evaluate_rows
+
+    def evaluated(vae, *arguments):
+        values = original(vae, *arguments)
+        if vae is models[1].vae:
+            values.log_evidence[5] = -torch.inf
+        return values
+
+    monkeypatch.setattr(comparison, "evaluate_rows", evaluated)
+    models = [candidate(name, linear(shift)) for name, shift in (("a", 0), ("b", 0.2), ("c", 0.4))]
+    found = compare(models, 30)
+    assert set(found.measures["log_evidence"].means) == {"a", "c"}
+    assert len(found.measures["elbo"].differences) == 3
+    assert found.notes == ["log_evidence of b is infinite in 1 rows: left out"]
 
 
 # --- splits ---------------------------------------------------------------------------------------
@@ -402,6 +420,25 @@ def test_accuracies_are_paired_row_by_row(labelled_rows):
     assert (bayes.estimate, bayes.sign) == (0, 0)  # p(y|x) is the same model's
     assert found.measures["accuracy"].tiers == [["a"], ["b"]]
     assert found.given_labels is False
+
+
+def test_accuracies_of_other_splits_are_paired_by_the_row():
+    """Some labels are not known, and each split has rows that the other has not."""
+    torch.manual_seed(2)
+    vae, wrong = labelled(), labelled(order=torch.tensor([0, 2, 1]))
+    y = vae.label_prior().sample((300,))
+    x = vae.likelihood(vae.prior().sample((300,)), y).sample().detach()
+    hidden = torch.where(torch.arange(300) % 3 == 0, -1, y)
+    tests = [pyro_vae.load_data((x, y), seed=seed, test_size=200).test for seed in (0, 1)]
+    tests = [replace(test, labels=hidden[test.rows]) for test in tests]
+    both = [candidate("a", vae, tests[0]), candidate("b", wrong, tests[1])]
+    (d,) = compare(both, 30).measures["accuracy"].differences
+    common = np.intersect1d(tests[0].rows, tests[1].rows)
+    common = common[common % 3 > 0]
+    right = vae.exact_log_joint(x).argmax(-1)
+    mistaken = torch.tensor([0, 2, 1])[right]
+    expected = ((right == y).double() - (mistaken == y).double())[common].mean().item()
+    assert (d.count, d.estimate) == (len(common), pytest.approx(expected))
 
 
 def test_log_p_given_labels_is_compared_among_conditional_models_only(labelled_rows):

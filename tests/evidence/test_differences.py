@@ -267,6 +267,7 @@ def test_tiers_are_cut_only_where_all_pairs_are_shown():
     assert tiers("abc", above("ab", "ac")) == [["a"], ["b", "c"]]
     assert tiers("abc", above("ac", "bc")) == [["a", "b"], ["c"]]
     assert tiers("abc", above("ac")) == [["a", "b", "c"]]  # b is apart from neither
+    assert tiers("abc", above("ab", "bc")) == [["a", "b", "c"]]  # a and c are not apart
     assert tiers("ab", above("ba")) == [["a", "b"]]
     assert tiers("a", above()) == [["a"]]
 
