@@ -460,11 +460,12 @@ def test_other_labels_of_the_same_rows_are_refused(labelled_rows):
         compare(both, 30)
 
 
-def test_the_random_state_is_restored():
+@pytest.mark.parametrize("num_samples", [30, None])
+def test_the_random_state_is_restored(num_samples):
     both = [candidate("a", linear()), candidate("b", linear(0.1))]
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    first = compare(both, 30)
+    first = compare(both, num_samples)
     assert torch.equal(torch.rand(3), expected)
-    assert compare(both, 30) == first
+    assert compare(both, num_samples) == first
