@@ -15,6 +15,7 @@ from .diagnostics.recalibration import recalibrate
 from .diagnostics.refinement import gaps, refine
 from .diagnostics.sbc import check_ranks, miscalibration, simulate
 from .evidence.annealing import anneal
+from .evidence.differences import compare_rows
 from .evidence.importance import importance_sample, log_evidence, upper_bound
 from .evidence.imputation import impute
 from .models.autoencoder import Autoencoder
@@ -55,6 +56,7 @@ __all__ = [
     "check_columns",
     "check_labels",
     "check_ranks",
+    "compare_rows",
     "compare_with_nuts",
     "fit",
     "gaps",

@@ -3,6 +3,7 @@
   pyro-vae train      train a model and write a run folder
   pyro-vae tune       search for the settings of the highest validation ELBO
   pyro-vae evaluate   compute ELBO, log p(x), bits per dimension and active units of a run
+  pyro-vae compare    compare runs on the same held-out rows, with intervals
   pyro-vae generate   generate data from a run
   pyro-vae encode     write posterior means and standard deviations of data
   pyro-vae impute     write missing values, imputed from the observed ones of the same row
@@ -28,6 +29,7 @@ COMMANDS = (
     "train",
     "tune",
     "evaluate",
+    "compare",
     "generate",
     "encode",
     "impute",

@@ -2,7 +2,8 @@
 
 The page shows a summary, the findings of `diagnose` if there are any, a latent explorer with the
 decoder's output at the pointer, the latent codes, pictures, curves and settings. It needs no
-network and no server. Training also writes this page.
+network and no server. Training also writes this page. Of several runs, ELBO, reconstruction and KL
+are compared on their test rows; `compare --out` adds log p(x).
 
   python -m pyro_vae.report runs/digits
   python -m pyro_vae.report runs/digits runs/digits-2 --out comparison.html
@@ -69,12 +70,13 @@ def _main(arguments: ReportArguments) -> None:
 
     from tqdm import tqdm
 
+    from .page.comparison import quick_view
     from .page.summary import overview
-    from .page.write import write_page
+    from .page.write import distinct_names, write_page
     from .plots.codes import latent_codes
     from .training.checkpoint import load_checkpoint
 
-    views = []
+    views, opened = [], []
     with tqdm(total=len(runs), disable=None, unit="run") as bar:
         for run in runs:
             checkpoint = load_checkpoint(run)
@@ -86,8 +88,10 @@ def _main(arguments: ReportArguments) -> None:
             splits = load_run_data(_moved(checkpoint, arguments.data), None, arguments.data_root)
             codes = latent_codes(checkpoint.vae, splits, checkpoint.config.seed)
             views.append(overview(run, checkpoint, splits, codes, len(runs)))
+            opened.append((checkpoint, splits.test))
             bar.update()
-    write_page(out, views)
+    named = [(name, *one) for name, one in zip(distinct_names(runs), opened, strict=True)]
+    write_page(out, views, quick_view(named) if len(runs) > 1 else None)
     print(out)
 
 

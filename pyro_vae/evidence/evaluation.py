@@ -26,7 +26,7 @@ from ..models.vae import VAE
 from ..runtime.memory import Callback, ignore
 from ..runtime.randomness import derive, random_states
 from .importance import MIN_TAIL_SAMPLES, Evidence, choose_mode, importance_sample, reliable_k
-from .labels import Accuracies, accuracies, measured_with_labels
+from .labels import Accuracies, RightLabels, accuracies, measured_with_labels, right_labels
 
 # A latent is active if the variance over rows of its posterior mean exceeds this ("Importance
 # weighted autoencoders", arXiv 1509.00519).
@@ -74,6 +74,17 @@ def evaluated_rows(
         yield arguments(vae, x, y)
 
 
+def decisive_rows(values: Tensor) -> Tensor:
+    """The rows that alone decide the mean of values (N,), see `DECISIVE`, the farthest last."""
+    distances, order = (values - values.median()).abs().sort()
+    nearer = distances.cumsum(0) - distances
+    ordinary = len(values) // 2  # half of the rows at least
+    found = (distances > DECISIVE * nearer)[ordinary:].nonzero()
+    return (
+        order[ordinary + int(found[0]) :] if len(found) and len(values) >= MIN_ROWS else order[:0]
+    )
+
+
 def note_outlier(vae: Model, split: Split, values: Tensor, what: str) -> None:
     """Warn of rows that alone decide a mean, see `DECISIVE`; they may be several.
 
@@ -81,13 +92,10 @@ def note_outlier(vae: Model, split: Split, values: Tensor, what: str) -> None:
         values: (N,) nats, of the first N rows of the split.
         what: name of their mean.
     """
-    distances, order = (values - values.median()).abs().sort()
-    nearer = distances.cumsum(0) - distances
-    ordinary = len(values) // 2  # half of the rows at least
-    decisive = (distances > DECISIVE * nearer)[ordinary:].nonzero()
-    if len(values) < MIN_ROWS or not len(decisive):
+    decisive = decisive_rows(values)
+    if not len(decisive):
         return
-    row, others = int(order[-1]), len(values) - ordinary - int(decisive[0]) - 1
+    row, others = int(decisive[-1]), len(decisive) - 1
     text = (
         f"row {split.rows[row]} of the data (counted from 0) "
         + (f"and {others} more decide" if others else "alone decides")
@@ -159,6 +167,34 @@ class Evaluation:
     accuracies: Accuracies | None = None
 
 
+@dataclass(frozen=True)
+class RowValues:
+    """The measures of each of N rows, nats, float64; None if the model has none.
+
+    Attributes:
+        reconstruction, kl, log_evidence: (N,) as in `Evaluation`.
+        standard_error: (N,) Monte Carlo error of log p(x); NaN for one sample.
+        pareto_k: (N,) of the importance weights; None for few samples.
+        observed: (N,) number of observed values.
+        means: (N, Z) of q(z|x).
+        right: of a semi-supervised model, whether the labels are right.
+    """
+
+    reconstruction: Tensor
+    kl: Tensor | None = None
+    log_evidence: Tensor | None = None
+    standard_error: Tensor | None = None
+    pareto_k: Tensor | None = None
+    observed: Tensor | None = None
+    means: Tensor | None = None
+    right: RightLabels | None = None
+
+    @property
+    def elbo(self) -> Tensor | None:
+        """(N,) reconstruction − kl."""
+        return None if self.kl is None else self.reconstruction - self.kl
+
+
 @torch.no_grad()
 def evaluate(
     vae: Model,
@@ -181,13 +217,34 @@ def evaluate(
         on_batch: called after each batch with the mean ELBO and log p(x) of all rows so far; not
             of a model with labels, which is measured class by class.
     """
-    vae = uncompiled(vae)
     likelihood, count = vae.likelihood_module, min(len(split), num_rows or len(split))
     binarization = f"fixed, seed {seed}" if split.spec.binarizes(likelihood.units) else "none"
     if isinstance(vae, Autoencoder):
         mean, _ = elbo_terms(vae, split, seed, count, note=True)
         return Evaluation(reconstruction=mean, num_images=count, binarization=binarization)
+    values = evaluate_rows(vae, split, num_samples, count, seed, on_chunk, on_batch)
+    assert values.log_evidence is not None
+    note_outlier(vae, split, values.log_evidence, "log p(x)")
+    found = _means(values, num_samples, likelihood.is_discrete)
+    shares = None if values.right is None else accuracies(values.right)
+    return Evaluation(**found, binarization=binarization, accuracies=shares)
 
+
+@torch.no_grad()
+def evaluate_rows(
+    vae: VAE | ConditionalVAE,
+    split: Split,
+    num_samples: int,
+    count: int,
+    seed: int = 0,
+    on_chunk: Callback = ignore,
+    on_batch: Callable[[float, float], object] | None = None,
+) -> RowValues:
+    """The measures of the first `count` rows of a split, as `evaluate` averages them.
+
+    The arguments are those of `evaluate`.
+    """
+    vae = uncompiled(vae)
     values, with_tail = math.prod(split.spec.shape), num_samples >= MIN_TAIL_SAMPLES
     classes = getattr(vae, "num_classes", 1) if needs_labels(vae) else 1  # each has its own graph
     mode = choose_mode(count * num_samples * values / classes)
@@ -196,41 +253,54 @@ def evaluate(
         evidence = importance_sample(vae, x, num_samples, on_chunk, with_tail, mode=mode)
         return _terms(vae, x, evidence)
 
-    shares: Accuracies | None = None
+    right: RightLabels | None = None
     with random_states(split.device, derive(seed, "posterior")):
         if isinstance(vae, ConditionalVAE):
             terms, log_joint = measured_with_labels(vae, split, seed, count, measure)
-            shares = accuracies(vae, split, seed, log_joint)
+            right = right_labels(vae, split, seed, log_joint)
         else:
-            batches = split.fixed(likelihood.units, seed, count)
+            batches = split.fixed(vae.likelihood_module.units, seed, count)
             terms = _measured(vae, batches, measure, on_batch)
-    note_outlier(vae, split, terms[0], "log p(x)")
-    found = _means(terms, num_samples, with_tail, likelihood.is_discrete)
-    return Evaluation(**found, binarization=binarization, accuracies=shares)
-
-
-def _means(
-    terms: Sequence[Tensor], num_samples: int, with_tail: bool, is_discrete: bool
-) -> dict[str, Any]:
-    """The numbers of an `Evaluation` from the terms of all rows."""
     log_evidence, reconstruction, kl, errors, tails, observed, means = terms
+    tail = tails if with_tail else None
+    return RowValues(reconstruction, kl, log_evidence, errors, tail, observed, means, right)
+
+
+@torch.no_grad()
+def bound_of_rows(vae: Model, split: Split, count: int, seed: int = 0) -> RowValues:
+    """Reconstruction and KL of the first `count` rows of a split, with one draw of z for each."""
+    vae = uncompiled(vae)
+    with random_states(split.device, derive(seed, "posterior")):
+        parts = [_row_terms(vae, *rows) for rows in evaluated_rows(vae, split, seed, count)]
+    reconstruction, kl = _joined(parts)
+    return RowValues(reconstruction, None if isinstance(vae, Autoencoder) else kl)
+
+
+def _means(values: Any, num_samples: int, is_discrete: bool) -> dict[str, Any]:
+    """The numbers of an `Evaluation` from `RowValues`."""
+    log_evidence, tails = values.log_evidence, values.pareto_k
     count = len(log_evidence)
-    density, deviation = log_evidence.mean().item(), errors.square().sum().sqrt().item()
-    unreliable = (tails > reliable_k(num_samples)).double().mean().item()
-    several, size = count > 1, observed.mean().item()
+    density = log_evidence.mean().item()
+    deviation = values.standard_error.square().sum().sqrt().item()
+    several, size = count > 1, values.observed.mean().item()
     return {
-        "elbo": reconstruction.mean().item() - kl.mean().item(),
-        "reconstruction": reconstruction.mean().item(),
-        "kl": kl.mean().item(),
+        "elbo": values.reconstruction.mean().item() - values.kl.mean().item(),
+        "reconstruction": values.reconstruction.mean().item(),
+        "kl": values.kl.mean().item(),
         "log_evidence": density,
         "standard_error": log_evidence.std().item() / math.sqrt(count) if several else None,
         "monte_carlo_error": deviation / count if num_samples > 1 else None,
-        "unreliable_weights": unreliable if with_tail else None,
+        "unreliable_weights": None if tails is None else unreliable_share(tails, num_samples),
         "bits_per_dim": -density / (size * math.log(2)) if is_discrete else None,
-        "active_units": int((means.var(0) > ACTIVE_VARIANCE).sum()) if several else None,
+        "active_units": int((values.means.var(0) > ACTIVE_VARIANCE).sum()) if several else None,
         "num_images": count,
         "num_samples": num_samples,
     }
+
+
+def unreliable_share(pareto_k: Tensor, num_samples: int) -> float:
+    """Share of rows whose weights have too heavy a tail, see `reliable_k`, from their k̂ (N,)."""
+    return (pareto_k > reliable_k(num_samples)).double().mean().item()
 
 
 def _measured(

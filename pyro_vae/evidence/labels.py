@@ -41,14 +41,21 @@ def accuracy(
         seed: of the binarization.
         num_rows: number of rows, from the beginning of the split; by default all.
     """
+    found = _right(vae, split, seed, num_rows)
+    if found is None or not len(found):
+        return None
+    return share_interval(found.cpu().numpy())
+
+
+def _right(vae: Model, split: Split, seed: int, num_rows: int | None) -> Tensor | None:
+    """Whether the most probable label by q(y|x) is that of the row, of the rows with a label."""
     if not isinstance(vae, SemiSupervisedVAE) or split.labels is None:
         return None
     found = []
     for x, y in split.fixed_with_labels(vae.likelihood_module.units, seed, num_rows):
         assert y is not None
         found.append((vae.classifier(x).argmax(-1) == y)[y >= 0])
-    right = torch.cat(found).cpu().numpy()
-    return share_interval(right) if len(right) else None
+    return torch.cat(found)
 
 
 def rows_of_class(
@@ -152,20 +159,38 @@ class Accuracies:
     num_labelled: int
 
 
-def accuracies(
+@dataclass(frozen=True)
+class RightLabels:
+    """Whether the most probable label of each row is its own, for the M rows with a label.
+
+    Attributes:
+        rows: (M,) their positions among all rows.
+        guide, model: (M,) bool, by q(y|x) and by p(y|x).
+    """
+
+    rows: Tensor
+    guide: Tensor
+    model: Tensor
+
+
+def right_labels(
     vae: ConditionalVAE, split: Split, seed: int, log_joint: Tensor
-) -> Accuracies | None:
-    """Accuracies of a semi-supervised model on the rows with log p(x, y) (N, C).
+) -> RightLabels | None:
+    """Right labels of a semi-supervised model on the rows with log p(x, y) (N, C), on the CPU.
 
     None for other models, or if no row has a label.
     """
-    own = accuracy(vae, split, seed, len(log_joint))
-    if own is None or split.labels is None:
+    guide = _right(vae, split, seed, len(log_joint))
+    if guide is None or split.labels is None or not len(guide):
         return None
     labels = split.labels[: len(log_joint)]
-    known = labels >= 0
-    right = (log_joint.argmax(-1).cpu() == labels)[known].numpy()
-    bayes = share_interval(right)
+    rows = (labels >= 0).nonzero().flatten()
+    return RightLabels(rows, guide.cpu(), (log_joint.argmax(-1).cpu() == labels)[rows])
+
+
+def accuracies(right: RightLabels) -> Accuracies:
+    """Shares of right labels."""
+    own, bayes = share_interval(right.guide.numpy()), share_interval(right.model.numpy())
     return Accuracies(
         accuracy=own.estimate,
         accuracy_low=own.low,
@@ -173,5 +198,5 @@ def accuracies(
         bayes_accuracy=bayes.estimate,
         bayes_accuracy_low=bayes.low,
         bayes_accuracy_high=bayes.high,
-        num_labelled=int(known.sum()),
+        num_labelled=len(right.rows),
     )

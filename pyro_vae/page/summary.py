@@ -211,6 +211,12 @@ def flat(values: dict[str, Any]) -> dict[str, str]:
     return found
 
 
+def flag(name: str) -> str:
+    """The flag of a setting in `flat`."""
+    flags = {"source": "data", "root": "data-root", "kind": "model"}
+    return f"--{flags.get(name, name.replace('_', '-'))}"
+
+
 def _history(run: Path, best: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl or, if they cannot be read, those in the best checkpoint."""
     try:

@@ -16,8 +16,9 @@ from ..plots.codes import Codes, latent_codes
 from ..plots.from_model import draw_run
 from ..runtime.files import printable, write_atomically
 from ..training.checkpoint import Checkpoint, load_checkpoint
+from .comparison import ComparisonView
 from .render import render
-from .summary import Overview, Picture, flat, overview
+from .summary import Overview, Picture, flag, flat, overview
 
 
 def write_report(run: Path, checkpoint: Checkpoint, splits: Splits, codes: Codes) -> Path:
@@ -36,10 +37,12 @@ def redraw(run: Path, splits: Splits, device: torch.device) -> Path:
     return write_report(run, checkpoint, splits, codes)
 
 
-def write_page(out: Path, runs: Sequence[Overview]) -> None:
-    """Write the page of one run, or of several side by side."""
+def write_page(
+    out: Path, runs: Sequence[Overview], comparison: ComparisonView | None = None
+) -> None:
+    """Write the page of one run, or of several side by side, with their comparison."""
     several = len(runs) > 1
-    names = _distinct([run.path for run in runs])
+    names = distinct_names([run.path for run in runs])
     runs = [dataclasses.replace(run, name=name) for run, name in zip(runs, names, strict=True)]
     row = runs[0].row if len({run.row for run in runs}) == 1 else "row"
     page = render(
@@ -52,6 +55,7 @@ def write_page(out: Path, runs: Sequence[Overview]) -> None:
             "warnings": _warnings(runs),
             "settings": _settings(runs),
             "curves": _curves(runs, row) if several else runs[0].curves,
+            "paired": comparison,
             "row": row,
             "views": {str(k): run.interactive for k, run in enumerate(runs)},
         }
@@ -59,7 +63,7 @@ def write_page(out: Path, runs: Sequence[Overview]) -> None:
     write_atomically(out, page.encode(errors="replace"))  # a folder's name may not be UTF-8
 
 
-def _distinct(paths: Sequence[Path]) -> list[str]:
+def distinct_names(paths: Sequence[Path]) -> list[str]:
     """Names of runs: the folder's, or the whole path if two folders have the same name."""
     names = [path.resolve().name for path in paths]
     if len(set(names)) < len(names):
@@ -79,7 +83,6 @@ def _curves(runs: Sequence[Overview], row: str) -> Picture:
 def _settings(runs: Sequence[Overview]) -> list[dict[str, Any]]:
     """A row for each setting, marked if runs differ in it, or a single run changes the default."""
     default = flat(Config().to_dict())
-    flags = {"source": "data", "root": "data-root", "kind": "model"}
     rows = []
     for name in runs[0].settings:
         values = [run.settings[name] for run in runs]
@@ -89,8 +92,7 @@ def _settings(runs: Sequence[Overview]) -> list[dict[str, Any]]:
             marked = len(set(values)) > 1
         else:  # the root is a path of the machine
             marked = runs[0].asked[name] != default[name] and name != "root"
-        flag = f"--{flags.get(name, name.replace('_', '-'))}"
-        rows.append({"name": flag, "values": values, "marked": marked})
+        rows.append({"name": flag(name), "values": values, "marked": marked})
     return sorted(rows, key=lambda line: len(runs) > 1 and not line["marked"])
 
 

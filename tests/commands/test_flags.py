@@ -15,6 +15,7 @@ from pyro_vae import (
     Config,
     InputError,
     cli,
+    compare,
     diagnose,
     encode,
     evaluate,
@@ -143,6 +144,7 @@ def test_defaults_of_flags_are_those_of_the_dataclasses(asked, tmp_path):
         (generate.GenerateArguments, [run, "--out", out], {"run": run, "out": out}),
         (diagnose.DiagnoseArguments, [run], {"run": run}),
         (report.ReportArguments, [run], {"runs": (run,)}),
+        (compare.CompareArguments, [run, out], {"runs": (run, out)}),
     ]:
         assert parse(kind, list(map(str, arguments)), "x", None) == kind(**given)
 
@@ -182,16 +184,26 @@ def test_defaults_of_flags_are_those_of_the_dataclasses(asked, tmp_path):
         (diagnose.DiagnoseArguments, "--quick", {"quick": True}),
         (diagnose.DiagnoseArguments, "--strict", {"strict": True}),
         (diagnose.DiagnoseArguments, "--json", {"json": True}),
+        (compare.CompareArguments, "--data d", {"data": "d"}),
+        (compare.CompareArguments, "--data d --max-value 7", {"data": "d", "max_value": 7}),
+        (compare.CompareArguments, "--data-root d", {"data_root": Path("d")}),
+        (compare.CompareArguments, "--num-samples 7", {"num_samples": 7}),
+        (compare.CompareArguments, "--num-rows 7", {"num_rows": 7}),
+        (compare.CompareArguments, "--seed 7", {"seed": 7}),
+        (compare.CompareArguments, "--device cpu", {"device": "cpu"}),
+        (compare.CompareArguments, "--json", {"json": True}),
+        (compare.CompareArguments, "--out o", {"out": Path("o")}),
+        (compare.CompareArguments, "--out o --overwrite", {"out": Path("o"), "overwrite": True}),
         (report.ReportArguments, "--out o", {"out": Path("o")}),
         (report.ReportArguments, "--overwrite", {"overwrite": True}),
         (report.ReportArguments, "--data-root d", {"data_root": Path("d")}),
     ],
 )
 def test_flags_of_the_commands(kind, arguments, given):
-    required = {"run": Path("r"), "runs": (Path("r"),), "out": Path("o.npz")}
+    required = {"run": Path("r"), "runs": (Path("r"), Path("s")), "out": Path("o.npz")}
     names = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
     base = kind(**{name: required[name] for name in names})
-    line = ["r"] if names & {"run", "runs"} else []
+    line = ["r"] * ("run" in names) + ["r", "s"] * ("runs" in names)
     line += ["--out", "o.npz"] if "out" in names else []
     assert parse(kind, [*line, *arguments.split()], "x", None) == dataclasses.replace(base, **given)
 
