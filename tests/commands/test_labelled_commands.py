@@ -14,6 +14,7 @@ from scipy.stats import chisquare
 
 import pyro_vae
 from pyro_vae import diagnose, encode, evaluate, generate, train
+from pyro_vae.diagnostics import draws
 from pyro_vae.impute import main as impute
 from pyro_vae.refit import main as refit
 from pyro_vae.training.checkpoint import load_checkpoint
@@ -173,6 +174,22 @@ def test_draws_and_recalibrated_deviations_by_label(conditional, table, tmp_path
     assert np.allclose(found["recalibrated_standard_deviation"], wider, rtol=1e-5)
     distances = abs(found["draws"].mean(1) - found["mean"]) / found["standard_deviation"]
     assert np.median(distances) < 1  # of their own row
+
+
+def test_draws_by_label_come_in_the_order_of_the_rows(conditional, table, tmp_path, monkeypatch):
+    """With the sum of each row in place of its draws."""
+
+    def sums(vae, x, num_draws, on_progress):
+        value, method = x.sum(1).expand(num_draws, 2, len(x)).mT, np.full(len(x), draws.IMPORTANCE)
+        return draws.PosteriorDraws(value, method, *[x.sum(1)] * 3)
+
+    monkeypatch.setattr(draws, "posterior_draws", sums)
+    out = tmp_path / "codes.npz"
+    assert encode.main([str(conditional), "--out", str(out), "--draws", "3"]) == 0
+    found = np.load(out)
+    expected = torch.cat(list(splits_of(table).whole().fixed("real", 0))).sum(1).numpy()
+    for values in (found["draws"][:, 2, 1], found["pareto_k"], found["effective_draws"]):
+        assert np.array_equal(values, expected)
 
 
 def test_the_rows_of_a_diagnosis_have_the_label(conditional, inferred, table):

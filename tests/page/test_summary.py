@@ -212,5 +212,7 @@ def test_the_explorer_is_described():
 
 
 def test_control_characters_in_names_are_escaped():
-    names = write.distinct_names([Path("/tmp/a\x1b[2J"), Path("/tmp/caf\udce9"), Path("/tmp/plain")])
+    names = write.distinct_names(
+        [Path("/tmp/a\x1b[2J"), Path("/tmp/caf\udce9"), Path("/tmp/plain")]
+    )
     assert names == ["a\\x1b[2J", "caf\\xe9", "plain"]
