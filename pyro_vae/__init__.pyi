@@ -29,6 +29,7 @@ from .training.checkpoint import load
 from .training.loop import fit, iterate
 from .training.records import Record
 from .training.refitting import refit
+from .training.sharing import from_pretrained, push_to_hub
 
 __version__: str
 
@@ -57,6 +58,7 @@ __all__ = [
     "check_ranks",
     "compare_with_nuts",
     "fit",
+    "from_pretrained",
     "gaps",
     "importance_sample",
     "impute",
@@ -71,6 +73,7 @@ __all__ = [
     "objective",
     "posterior_draws",
     "predictive_check",
+    "push_to_hub",
     "recalibrate",
     "refine",
     "refit",

@@ -10,6 +10,7 @@
   pyro-vae report     write one HTML page for a run, or several side by side
   pyro-vae compress   compress discrete data by a run, losslessly
   pyro-vae decompress restore the rows in a compressed file
+  pyro-vae export     write the model as a folder for others: weights, card, programs
 
 `pyro-vae COMMAND --help` explains a command. `python -m pyro_vae.COMMAND` is the same command.
 """
@@ -33,6 +34,7 @@ COMMANDS = (
     "report",
     "compress",
     "decompress",
+    "export",
 )
 
 

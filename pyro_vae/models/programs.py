@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import InputError
-from ..runtime.randomness import usual_settings
+from ..runtime.randomness import derive, random_states, usual_settings
 from . import posteriors
 from .autoencoder import Autoencoder
-from .labels import ConditionalVAE, Model, SemiSupervisedVAE
+from .labels import ConditionalVAE, SemiSupervisedVAE, labels_at
 from .likelihoods import MAX_TERMS, DiscretizedLogistic
 from .priors import Vamp
 from .refined import Refined
@@ -36,10 +36,13 @@ from .refined import Refined
 # Largest difference of a program from its model that is accepted, see `difference`
 TOLERANCE = 1e-5
 OPSET = 18
+# Rows on which programs are compared with the model, at most
+ROWS = 256
 # ONNX stores a model of at most this many bytes in one file.
 MAX_ONNX_BYTES = 2**31 - 2**20
 
 Run = Callable[..., Sequence[Tensor]]
+_Inputs = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,23 @@ class Part:
     outputs: Mapping[str, float | Tensor]
 
 
+@dataclass(frozen=True)
+class File:
+    """A part of a model in a file.
+
+    Attributes:
+        name: of the file.
+        content: its bytes.
+        part: what it computes.
+        difference: from the model, see `difference`.
+    """
+
+    name: str
+    content: bytes
+    part: Part
+    difference: float
+
+
 class _Function(nn.Module):
     """A function of a model and tensors, with the model's weights."""
 
@@ -70,35 +90,36 @@ class _Function(nn.Module):
         return self.function(self.vae, *inputs)
 
 
-def parts(vae: Model) -> dict[str, Part]:
-    """The parts of a model by name. A refined guide has no encoder, since its search is none."""
-    likelihood = vae.likelihood_module
-    shape, has_prior = tuple(likelihood.spec.shape), not isinstance(vae, Autoencoder)
-    latent_dim = vae.prior().event_shape.numel() if has_prior else _code_size(vae)
-    x, z = (shape, torch.float32), ((latent_dim,), torch.float32)
-    y = {"y": ((), torch.int64)} if isinstance(vae, ConditionalVAE) else {}
-    guide, model = ("encoder", "family"), ("decoder", "likelihood_module")
-    found = {}
-    if not has_prior:
+def parts(vae: Any) -> dict[str, Part]:
+    """The parts of a model by name. A refined guide has no encoder: it is a search for each row."""
+    likelihood, is_vae = vae.likelihood_module, not isinstance(vae, Autoencoder)
+    shape = tuple(likelihood.spec.shape)
+    size = vae.prior().event_shape.numel() if is_vae else vae.encoder.layers[-1].out_features
+    x, z = (shape, torch.float32), ((size,), torch.float32)
+    y: _Inputs = {"y": ((), torch.int64)} if isinstance(vae, ConditionalVAE) else {}
+    guide: tuple[str, ...] = ("encoder", "family")
+    model: tuple[str, ...] = ("decoder", "likelihood_module")
+    found: dict[str, Part] = {}
+    if not is_vae:
         found["encoder"] = Part(_Function(_code, vae, "encoder"), {"x": x}, {"z": 1.0})
     elif isinstance(vae.family, posteriors.Flow):
+        outputs = {"z": 1.0, "log_q": float(size)}
         inputs = {"x": x, "noise": z, **y}
-        outputs = {"z": 1.0, "log_q": float(latent_dim)}
         found["encoder"] = Part(_Function(_draw, vae, *guide), inputs, outputs)
     elif not isinstance(vae.family, Refined):
-        names = _PARAMETERS[vae.family.kind]
-        outputs = dict.fromkeys(names, 1.0)
+        outputs = dict.fromkeys(_PARAMETERS[vae.family.kind], 1.0)
         found["encoder"] = Part(_Function(_posterior, vae, *guide), {"x": x, **y}, outputs)
-    unit = likelihood.std.expand(shape)
-    found["decoder"] = Part(_Function(_mean, vae, *model), {"z": z, **y}, {"mean": unit})
+    mean = {"mean": likelihood.std.expand(shape)}
+    found["decoder"] = Part(_Function(_mean, vae, *model), {"z": z, **y}, mean)
     densities = {"log_likelihood": float(math.prod(shape))}
-    if has_prior:
-        densities["log_prior"] = float(latent_dim)
+    if is_vae:
+        densities["log_prior"] = float(size)
         model += ("prior_module", *guide * isinstance(vae.prior_module, Vamp))
     function = _Function(_densities, vae, *model)
     found["log_likelihood"] = Part(function, {"x": x, "z": z, **y}, densities)
     if isinstance(vae, SemiSupervisedVAE):
-        found["classifier"] = Part(_Function(_classes, vae, "classifier"), {"x": x}, {"probabilities": 1.0})
+        function = _Function(_classes, vae, "classifier")
+        found["classifier"] = Part(function, {"x": x}, {"probabilities": 1.0})
     return found
 
 
@@ -154,8 +175,45 @@ def _classes(vae: Any, x: Tensor) -> Sequence[Tensor]:
     return (vae.label_posterior(x).probs,)
 
 
-def _code_size(vae: Any) -> int:
-    return vae.encoder.layers[-1].out_features
+def program_files(
+    name: str, part: Part, rows: Mapping[str, Tensor], onnx: bool = False
+) -> Iterator[File]:
+    """The files of a part, each compared with the model on these rows.
+
+    Args:
+        name: of the part.
+        rows: the inputs by name, see `example_rows`.
+        onnx: whether to write ONNX too.
+
+    Raises:
+        InputError: a program differs from the model by more than `TOLERANCE`.
+    """
+    program, inputs = exported(part), [rows[key] for key in part.inputs]
+    contents = {f"{name}.pt2": (to_pt2(program), run_pt2)}
+    if onnx:
+        contents[f"{name}.onnx"] = to_onnx(part, program), run_onnx
+    for file, (content, run) in contents.items():
+        found = difference(part, run(content), inputs)
+        if not found <= TOLERANCE:
+            raise InputError(
+                f"{file} would differ from the model by {found:.2g}, above {TOLERANCE:g} of the "
+                f"value or its unit: rounding errors grow in this model, or the exporter has a "
+                f"fault; export the model by --weights-only"
+            )
+        yield File(file, content, part, found)
+
+
+@torch.no_grad()
+def example_rows(vae: Any, x: Tensor, y: Tensor | None, seed: int) -> dict[str, Tensor]:
+    """All inputs of the parts by name, for rows x (B, *data_shape), y (B,) of the data.
+
+    z are draws from q(z|x), codes of an autoencoder; noise are draws from N(0, I).
+    """
+    labels = (labels_at(vae, x, y),) if isinstance(vae, ConditionalVAE) else ()
+    with random_states(x.device, derive(seed, "export")):
+        z = vae.posterior(x, *labels).sample()
+        rows = {"x": x, "z": z, "noise": torch.randn_like(z)}
+    return rows | dict(zip(("y",), labels, strict=False))
 
 
 @torch.no_grad()
@@ -234,7 +292,9 @@ def run_onnx(content: bytes) -> Run:
 
     def run(*inputs: Tensor) -> Sequence[Tensor]:
         values = [x.numpy() for x in inputs]
-        return [torch.from_numpy(v) for v in session.run(None, dict(zip(names, values, strict=True)))]
+        return [
+            torch.from_numpy(v) for v in session.run(None, dict(zip(names, values, strict=True)))
+        ]
 
     return run
 

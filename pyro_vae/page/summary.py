@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from ..models.labels import ConditionalVAE, Model
 from ..plots import from_model as gallery
 from ..plots import run as figures
 from ..plots.codes import Codes
-from ..training.checkpoint import Checkpoint
+from ..training.checkpoint import Checkpoint, digest_of
 from .explorer import Explorer, explore, interactive
 from .render import data_url
 
@@ -171,12 +172,13 @@ def overview(
     drawn["reconstructions"] = gallery.reconstructions(vae, splits, best["epoch"], config.seed)
     for figure in drawn.values():
         figure.suptitle("")  # the page has captions
-    trust = _trust(run, checkpoint)
+    trust = trust_of(run, checkpoint)
+    trust = dataclasses.replace(trust, pictures=_diagnostic_pictures(run) if trust.findings else ())
     explorer = explore(vae, codes, EXPLORER_BYTES // num_runs)
     return Overview(
         path=run,
         row=splits.spec.row,
-        sentence=_sentence(checkpoint, splits),
+        sentence=sentence(checkpoint, splits),
         numbers=_numbers(checkpoint, history, codes, trust),
         trust=trust,
         pictures=_pictures(drawn, splits.spec.row, num_runs),
@@ -223,7 +225,7 @@ def _history(run: Path, best: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines if whole and lines[: len(best)] == best else best
 
 
-def _sentence(checkpoint: Checkpoint, splits: Splits) -> str:
+def sentence(checkpoint: Checkpoint, splits: Splits) -> str:
     model, fit = checkpoint.config.model, checkpoint.config.fit
     is_vae = not isinstance(checkpoint.vae, Autoencoder)
     kind = "A variational autoencoder" if is_vae else "An autoencoder"
@@ -305,8 +307,8 @@ def _webp(image: Image.Image, quality: int) -> str:
     return data_url(buffer.getvalue(), "image/webp")
 
 
-def _trust(run: Path, checkpoint: Checkpoint) -> Trust:
-    """The contents of diagnostics.json in plain words."""
+def trust_of(run: Path, checkpoint: Checkpoint) -> Trust:
+    """The verdicts in a run's diagnostics.json in plain words, without pictures."""
     if isinstance(checkpoint.vae, Autoencoder):
         return Trust("An autoencoder has no posterior and no density of data to test.")
     command = f"python -m pyro_vae.diagnose {quote(str(run))}"
@@ -316,9 +318,24 @@ def _trust(run: Path, checkpoint: Checkpoint) -> Trust:
         words = _in_words(report, findings)
         evidence = report["details"]["log_evidence"]
         state = (report.get("step"), report.get("fingerprint"))
+        digest = report.get("digest")  # reports of version 0.1 have none
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Trust("Not tested yet. To test it:", command)
     findings.sort(key=lambda finding: VERDICTS.index(finding.verdict))
+    step = checkpoint.history[-1]["step"] if checkpoint.history else 0
+    # A refit changes the guide, and no step.
+    same = digest is None or digest == digest_of(checkpoint.path)
+    if same and state == (step, checkpoint.fingerprint):
+        return Trust(words, "", "", findings, log_evidence=evidence)
+    stale = (
+        "These verdicts describe an earlier state of the run, or other data. To test "
+        "its best epoch:"
+    )
+    return Trust(words, command, stale, findings)
+
+
+def _diagnostic_pictures(run: Path) -> list[Picture]:
+    """The figures of `diagnose`."""
     pictures = []
     for path in sorted((run / "figures").glob("diagnose_*.png")):
         name = path.stem.removeprefix("diagnose_")
@@ -329,13 +346,7 @@ def _trust(run: Path, checkpoint: Checkpoint) -> Trust:
         except UNREADABLE as error:
             caption = f"{caption} (missing: {path.name} cannot be read, {error})"
         pictures.append(Picture(caption, src=src))
-    if state == (checkpoint.history[-1]["step"], checkpoint.fingerprint):
-        return Trust(words, "", "", findings, pictures, evidence)
-    stale = (
-        "These verdicts describe an earlier state of the run, or other data. To test "
-        "its best epoch:"
-    )
-    return Trust(words, command, stale, findings, pictures)
+    return pictures
 
 
 def _finding(finding: dict[str, Any]) -> FindingLine:

@@ -189,6 +189,11 @@ def load_checkpoint(run: str | Path, which: str = "final") -> Checkpoint:
             ) from None
 
 
+def digest_of(path: Path) -> str:
+    """The digest of a checkpoint file, by which `diagnose` tells which it has tested."""
+    return blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
 def _restore(content: dict[str, Any], path: Path) -> Checkpoint:
     """The checkpoint with this content. Sizes are checked before memory is taken."""
     config, data = Config.from_dict(content["config"]), content["data"]
@@ -233,9 +238,10 @@ def _spec(data: dict[str, Any]) -> DataSpec:
         raise InputError(f"data.shape expects one to four sizes; got {shown(spec.shape)}")
     if spec.max_value is not None and spec.max_value < 1:
         raise InputError(f"data.max_value expects an integer above 0; got {spec.max_value}")
-    if not all(map(math.isfinite, (*(spec.offset or ()), *(spec.scale or ())))) or min(
-        spec.scale or (1.0,)
-    ) <= 0:
+    if (
+        not all(map(math.isfinite, (*(spec.offset or ()), *(spec.scale or ()))))
+        or min(spec.scale or (1.0,)) <= 0
+    ):
         raise InputError("data.offset and data.scale expect finite numbers, scales above 0")
     return spec
 

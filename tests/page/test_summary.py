@@ -139,29 +139,29 @@ def diagnosed(run: Path, verdicts: tuple[str, ...], **changes: Any) -> None:
 
 def test_verdicts_in_words(tmp_path):
     diagnosed(tmp_path, ("sound", "wrong", "doubtful", "sound"))
-    trust = summary._trust(tmp_path, checkpoint())
+    trust = summary.trust_of(tmp_path, checkpoint())
     assert [f.verdict for f in trust.findings] == ["wrong", "doubtful", "sound", "sound"]
     assert trust.findings[0].numbers == "1.50 [0.500, 2.50]"
     assert "4 checks were made, on 12 held-out rows of digits" in trust.words
     assert "2 sound, 1 doubtful, 1 wrong. Errors shown to be large: check of wrong." in trust.words
     assert (trust.command, trust.stale, trust.log_evidence) == ("", "", -5.0)
     diagnosed(tmp_path, ("sound",), complete=False, effort={"quick": True})
-    words = summary._trust(tmp_path, checkpoint()).words
+    words = summary.trust_of(tmp_path, checkpoint()).words
     assert "with --quick, on 12" in words
     assert "All errors are shown to be small." in words
     assert "interrupted" in words
     diagnosed(tmp_path, ("doubtful",))
-    words = summary._trust(tmp_path, checkpoint()).words
+    words = summary.trust_of(tmp_path, checkpoint()).words
     assert "small" not in words
     assert "interrupted" not in words
-    autoencoder = summary._trust(tmp_path, checkpoint(Autoencoder))
+    autoencoder = summary.trust_of(tmp_path, checkpoint(Autoencoder))
     assert (autoencoder.findings, autoencoder.command) == ((), "")
 
 
 @pytest.mark.parametrize("changes", [{"step": 7}, {"fingerprint": "other"}])
 def test_verdicts_on_another_state_are_stale(changes, tmp_path):
     diagnosed(tmp_path, ("wrong",), **changes)
-    trust = summary._trust(tmp_path, checkpoint())
+    trust = summary.trust_of(tmp_path, checkpoint())
     assert trust.stale
     assert trust.command.startswith("python -m pyro_vae.diagnose")
     assert trust.log_evidence is None
@@ -177,7 +177,7 @@ def test_pictures_that_cannot_be_read_are_named(tmp_path):
     (folder / "diagnose_gaps.png").write_bytes(whole[: len(whole) // 2])
     (folder / "diagnose_ranks.png").write_bytes(b"")
     (folder / "diagnose_own.png").write_bytes(whole)
-    found = {p.caption.split(" (")[0]: p for p in summary._trust(tmp_path, checkpoint()).pictures}
+    found = {p.caption.split(" (")[0]: p for p in summary._diagnostic_pictures(tmp_path)}
     assert set(found) == {"own", *(summary.CAPTIONS[name] for name in ("weights", "gaps", "ranks"))}
     for name, there in (("weights", True), ("gaps", False), ("ranks", False)):
         picture = found[summary.CAPTIONS[name]]
