@@ -15,6 +15,7 @@ The commands take the folder in the place of a run.
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 # Test rows of the card's numbers, unless --num-images
 EVALUATED = 1000
+SPDX = r"[A-Za-z0-9][A-Za-z0-9.+-]*"
 PARTS = ("encoder", "decoder", "log_likelihood", "classifier")
 
 
@@ -74,9 +76,7 @@ class ExportArguments:
     def __post_init__(self) -> None:
         check_integer("num-samples", self.num_samples)
         check_integer("num-images", self.num_images)
-        if self.license is not None and not re.fullmatch(
-            r"[A-Za-z0-9][A-Za-z0-9.+-]*", self.license
-        ):
+        if self.license is not None and not re.fullmatch(SPDX, self.license):
             raise InputError(
                 f"--license expects an SPDX identifier, such as mit or cc-by-4.0; got "
                 f"{shown(self.license)}"
@@ -101,6 +101,7 @@ def _main(arguments: ExportArguments) -> None:
     _check_place(out, arguments.overwrite)
     if arguments.onnx:
         require_onnx()
+        logging.getLogger("onnxscript.optimizer").setLevel(logging.ERROR)  # what it leaves out
     checkpoint = load_checkpoint(run)
     splits = _data(arguments, checkpoint)
     files = [] if arguments.weights_only else _programs(checkpoint, splits, arguments.onnx)
@@ -167,7 +168,8 @@ def _programs(checkpoint: Checkpoint, splits: Splits, onnx: bool) -> list[File]:
 
     from .models.programs import ROWS, example_rows, parts, program_files
 
-    vae, seed, files = checkpoint.vae, checkpoint.config.seed, []
+    vae, seed = checkpoint.vae, checkpoint.config.seed
+    files: list[File] = []
     x, y = next(splits.test.fixed_with_labels(vae.likelihood_module.units, seed, ROWS))
     found = parts(vae)
     with tqdm(total=len(found), unit="part", disable=None) as bar:

@@ -73,7 +73,6 @@ def card(
 
 def describe_x(spec: DataSpec, units: Units) -> str:
     """How x, the input of a model, follows from the stored values of the data."""
-    shape = "×".join(map(str, spec.shape))
     how = "the value itself"
     if units == "binary":
         how = "0 or 1"
@@ -91,7 +90,7 @@ def describe_x(spec: DataSpec, units: Units) -> str:
     elif spec.max_value not in (None, 1):
         how = f"value / {spec.max_value}, from 0 to 1"
     missing = "; NaN marks a missing value" if spec.missing else ""
-    return f"x has the shape (B, {shape.replace('×', ', ')}), float32: {how}{missing}."
+    return f"x has the shape {_shape(spec.shape)}, float32: {how}{missing}."
 
 
 def _use(vae: Any) -> str:
@@ -168,8 +167,8 @@ def _files(vae: Any, files: Sequence[File], sizes: dict[str, int]) -> str:
         f"was required to be at most {TOLERANCE:g}. The unit is 1 for parameters of q(z\\|x), "
         f"latents and probabilities, the standard deviation of the data for means of p(x\\|z), and "
         f"1 nat for each value of a row for log-densities. Files `.onnx` have opset {OPSET}. "
-        f"`torch.export.load` unpickles parts of a `.pt2` file, which may run code: open only files "
-        f"that you trust. `pyro_vae.load` opens neither."
+        f"`torch.export.load` unpickles parts of a `.pt2` file, which may run code: open only "
+        f"files that you trust. `pyro_vae.load` opens neither."
     )
     if isinstance(getattr(vae, "family", None), Refined):
         text += f"\n\n{NO_ENCODER}"

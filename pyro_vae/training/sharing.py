@@ -108,7 +108,7 @@ def _explained(what: str) -> Iterator[None]:
     # The last is the base class of errors of its network library, which changes with its version.
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
-    network = HfHubHTTPError.__mro__[1]
+    network: Any = HfHubHTTPError.__mro__[1]
     try:
         yield
     except (OSError, EntryNotFoundError, HFValidationError, network) as error:
