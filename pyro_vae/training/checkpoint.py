@@ -228,7 +228,7 @@ def _spec(data: dict[str, Any]) -> DataSpec:
     hints = hints_of(DataSpec)
     names = ("shape", "max_value", "discrete", *(name for name in SPEC_OPTIONS if name in data))
     values = {name: typed(data[name], hints[name], f"data.{name}") for name in names}
-    kinds = typed(data.get("kinds", []), tuple[tuple[Any, ...], ...], "data.kinds")
+    kinds = typed(data.get("kinds", []), tuple[tuple[str, tuple[str, ...]], ...], "data.kinds")
     values["kinds"] = tuple(ColumnKind(*kind) for kind in kinds)
     spec = DataSpec(**values)
     sizes = [len(kind.categories) for kind in spec.kinds if kind.name == "categorical"]
