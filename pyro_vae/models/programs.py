@@ -245,6 +245,8 @@ def to_onnx(part: Part, program: torch.export.ExportedProgram) -> bytes:
         torch.ops.aten.lgamma.default: _lgamma,
         torch.ops.aten.expm1.default: _expm1,
         torch.ops.aten.log_sigmoid.default: _log_sigmoid,
+        torch.ops.aten.sigmoid.default: _sigmoid,
+        torch.ops.aten.logaddexp.default: _logaddexp,
         torch.ops.aten.linalg_solve_triangular.default: _solve_triangular,
     }
     with usual_settings(validate=False):
@@ -350,6 +352,16 @@ def _expm1(x: Tensor) -> Tensor:
 def _log_sigmoid(x: Tensor) -> Tensor:
     """log σ(x). In ONNX, the logarithm of σ(x) is −∞ for x below −104."""
     return x.clamp_max(0) - (1 + (-x.abs()).exp()).log()
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    """σ(x) with a small relative error. That of onnxruntime is 0 below −18."""
+    return x.clamp_max(0).exp() / (1 + (-x.abs()).exp())
+
+
+def _logaddexp(a: Tensor, b: Tensor) -> Tensor:
+    """log(eᵃ + eᵇ) of finite numbers, whose exponentials may underflow."""
+    return torch.maximum(a, b) + (1 + (-(a - b).abs()).exp()).log()
 
 
 def _solve_triangular(

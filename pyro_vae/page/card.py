@@ -129,7 +129,7 @@ def _numbers(evaluation: Evaluation, checkpoint: Checkpoint, splits: Splits) -> 
         words += f", binarized once ({found.binarization})"
     if given:
         words += "; densities given the label of each row"
-    remark = f"{found.num_samples:,} importance samples per row"
+    remark = f"{found.num_samples or 0:,} importance samples per row"
     if found.standard_error is not None:
         remark += f"; standard error {found.standard_error:.3g} over rows"
     lines = {
