@@ -270,6 +270,7 @@ def test_the_difference_is_relative_to_value_or_unit():
 
 
 FAULTS = {
+    "one value of one row": lambda loc, scale: (loc * (1 + 3e-5 * (loc == loc.max())), scale),
     "swapped outputs": lambda loc, scale: (scale, loc),
     "sign": lambda loc, scale: (-loc, scale),
     "variance for scale": lambda loc, scale: (loc, scale**2),

@@ -207,6 +207,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_folder_is_one_line_before_memory_is_taken(name, folder):
     changes, message = HOSTILE[name]
+    pyro_vae.load(folder)  # imports, and the memory of the model itself
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rewrite(folder, **changes)
     with pytest.raises(InputError, match=message) as caught:
