@@ -30,6 +30,7 @@ from .training.checkpoint import load
 from .training.loop import fit, iterate
 from .training.records import Record
 from .training.refitting import refit
+from .training.sharing import from_pretrained, push_to_hub
 
 __version__: str
 
@@ -59,6 +60,7 @@ __all__ = [
     "compare_rows",
     "compare_with_nuts",
     "fit",
+    "from_pretrained",
     "gaps",
     "importance_sample",
     "impute",
@@ -73,6 +75,7 @@ __all__ = [
     "objective",
     "posterior_draws",
     "predictive_check",
+    "push_to_hub",
     "recalibrate",
     "refine",
     "refit",

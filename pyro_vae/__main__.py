@@ -12,6 +12,7 @@
   pyro-vae report     write one HTML page for a run, or several side by side
   pyro-vae compress   compress discrete data by a run, losslessly
   pyro-vae decompress restore the rows in a compressed file
+  pyro-vae export     write the model as a folder for others: weights, card, programs
 
 `pyro-vae COMMAND --help` explains a command. `python -m pyro_vae.COMMAND` is the same command.
 `pyro-vae --completion bash` (or zsh) prints a script by which the shell completes flags.
@@ -38,6 +39,7 @@ COMMANDS = (
     "report",
     "compress",
     "decompress",
+    "export",
 )
 
 

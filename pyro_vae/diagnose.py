@@ -27,7 +27,6 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -187,11 +186,13 @@ def _report(
     run: OpenRun, num_rows: int, quick: bool, effort: Effort, label: str | None = None
 ) -> dict[str, Any]:
     """The contents of diagnostics.json before the first study."""
+    from .training.checkpoint import digest_of
+
     checkpoint, splits = run.checkpoint, run.splits
     binarized = splits.spec.binarizes(checkpoint.vae.likelihood_module.units)
     return {
         "checkpoint": str(checkpoint.path),
-        "digest": _digest(checkpoint.path),
+        "digest": digest_of(checkpoint.path),
         "step": checkpoint.history[-1]["step"] if checkpoint.history else 0,
         "fingerprint": splits.fingerprint,
         "data": splits.name,
@@ -205,10 +206,6 @@ def _report(
         "findings": [],
         "details": {},
     }
-
-
-def _digest(path: Path) -> str:
-    return blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
 def _record(study: Study, report: dict[str, Any], folder: Path, run: OpenRun) -> None:
@@ -342,11 +339,13 @@ def _kept(run: Path) -> dict[str, Any]:
 
 def _outdated(report: dict[str, Any], run: OpenRun, arguments: DiagnoseArguments) -> str:
     """Why a report is not the one that `diagnose` would make of a run; empty if it is."""
+    from .training.checkpoint import digest_of
+
     if not report:
         return "no diagnostics.json"
     if not report.get("complete"):
         return "its diagnostics.json is incomplete"
-    if report.get("digest") != _digest(run.checkpoint.path):
+    if report.get("digest") != digest_of(run.checkpoint.path):
         return (
             f"its diagnostics.json describes another checkpoint, {report.get('checkpoint')} at "
             f"step {report.get('step')}"

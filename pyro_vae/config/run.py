@@ -128,14 +128,29 @@ def read_config(path: Path) -> Config:
     Raises:
         InputError: the file is missing, not JSON, or has settings unknown to this version.
     """
+    values = read_json(path)
+    try:
+        return Config.from_dict(values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def read_json(path: Path, most: int = MAX_CONFIG_BYTES) -> Any:
+    """The values in a `config.json` of at most `most` bytes.
+
+    Raises:
+        InputError: the file is missing, too large or not JSON.
+    """
     try:
         if path.exists() and not path.is_file():  # reading a pipe might wait for ever
             raise InputError(f"{path} is not a config.json: it is not a regular file")
         with path.open("rb") as file:
-            content = file.read(MAX_CONFIG_BYTES + 1)
-        if len(content) > MAX_CONFIG_BYTES:
-            raise InputError(f"{path} is not a config.json: it has more than a megabyte")
-        values = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
+            content = file.read(most + 1)
+        if len(content) > most:
+            raise InputError(
+                f"{path} is not a config.json: it has more than {most / 2**20:.0f} MiB"
+            )
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise InputError(f"cannot read the config {path}: {error.strerror}") from None
     except RecursionError:
@@ -144,10 +159,6 @@ def read_config(path: Path) -> Config:
         raise
     except ValueError as error:
         raise InputError(f"{path} is not a config.json: {error}") from None
-    try:
-        return Config.from_dict(values)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class FlowDistribution(TorchDistribution):
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         shape = self._extended_shape(torch.Size(sample_shape))
-        return self._from_normals(torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device))
+        return self.from_normals(torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device))
 
     def log_prob(self, value: Tensor) -> Tensor:
         u, log_scale = value - self.loc, value.new_zeros(())
@@ -112,9 +112,9 @@ class FlowDistribution(TorchDistribution):
     def _moment_draws(self) -> Tensor:
         size = self.loc.dim() - 1
         normals = self.normals.reshape(len(self.normals), *[1] * size, -1).to(self.loc.dtype)
-        return self._from_normals(normals.expand(len(normals), *self.loc.shape))
+        return self.from_normals(normals.expand(len(normals), *self.loc.shape))
 
-    def _from_normals(self, normals: Tensor) -> Tensor:
+    def from_normals(self, normals: Tensor) -> Tensor:
         with torch.autocast(normals.device.type, enabled=False):
             u = self.transform.inv(normals)
             return self.loc + (u if self.scale_tril is None else products(self.scale_tril, u))

@@ -38,6 +38,9 @@ MIN_LOG_SCALE = -7.0
 # keep every bit up to this. Two units further is the limit, at which exp is far from overflow.
 MAX_LOG_SCALE = 8.0
 
+# Values up to which the mean of a discretized logistic is a sum of as many terms.
+MAX_TERMS = 1024
+
 # Binomial counts above this need float64. In float32 the logarithms of the factorials, hundreds of
 # nats, lose digits: the masses sum to 1.00007 for n = 255 and to 0.75 for n = 1,000,000.
 MAX_FLOAT32_COUNT = 64
@@ -378,10 +381,10 @@ class DiscretizedLogistic(TorchDistribution):
     def mean(self) -> Tensor:
         """Σₖ P(X ≥ k), k = 1 … max_value.
 
-        The sum is exact up to 1,024 values, and runs term by term to save memory. Above, an
+        The sum is exact up to `MAX_TERMS` values, and runs term by term to save memory. Above, an
         integral replaces it, with an error below half a value.
         """
-        if self.max_value > 1024:
+        if self.max_value > MAX_TERMS:
             below, above = self.loc / self.scale, (self.loc - self.max_value) / self.scale
             return self.scale * (F.softplus(below) - F.softplus(above))
         total = torch.zeros_like(self.loc)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections.abc import Sequence
@@ -16,7 +17,6 @@ from PIL import Image
 from ..config import read_config
 from ..data.images import UNREADABLE
 from ..data.splits import Splits
-from ..diagnostics.findings import number
 from ..evidence.evaluation import ACTIVE_VARIANCE
 from ..models.autoencoder import Autoencoder
 from ..models.labels import ConditionalVAE, Model
@@ -26,13 +26,12 @@ from ..plots.codes import Codes
 from ..training.checkpoint import Checkpoint
 from .explorer import Explorer, explore, interactive
 from .render import data_url
+from .verdicts import Trust, number_text, trust_of
 
 # Limits for all runs on a page: the explorers' sheets, and the text of each picture. With the
 # thumbnails, and the third that base64 adds, the page stays below 5 MB.
 EXPLORER_BYTES = 1_500_000
 PICTURE_BYTES = 400_000
-
-VERDICTS = ("wrong", "doubtful", "sound")
 
 # Captions of the pictures; {} is the word for a datum.
 PICTURES = {
@@ -72,44 +71,6 @@ class Picture:
     svg: str = ""
     src: str = ""
     alt: str = ""
-
-
-@dataclass(frozen=True)
-class FindingLine:
-    """A finding of `diagnose` as text, with its size and interval as `numbers`."""
-
-    check: str
-    verdict: str
-    effect: str
-    meaning: str
-    advice: str
-    ideal: str
-    numbers: str
-
-
-@dataclass(frozen=True)
-class Trust:
-    """The verdicts of `diagnose`.
-
-    Attributes:
-        words: a summary.
-        command: runs `diagnose`, if there are no verdicts or they are stale.
-        stale: a warning, if the verdicts describe another state of the run.
-        findings: the worst first.
-        pictures: figures of `diagnose`.
-        log_evidence: mean over held-out rows, of this state of the run.
-    """
-
-    words: str
-    command: str = ""
-    stale: str = ""
-    findings: Sequence[FindingLine] = ()
-    pictures: Sequence[Picture] = ()
-    log_evidence: float | None = None
-
-    @property
-    def by_check(self) -> dict[str, FindingLine]:
-        return {finding.check: finding for finding in self.findings}
 
 
 @dataclass(frozen=True)
@@ -171,12 +132,13 @@ def overview(
     drawn["reconstructions"] = gallery.reconstructions(vae, splits, best["epoch"], config.seed)
     for figure in drawn.values():
         figure.suptitle("")  # the page has captions
-    trust = _trust(run, checkpoint)
+    trust = trust_of(run, checkpoint)
+    trust = dataclasses.replace(trust, pictures=_diagnostic_pictures(run) if trust.findings else ())
     explorer = explore(vae, codes, EXPLORER_BYTES // num_runs)
     return Overview(
         path=run,
         row=splits.spec.row,
-        sentence=_sentence(checkpoint, splits),
+        sentence=sentence(checkpoint, splits),
         numbers=_numbers(checkpoint, history, codes, trust),
         trust=trust,
         pictures=_pictures(drawn, splits.spec.row, num_runs),
@@ -229,7 +191,7 @@ def _history(run: Path, best: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines if whole and lines[: len(best)] == best else best
 
 
-def _sentence(checkpoint: Checkpoint, splits: Splits) -> str:
+def sentence(checkpoint: Checkpoint, splits: Splits) -> str:
     model, fit = checkpoint.config.model, checkpoint.config.fit
     is_vae = not isinstance(checkpoint.vae, Autoencoder)
     kind = "A variational autoencoder" if is_vae else "An autoencoder"
@@ -259,12 +221,12 @@ def _numbers(
         "KL, validation": best["validation_kl"],
         "log p(x), held out": trust.log_evidence,
     }
-    found = {k: (_number(v), "nats per row") for k, v in densities.items() if v is not None}
+    found = {k: (number_text(v), "nats per row") for k, v in densities.items() if v is not None}
     if best["kl"] is not None:
         active = int((codes.means.var(0, ddof=1) > ACTIVE_VARIANCE).sum())
         found["Active latents"] = (f"{active} of {codes.means.shape[1]}", "whose means vary")
     if "validation_accuracy" in best:
-        found["Accuracy, validation"] = (_number(best["validation_accuracy"]), "of q(y|x)")
+        found["Accuracy, validation"] = (number_text(best["validation_accuracy"]), "of q(y|x)")
     found["Best epoch"] = (f"{best['epoch']} of {len(history)}", "by validation")
     seconds = last["seconds"]
     time = f"{seconds:.0f} s" if seconds < 300 else f"{seconds / 60:.0f} min"
@@ -272,10 +234,6 @@ def _numbers(
     count = sum(p.numel() for p in checkpoint.vae.parameters())
     found["Parameters"] = (f"{count:,}", "encoder and decoder")
     return found
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else number(value).replace("-", "−")
 
 
 def _pictures(drawn: dict[str, Figure], row: str, num_runs: int) -> list[Picture]:
@@ -311,20 +269,8 @@ def _webp(image: Image.Image, quality: int) -> str:
     return data_url(buffer.getvalue(), "image/webp")
 
 
-def _trust(run: Path, checkpoint: Checkpoint) -> Trust:
-    """The contents of diagnostics.json in plain words."""
-    if isinstance(checkpoint.vae, Autoencoder):
-        return Trust("An autoencoder has no posterior and no density of data to test.")
-    command = f"python -m pyro_vae.diagnose {quote(str(run))}"
-    try:
-        report = json.loads((run / "diagnostics.json").read_text(encoding="utf-8"))
-        findings = [_finding(finding) for finding in report["findings"]]
-        words = _in_words(report, findings)
-        evidence = report["details"]["log_evidence"]
-        state = (report.get("step"), report.get("fingerprint"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return Trust("Not tested yet. To test it:", command)
-    findings.sort(key=lambda finding: VERDICTS.index(finding.verdict))
+def _diagnostic_pictures(run: Path) -> list[Picture]:
+    """The figures of `diagnose`."""
     pictures = []
     for path in sorted((run / "figures").glob("diagnose_*.png")):
         name = path.stem.removeprefix("diagnose_")
@@ -335,42 +281,7 @@ def _trust(run: Path, checkpoint: Checkpoint) -> Trust:
         except UNREADABLE as error:
             caption = f"{caption} (missing: {path.name} cannot be read, {error})"
         pictures.append(Picture(caption, src=src))
-    if state == (checkpoint.history[-1]["step"], checkpoint.fingerprint):
-        return Trust(words, "", "", findings, pictures, evidence)
-    stale = (
-        "These verdicts describe an earlier state of the run, or other data. To test "
-        "its best epoch:"
-    )
-    return Trust(words, command, stale, findings, pictures)
-
-
-def _finding(finding: dict[str, Any]) -> FindingLine:
-    if finding["verdict"] not in VERDICTS:
-        raise ValueError(f"expected a verdict; got {finding['verdict']!r}")
-    estimate, low, high = (_number(finding[key]) for key in ("estimate", "low", "high"))
-    names = ("check", "verdict", "effect", "meaning", "advice")
-    texts = {name: str(finding[name]) for name in names}
-    numbers = f"{estimate} [{low}, {high}]"
-    return FindingLine(**texts, ideal=f"{finding['ideal']:g}", numbers=numbers)
-
-
-def _in_words(report: dict[str, Any], findings: Sequence[FindingLine]) -> str:
-    """The number of checks and of each verdict."""
-    checks = {v: [f.check for f in findings if f.verdict == v] for v in reversed(VERDICTS)}
-    quick = "with --quick, on" if report["effort"]["quick"] else "on"
-    words = [
-        f"{len(findings)} checks were made, {quick} {report['held_out']:,} held-out rows of "
-        f"{report['data']} and on rows simulated from the model, whose latents are known: "
-        + ", ".join(f"{len(names)} {verdict}" for verdict, names in checks.items())
-        + "."
-    ]
-    if checks["wrong"]:
-        words.append(f"Errors shown to be large: {'; '.join(checks['wrong'])}.")
-    elif not checks["doubtful"]:
-        words.append("All errors are shown to be small.")
-    if not report["complete"]:
-        words.append("The diagnosis was interrupted: the remaining checks were not made.")
-    return " ".join(words)
+    return pictures
 
 
 def _explorer_words(found: Explorer, vae: Model, codes: Codes) -> str:

@@ -13,7 +13,7 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -45,17 +45,30 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: the disk is full or the folder not writable. Its `filename` is `path`.
     """
-    with _named(path):
-        try:
-            with temporary(path).open("wb") as file:
+    write_together(path.parent, {path.name: content})
+
+
+def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write several files of a folder: all to temporary files first, which are then renamed.
+
+    Raises:
+        OSError: the disk is full or the folder not writable. All earlier files are unchanged.
+    """
+    paths = [folder / name for name in contents]
+    try:
+        for path, content in zip(paths, contents.values(), strict=True):
+            with _named(path), temporary(path).open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary(path).replace(path)
-        except BaseException:
-            with suppress(OSError):  # the folder is gone or read-only
+        for path in paths:
+            with _named(path):
+                temporary(path).replace(path)
+    except BaseException:
+        for path in paths:
+            with suppress(OSError):  # the folder is gone, or the file has its name
                 temporary(path).unlink()
-            raise
+        raise
 
 
 def append(path: Path, text: str) -> None:

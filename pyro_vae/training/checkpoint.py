@@ -1,5 +1,8 @@
 """Checkpoints: files that restore a model, or the state of a training, without running code.
 
+An exported model (`exported`) has the same values in other files, and is restored by the same
+checks.
+
 A checkpoint is a dictionary of plain values and tensors, written by `torch.save` and read with
 `weights_only=True`. It contains the config and the shape of the data, so it is self-contained, and
 a digest of every value, so that damage is noticed.
@@ -9,10 +12,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -22,13 +26,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ..config import VERSION, Config, InputError, ModelConfig
+from ..config import VERSION, Config, DataConfig, InputError, ModelConfig
 from ..config.columns import ColumnKind
-from ..config.options import structure
+from ..config.data import TORCHVISION_CLASSES
+from ..config.options import hints_of, shown, structure, typed
 from ..data.splits import DataSpec, Splits
 from ..models.build import build_blank
 from ..models.labels import Model
+from ..runtime.memory import check_memory
 from ..runtime.randomness import usual_settings
+from . import exported
 from .records import check_tensor, unpack
 
 FORMAT = "pyro_vae checkpoint"
@@ -77,20 +84,12 @@ def serialize(
 
     `model` and `refit` are those of a refitted model, see `Checkpoint`.
     """
-    spec = splits.spec
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "pyro_vae": VERSION,
         "config": config.to_dict(),
-        "data": {
-            "shape": list(spec.shape),
-            "max_value": spec.max_value,
-            "discrete": spec.discrete,
-            "fingerprint": splits.fingerprint,
-            **{name: getattr(spec, name) for name in SPEC_OPTIONS},
-            "kinds": [[kind.name, list(kind.categories)] for kind in spec.kinds],
-        },
+        "data": _data(splits.spec, splits.fingerprint),
         "weights": vae.state_dict(),
         "training": training,
         "history": history,
@@ -102,12 +101,46 @@ def serialize(
     return buffer.getvalue()
 
 
+def export_model(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The files model.safetensors and config.json of a model, by name.
+
+    They hold neither the history nor the state of the training. Of the place of the data, they name
+    the last part: the path of a machine is of no use on another.
+    """
+    data = checkpoint.config.data
+    named = data.source == "digits" or data.source in TORCHVISION_CLASSES
+    source = data.source if named else Path(data.source).name
+    config = replace(
+        checkpoint.config, data=replace(data, source=source, root=DataConfig.root), device="auto"
+    )
+    changed = None if checkpoint.model == config.model else asdict(checkpoint.model)
+    spec = checkpoint.vae.likelihood_module.spec
+    return exported.pack(
+        config.to_dict(),
+        _data(spec, checkpoint.fingerprint),
+        changed,
+        checkpoint.vae.state_dict(),
+    )
+
+
+def _data(spec: DataSpec, fingerprint: str) -> dict[str, Any]:
+    """The data of a model as plain values."""
+    return {
+        "shape": list(spec.shape),
+        "max_value": spec.max_value,
+        "discrete": spec.discrete,
+        "fingerprint": fingerprint,
+        **{name: getattr(spec, name) for name in SPEC_OPTIONS},
+        "kinds": [[kind.name, list(kind.categories)] for kind in spec.kinds],
+    }
+
+
 def load(run: str | Path) -> Model:
-    """Load the trained model of a run, on the CPU, in evaluation mode.
+    """Load the trained model of a run, or an exported model, on the CPU, in evaluation mode.
 
     Args:
         run: a run folder, of which the refitted model is loaded or, if there is none, the
-            checkpoint with the best validation ELBO; or a checkpoint file.
+            checkpoint with the best validation ELBO; a checkpoint file; or a folder of `export`.
 
     Raises:
         InputError: there is no run, or the file is damaged, of another program or another version.
@@ -116,7 +149,7 @@ def load(run: str | Path) -> Model:
 
 
 def load_checkpoint(run: str | Path, which: str = "final") -> Checkpoint:
-    """Load a checkpoint file, or a checkpoint of a run folder.
+    """Load a checkpoint file, a checkpoint of a run folder, or an exported model.
 
     Args:
         run: the file or the folder.
@@ -127,10 +160,18 @@ def load_checkpoint(run: str | Path, which: str = "final") -> Checkpoint:
         InputError: there is no run, or the file is damaged, of another program or another version.
     """
     path = Path(run)
-    if not path.is_file():
+    is_export = exported.is_export(path)
+    if is_export and which != "final":
+        raise InputError(
+            f"{path} is an exported model, without the state of a training; give the run folder "
+            f"that it was exported from"
+        )
+    if is_export:
+        path = path / exported.WEIGHTS
+    elif not path.is_file():
         path = _find(path, which)
     with usual_settings():
-        content = _read(path)
+        content = exported.read(path.parent) if is_export else _read(path)
         try:
             return _restore(content, path)
         except (
@@ -148,12 +189,15 @@ def load_checkpoint(run: str | Path, which: str = "final") -> Checkpoint:
             ) from None
 
 
+def digest_of(path: Path) -> str:
+    """The digest of a checkpoint file, by which `diagnose` tells which it has tested."""
+    return blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
 def _restore(content: dict[str, Any], path: Path) -> Checkpoint:
     """The checkpoint with this content. Sizes are checked before memory is taken."""
     config, data = Config.from_dict(content["config"]), content["data"]
-    options = {name: data[name] for name in SPEC_OPTIONS if name in data}
-    options["kinds"] = tuple(ColumnKind(*kind) for kind in data.get("kinds", ()))
-    spec = DataSpec(tuple(data["shape"]), data["max_value"], data["discrete"], **options)
+    spec = _spec(data)
     weights, training, history = (content[name] for name in ("weights", "training", "history"))
     changed, refit = content.get("model"), content.get("refit", [])
     model = config.model if changed is None else structure(ModelConfig, changed, "model.")
@@ -169,7 +213,7 @@ def _restore(content: dict[str, Any], path: Path) -> Checkpoint:
     for lines in (history, refit):
         if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
             raise InputError("the history expects a list of dictionaries")
-    if content["format_version"] > 1:
+    if content["format"] == FORMAT and content["format_version"] > 1:
         _check_digests(content)
     vae = build_blank(model, spec)
     vae.load_state_dict(weights)
@@ -177,6 +221,29 @@ def _restore(content: dict[str, Any], path: Path) -> Checkpoint:
     return Checkpoint(
         vae.eval(), config, data["fingerprint"], training, history, path, model, refit
     )
+
+
+def _spec(data: dict[str, Any]) -> DataSpec:
+    """The data of a model, from plain values of the right types and ranges."""
+    hints = hints_of(DataSpec)
+    names = ("shape", "max_value", "discrete", *(name for name in SPEC_OPTIONS if name in data))
+    values = {name: typed(data[name], hints[name], f"data.{name}") for name in names}
+    kinds = typed(data.get("kinds", []), tuple[tuple[str, tuple[str, ...]], ...], "data.kinds")
+    values["kinds"] = tuple(ColumnKind(*kind) for kind in kinds)
+    spec = DataSpec(**values)
+    sizes = [len(kind.categories) for kind in spec.kinds if kind.name == "categorical"]
+    cells = 16 * len(sizes) * max(sizes, default=0)
+    check_memory(cells, "the categories of all columns", "use another file")
+    if not 0 < len(spec.shape) < 5 or min(spec.shape) < 1:
+        raise InputError(f"data.shape expects one to four sizes; got {shown(spec.shape)}")
+    if spec.max_value is not None and spec.max_value < 1:
+        raise InputError(f"data.max_value expects an integer above 0; got {spec.max_value}")
+    if (
+        not all(map(math.isfinite, (*(spec.offset or ()), *(spec.scale or ()))))
+        or min(spec.scale or (1.0,)) <= 0
+    ):
+        raise InputError("data.offset and data.scale expect finite numbers, scales above 0")
+    return spec
 
 
 def _find(run: Path, which: str) -> Path:

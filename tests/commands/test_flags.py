@@ -19,6 +19,7 @@ from pyro_vae import (
     diagnose,
     encode,
     evaluate,
+    export,
     generate,
     load,
     load_data,
@@ -145,6 +146,7 @@ def test_defaults_of_flags_are_those_of_the_dataclasses(asked, tmp_path):
         (diagnose.DiagnoseArguments, [run], {"run": run}),
         (report.ReportArguments, [run], {"runs": (run,)}),
         (compare.CompareArguments, [run, out], {"runs": (run, out)}),
+        (export.ExportArguments, [run, "--out", out], {"run": run, "out": out}),
     ]:
         assert parse(kind, list(map(str, arguments)), "x", None) == kind(**given)
 
@@ -194,6 +196,16 @@ def test_defaults_of_flags_are_those_of_the_dataclasses(asked, tmp_path):
         (compare.CompareArguments, "--json", {"json": True}),
         (compare.CompareArguments, "--out o", {"out": Path("o")}),
         (compare.CompareArguments, "--out o --overwrite", {"out": Path("o"), "overwrite": True}),
+        (export.ExportArguments, "--onnx", {"onnx": True}),
+        (export.ExportArguments, "--weights-only", {"weights_only": True}),
+        (export.ExportArguments, "--license mit", {"license": "mit"}),
+        (export.ExportArguments, "--data-license public", {"data_license": "public"}),
+        (export.ExportArguments, "--num-samples 7", {"num_samples": 7}),
+        (export.ExportArguments, "--num-images 7", {"num_images": 7}),
+        (export.ExportArguments, "--data d", {"data": "d"}),
+        (export.ExportArguments, "--data-root d", {"data_root": Path("d")}),
+        (export.ExportArguments, "--overwrite", {"overwrite": True}),
+        (export.ExportArguments, "--json", {"json": True}),
         (report.ReportArguments, "--out o", {"out": Path("o")}),
         (report.ReportArguments, "--overwrite", {"overwrite": True}),
         (report.ReportArguments, "--data-root d", {"data_root": Path("d")}),

@@ -17,7 +17,7 @@ from torch import nn
 
 from pyro_vae.models.autoencoder import Autoencoder
 from pyro_vae.models.vae import VAE
-from pyro_vae.page import summary, write
+from pyro_vae.page import summary, verdicts, write
 from pyro_vae.page.explorer import Explorer
 from pyro_vae.plots.run import new_figure
 
@@ -80,7 +80,7 @@ def test_numbers_are_of_the_best_epoch_and_times_of_the_last():
     means = np.array([[0.0, 1.0, 5.0], [0.0, 1.1, 9.0], [0.0, 1.2, 1.0]])
     codes = SimpleNamespace(means=means)
     history = [line(1), line(2), line(3)]
-    trust = summary.Trust("", log_evidence=-77.25)
+    trust = verdicts.Trust("", log_evidence=-77.25)
     found = summary._numbers(checkpoint(), history, codes, trust)
     assert found == {
         "ELBO, validation": ("−32.00", "nats per row"),
@@ -93,7 +93,7 @@ def test_numbers_are_of_the_best_epoch_and_times_of_the_last():
         "Parameters": ("1,234", "encoder and decoder"),
     }
     plain = checkpoint(history=[line(1, kl=None, validation_elbo=None, validation_kl=None)])
-    found = summary._numbers(plain, [line(1)], codes, summary.Trust(""))
+    found = summary._numbers(plain, [line(1)], codes, verdicts.Trust(""))
     assert list(found) == ["Reconstruction, validation", "Best epoch", "Training", "Parameters"]
     assert found["Training"][0] == "100 s"
 
@@ -103,7 +103,7 @@ def test_active_latents_are_counted_by_their_variance():
     for factor, count in ((1.02, 1), (0.98, 0)):
         means = np.sqrt(0.01 * factor) * np.array([[-1.0], [1.0]]) / np.sqrt(2)
         found = summary._numbers(
-            checkpoint(), [line(1)], SimpleNamespace(means=means), summary.Trust("")
+            checkpoint(), [line(1)], SimpleNamespace(means=means), verdicts.Trust("")
         )
         assert found["Active latents"][0] == f"{count} of 1"
 
@@ -139,29 +139,29 @@ def diagnosed(run: Path, verdicts: tuple[str, ...], **changes: Any) -> None:
 
 def test_verdicts_in_words(tmp_path):
     diagnosed(tmp_path, ("sound", "wrong", "doubtful", "sound"))
-    trust = summary._trust(tmp_path, checkpoint())
+    trust = verdicts.trust_of(tmp_path, checkpoint())
     assert [f.verdict for f in trust.findings] == ["wrong", "doubtful", "sound", "sound"]
     assert trust.findings[0].numbers == "1.50 [0.500, 2.50]"
     assert "4 checks were made, on 12 held-out rows of digits" in trust.words
     assert "2 sound, 1 doubtful, 1 wrong. Errors shown to be large: check of wrong." in trust.words
     assert (trust.command, trust.stale, trust.log_evidence) == ("", "", -5.0)
     diagnosed(tmp_path, ("sound",), complete=False, effort={"quick": True})
-    words = summary._trust(tmp_path, checkpoint()).words
+    words = verdicts.trust_of(tmp_path, checkpoint()).words
     assert "with --quick, on 12" in words
     assert "All errors are shown to be small." in words
     assert "interrupted" in words
     diagnosed(tmp_path, ("doubtful",))
-    words = summary._trust(tmp_path, checkpoint()).words
+    words = verdicts.trust_of(tmp_path, checkpoint()).words
     assert "small" not in words
     assert "interrupted" not in words
-    autoencoder = summary._trust(tmp_path, checkpoint(Autoencoder))
+    autoencoder = verdicts.trust_of(tmp_path, checkpoint(Autoencoder))
     assert (autoencoder.findings, autoencoder.command) == ((), "")
 
 
 @pytest.mark.parametrize("changes", [{"step": 7}, {"fingerprint": "other"}])
 def test_verdicts_on_another_state_are_stale(changes, tmp_path):
     diagnosed(tmp_path, ("wrong",), **changes)
-    trust = summary._trust(tmp_path, checkpoint())
+    trust = verdicts.trust_of(tmp_path, checkpoint())
     assert trust.stale
     assert trust.command.startswith("python -m pyro_vae.diagnose")
     assert trust.log_evidence is None
@@ -177,7 +177,7 @@ def test_pictures_that_cannot_be_read_are_named(tmp_path):
     (folder / "diagnose_gaps.png").write_bytes(whole[: len(whole) // 2])
     (folder / "diagnose_ranks.png").write_bytes(b"")
     (folder / "diagnose_own.png").write_bytes(whole)
-    found = {p.caption.split(" (")[0]: p for p in summary._trust(tmp_path, checkpoint()).pictures}
+    found = {p.caption.split(" (")[0]: p for p in summary._diagnostic_pictures(tmp_path)}
     assert set(found) == {"own", *(summary.CAPTIONS[name] for name in ("weights", "gaps", "ranks"))}
     for name, there in (("weights", True), ("gaps", False), ("ranks", False)):
         picture = found[summary.CAPTIONS[name]]

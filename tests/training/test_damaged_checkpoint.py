@@ -234,7 +234,7 @@ HOSTILE = {
     "many units": (wide(10**7), "of shape"),
     "units beyond int64": (wide(10**30), "--hidden expects an integer from 1 to"),
     "rows of any size": (entry("data/shape", [10**12]), "memory|overflow|of shape"),
-    "no shape": (entry("data/shape", ["a"]), "tuple of ints"),
+    "no shape": (entry("data/shape", ["a"]), "data.shape = .*: expected integers"),
     "a state of NaN": (entry(f"{FIRST}/exp_avg", torch.full((20,), torch.nan)), "exp_avg of par"),
     "moments of another shape": (entry(f"{FIRST}/exp_avg", torch.zeros(3)), "exp_avg of par"),
     "no moments": (entry(f"{FIRST}/exp_avg_sq", None), "the moments of parameter 0 expects"),
