@@ -16,7 +16,7 @@ from .checkpoint import load, load_checkpoint
 from .exported import CARD, CONFIG, WEIGHTS, is_export
 
 DOWNLOADED = [WEIGHTS, CONFIG, CARD]
-# What `export` writes. Other files in the folder stay at home.
+# What `export` writes. Other files in the folder are not uploaded.
 UPLOADED = [*DOWNLOADED, "*.pt2", "*.onnx"]
 
 
