@@ -228,7 +228,9 @@ def summary(metrics: dict[str, Any], epochs: int) -> str:
     """A line of text about an epoch, of a run of so many `epochs`."""
     names = ("train_elbo", "validation_elbo", "reconstruction", "kl")
     terms = "  ".join(f"{n} {metrics[n]:.2f}" for n in names if metrics[n] is not None)
-    return f"epoch {metrics['epoch']}/{epochs}  {terms}"
+    share = metrics.get("validation_accuracy")
+    accuracy = "" if share is None else f"  validation_accuracy {share:.4f}"
+    return f"epoch {metrics['epoch']}/{epochs}  {terms}{accuracy}"
 
 
 class Diverged(ArithmeticError):

@@ -21,7 +21,7 @@ from pyro_vae.objectives import elbos
 from pyro_vae.training import modes
 from pyro_vae.training.checkpoint import load_checkpoint, serialize
 from pyro_vae.training.loop import fit, iterate
-from pyro_vae.training.records import Diverged
+from pyro_vae.training.records import Diverged, summary
 
 TIMINGS = ("seconds", "images_per_second")
 
@@ -81,6 +81,8 @@ def test_each_epoch_is_a_message_and_nothing_is_printed(tmp_path, caplog, capfd)
         assert message.startswith(f"epoch {i + 1}/3 ")
         assert f"validation_elbo {record.validation_elbo:.2f}" in message
     assert capfd.readouterr() == ("", "")
+    labelled = {**records[0].metrics(), "validation_accuracy": 0.95264}
+    assert summary(labelled, 3).endswith("  validation_accuracy 0.9526")
 
 
 def test_same_seed_same_numbers_and_other_seed_others(tmp_path):
