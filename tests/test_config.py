@@ -333,7 +333,7 @@ def test_numbers_of_other_libraries_become_pythons(tmp_path):
 FILES = {
     "brackets": (b"[" * 100_000, "nest too deep"),
     "objects": (b'{"a":' * 100_000, "nest too deep"),
-    "large": (b" " * 2**20 + b"{}", "more than a megabyte"),
+    "large": (b" " * 2**20 + b"{}", "more than 1 MiB"),
     "twice": (b'{"seed": 1, "seed": 2}', "it gives seed twice"),
     "twice below": (b'{"fit": {"epochs": 1, "beta": 2.0, "epochs": 1}}', "it gives epochs twice"),
     "utf-16": ('{"seed": 1}'.encode("utf-16"), "'utf-8' codec can't decode"),

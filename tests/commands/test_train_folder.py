@@ -175,7 +175,7 @@ def test_a_report_on_data_that_have_moved(tmp_path, monkeypatch, capsys):
         seen.append((path, same, len(splits.train), count))
 
     monkeypatch.setattr("pyro_vae.page.summary.overview", overview)
-    monkeypatch.setattr("pyro_vae.page.write.write_page", lambda out, views: seen.append(out))
+    monkeypatch.setattr("pyro_vae.page.write.write_page", lambda out, *_: seen.append(out))
     assert report.main([str(run), "--data", "moved.npy", "--out", "a.html"]) == 0
     assert seen == [(run, True, 49, 1), Path("a.html")]
     seen.clear()

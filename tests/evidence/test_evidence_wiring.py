@@ -123,7 +123,7 @@ def test_estimates_are_those_of_the_weights(monkeypatch):
     log_lik = torch.randn(70, 3, dtype=torch.float64)
     blocks = iter(zip(log_lik.split(32), log_w.split(32), strict=True))
     seen = []
-    result = importance._estimate(blocks, 70, seen.append, with_pareto_k=True)
+    result = importance._estimate(blocks, torch.device("cpu"), 70, seen.append, with_pareto_k=True)
     w = log_w.exp()
     torch.testing.assert_close(result.log_evidence, w.mean(0).log())
     torch.testing.assert_close(result.elbo, log_w.mean(0))
