@@ -409,6 +409,7 @@ def test_resume_of_a_complete_run_and_beyond(tmp_path, capsys):
     assert json.loads((run / "config.json").read_text())["fit"]["epochs"] == 8
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path):
     run = tmp_path / "run"

@@ -173,6 +173,7 @@ def test_a_refined_guide_has_no_encoder(digits):
     assert set(parts(vae)) == {"encoder", "decoder", "log_likelihood"}
 
 
+@pytest.mark.slow
 def test_onnx_computes_what_float32_would_lose():
     """Logits at which ONNX's own log σ is −∞, and exp(x) − 1 cancels."""
     pytest.importorskip("onnxruntime", reason="needs pip install '.[onnx]'")

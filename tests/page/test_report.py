@@ -946,6 +946,7 @@ def blobs(count: int, channels: int, side: int) -> np.ndarray:
     return (255 * (values + noise).clip(0, 1)).astype(np.uint8)
 
 
+@pytest.mark.slow
 def test_a_page_of_mnists_size_stays_below_5_mb(tmp_path):
     settings = {"likelihood": "discretized-logistic", "latent_dim": 50, "hidden": (64,)}
     run = make_run(tmp_path / "run", blobs(1500, 1, 28), **settings)
@@ -955,6 +956,7 @@ def test_a_page_of_mnists_size_stays_below_5_mb(tmp_path):
     assert (tmp_path / "a.html").stat().st_size < 5_000_000
 
 
+@pytest.mark.slow
 def test_the_pictures_of_three_runs_leave_room_for_the_rest(tmp_path, monkeypatch):
     """Of colour images of 64 pixels a side; the explorers and thumbnails take theirs of 5 MB."""
     monkeypatch.setattr("pyro_vae.page.summary.explore", _no_explorer)
@@ -1463,6 +1465,7 @@ def test_a_collapsed_autoencoder_breaks_nothing(browser, tmp_path):
         page.wait_for_timeout(100)
 
 
+@pytest.mark.slow
 def test_images_one_pixel_high_are_images(browser, tmp_path):
     values = np.random.default_rng(0).random((30, 3, 1, 9)).astype(np.float32)
     run = make_run(tmp_path / "run", values)

@@ -609,6 +609,7 @@ def test_torchrun_writes_one_run(whole):
     assert line["train_elbo"] > metrics(run)[0]["train_elbo"] + 5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_one_process_goes_on_with_the_run_of_two(whole):
     run, _ = whole
@@ -727,6 +728,7 @@ def test_data_that_differ_between_ranks_leave_an_old_run_as_it_was(found):
         assert rank["other data"] == {"status": 2, "metrics": "old"}
 
 
+@pytest.mark.slow
 def test_that_a_run_is_complete_is_said_once(whole, monkeypatch, capsys):
     """Here as a second rank, which is to say nothing."""
     run, _ = whole

@@ -444,6 +444,7 @@ def test_a_compiled_run_is_the_uncaptured_one(tmp_path, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_captured_run_equals_the_uninterrupted_one(tmp_path, monkeypatch):
     """What is captured is captured without a trace: a run repeats wherever it is resumed.
 
@@ -482,6 +483,7 @@ def test_short_runs_are_not_captured_and_long_ones_compiled(digits):
     assert mode(epochs=1, compile="on") == "compiled"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("captured", [False, True])
 def test_precision(captured, tmp_path, monkeypatch):
     """bf16 rounds products to three digits, and no sum; afterwards all is as it was."""

@@ -176,7 +176,9 @@ def expected_rate(step: int) -> float:
 
 
 @pytest.mark.parametrize("captured", [False, True])
-@pytest.mark.parametrize("stop_at", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize(
+    "stop_at", [1, 4, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 3, 7))]
+)
 def test_rate_weight_and_clip_of_each_step_also_after_a_resume(stop_at, captured, monkeypatch):
     """Captured, the first two steps of an epoch are made together."""
     monkeypatch.setattr(modes, "CAPTURE_FROM", 0 if captured else 10**9)
