@@ -215,9 +215,10 @@ def notes(found: Comparison) -> list[str]:
 
 
 def _picture(found: Comparison) -> Picture:
-    rows = {(d.first, d.second) for m in found.measures.values() for d in m.differences}
-    seeds = {(d.first, d.second) for m in found.measures.values() for d in m.over_seeds}
-    pairs = [(pair, False) for pair in sorted(rows)] + [(pair, True) for pair in sorted(seeds)]
+    measures = found.measures.values()  # dictionaries keep the order of the lines
+    rows = dict.fromkeys((d.first, d.second) for m in measures for d in m.differences)
+    seeds = dict.fromkeys((d.first, d.second) for m in measures for d in m.over_seeds)
+    pairs = [*((pair, False) for pair in rows), *((pair, True) for pair in seeds)]
     panels = {}
     for name, m in found.measures.items():
         known = {((d.first, d.second), False): d for d in m.differences}
