@@ -7,6 +7,7 @@
     prior_predictive        x' ~ p(x|z) at these z                 (chain, draw, …)
     observed_data           x                                      (row, …)
     sample_stats            method and k̂ of a row's draws          (row)
+    prior_sbc               ranks of `simulate`, as shares         (chain, draw, latent)
 
 There is one chain: the draws are independent, or resampled. Values are in the likelihood's units.
 """
@@ -26,6 +27,7 @@ from ..models.log_weights import log_likelihood
 from ..runtime.memory import check_memory, rows_at_once
 from ..runtime.randomness import one_thread
 from .draws import posterior_draws
+from .sbc import Simulations
 
 
 @one_thread()
@@ -36,6 +38,7 @@ def to_datatree(
     num_samples: int = 5000,
     rows: Sequence[Any] | None = None,
     latents: Sequence[Any] | None = None,
+    simulations: Simulations | None = None,
 ) -> Any:
     """Draw from prior and posterior, and convert the draws to ArviZ's `DataTree`.
 
@@ -52,14 +55,16 @@ def to_datatree(
         num_samples: importance samples from which posterior draws are resampled.
         rows: (B,) names of the rows; by default their numbers.
         latents: (Z,) names of the latents; by default their numbers.
+        simulations: of `simulate`; the shares (rank + ½) / (L + 1) become the group `prior_sbc`,
+            which `arviz_plots.plot_ecdf_pit` compares with the uniform distribution.
 
     Returns:
         An `xarray.DataTree`. Columns of a table have the coordinate `column`, with their names if
         the model knows them.
 
     Raises:
-        InputError: the package arviz-base is missing, the draws exceed the memory, or the names are
-            not as many as the rows or latents.
+        InputError: the package arviz-base is missing, the draws exceed the memory, or there are
+            not as many names as rows or latents, or the simulations have other latents.
     """
     from_dict = _arviz().from_dict
     prior = vae.prior()
@@ -86,7 +91,20 @@ def to_datatree(
     names_of_dims = {name: ["row"] for name in of_draws}
     options = {"sample_dims": [], "dims": names_of_dims, "coords": coords}
     stats = from_dict({"sample_stats": of_draws}, **options)
-    return tree.assign({**model.children, **stats.children})
+    children = {**tree.children, **model.children, **stats.children}
+    if simulations is not None:
+        shares = {"z": _shares(simulations, prior.event_shape[0])[None]}
+        sbc = from_dict({"prior_sbc": shares}, dims={"z": ["latent"]}, coords=coords)
+        children |= sbc.children
+    return tree.assign(children)
+
+
+def _shares(simulations: Simulations, latent_dim: int) -> np.ndarray:
+    """(N, Z) the ranks of the latents between 0 and 1."""
+    found = simulations.z.shape[1]
+    if found != latent_dim:
+        raise InputError(f"expected simulations of {latent_dim} latents; got {found}")
+    return (simulations.ranks[:, :latent_dim] + 0.5) / (simulations.num_draws + 1)
 
 
 def _arviz() -> Any:

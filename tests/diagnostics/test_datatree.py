@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -10,8 +11,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from conftest import SIGMAS
+from scipy.stats import kstest
 
 import pyro_vae
+from pyro_vae import InputError
 from pyro_vae.diagnostics import datatree
 from pyro_vae.models.linear_gaussian import LinearGaussian
 
@@ -111,3 +114,28 @@ def test_mistakes(exact, monkeypatch):
     monkeypatch.setitem(sys.modules, "arviz_base", None)
     with pytest.raises(pyro_vae.InputError, match=r"pip install 'pyro-vae\[arviz\]'"):
         pyro_vae.to_datatree(vae, x)
+
+
+def test_simulations_become_shares_that_agree_with_our_own_check(exact):
+    """Their distribution function is that of the ranks; both show a guide that is too narrow."""
+    vae, x, _ = exact
+    torch.manual_seed(2)
+    simulations = pyro_vae.simulate(vae, 300, 99)
+    tree = pyro_vae.to_datatree(vae, x, 10, 100, latents=["u", "v"], simulations=simulations)
+    found = tree["prior_sbc"].z
+    assert dict(found.sizes) == {"chain": 1, "draw": 300, "latent": 2}
+    for i, name in enumerate("uv"):
+        shares = found.sel(latent=name, chain=0).values
+        for rank in (0, 24, 99):
+            below = (simulations.ranks[:, i] <= rank).mean()
+            assert (shares <= (rank + 0.5) / 100).mean() == below
+        assert kstest(shares, "uniform").pvalue > 1e-4  # of ranks that are uniform
+    torch.manual_seed(2)
+    parts = vae.weight.detach(), vae.loc.detach(), 1.0
+    narrow = pyro_vae.simulate(LinearGaussian(*parts, scale_factor=0.5), 300, 99)
+    shares = pyro_vae.to_datatree(vae, x, 10, 100, simulations=narrow)["prior_sbc"].z.values
+    assert kstest(shares[0, :, 0], "uniform").pvalue < 1e-6
+    assert pyro_vae.check_ranks(narrow)[0].p_value < 1e-6
+    three = dataclasses.replace(narrow, z=np.zeros((300, 3)))
+    with pytest.raises(InputError, match="simulations of 2 latents; got 3"):
+        pyro_vae.to_datatree(vae, x, 10, 100, simulations=three)
