@@ -72,18 +72,7 @@ def to_datatree(
     what = f"{num_draws:,} replicates of {len(x):,} rows"
     check_memory(3 * num_draws * x.numel(), what, "lower num_draws")
     found = posterior_draws(vae, x, num_draws, num_samples)
-    with torch.no_grad():
-        z = prior.sample((num_draws,))
-        of_rows = {
-            "posterior": {"z": _chain(found.draws)},
-            "posterior_predictive": {"x": _chain(_replicates(vae, found.draws, x))},
-            "log_likelihood": {"x": _chain(log_likelihood(vae, x, found.draws))},
-            "observed_data": {"x": x.cpu().numpy()},
-        }
-        of_model = {
-            "prior": {"z": _chain(z)},
-            "prior_predictive": {"x": _chain(_replicates(vae, z, x[0]))},
-        }
+    of_rows, of_model = _draws(vae, x, found.draws, prior.sample((num_draws,)))
     names = ("pareto_k", "effective_draws")
     of_draws = {"method": found.method, **{n: getattr(found, n).cpu().numpy() for n in names}}
     tree = from_dict(of_rows, dims={"z": ["row", "latent"], "x": ["row", *dims]}, coords=coords)
@@ -97,6 +86,22 @@ def to_datatree(
         sbc = from_dict({"prior_sbc": shares}, dims={"z": ["latent"]}, coords=coords)
         children |= sbc.children
     return tree.assign(children)
+
+
+@torch.no_grad()
+def _draws(vae: LatentModel, x: Tensor, of_rows: Tensor, of_prior: Tensor) -> tuple[Any, Any]:
+    """Groups of draws of z from the posterior of each row (N, B, Z), and from the prior (N, Z)."""
+    rows = {
+        "posterior": {"z": _chain(of_rows)},
+        "posterior_predictive": {"x": _chain(_replicates(vae, of_rows, x))},
+        "log_likelihood": {"x": _chain(log_likelihood(vae, x, of_rows))},
+        "observed_data": {"x": x.cpu().numpy()},
+    }
+    model = {
+        "prior": {"z": _chain(of_prior)},
+        "prior_predictive": {"x": _chain(_replicates(vae, of_prior, x[0]))},
+    }
+    return rows, model
 
 
 def _shares(simulations: Simulations, latent_dim: int) -> np.ndarray:
