@@ -96,10 +96,15 @@ def _main(arguments: CompareArguments) -> None:
     from tqdm import tqdm
 
     from .evidence.comparison import compare
+    from .evidence.evaluation import num_pairs
     from .page.comparison import differing_settings
 
     checkpoints, models = _open(arguments)
-    total = sum(_work(model, arguments) for model in models)
+    most = arguments.num_rows
+    total = sum(
+        num_pairs(m.vae, min(len(m.test), most or len(m.test)), arguments.num_samples)
+        for m in models
+    )
     with tqdm(total=total, unit="sample", unit_scale=True, disable=None) as bar:
         found = compare(
             models, arguments.num_samples, arguments.num_rows, arguments.seed, bar.update
@@ -132,18 +137,6 @@ def _open(arguments: CompareArguments) -> tuple[dict[str, Checkpoint], list[Cand
             yield name, run.checkpoint, run.splits.test
 
     return checkpoints, candidates(opened())
-
-
-def _work(model: Candidate, arguments: CompareArguments) -> int:
-    """Number of (row, sample) pairs of a model."""
-    from .models.autoencoder import Autoencoder
-    from .models.labels import SemiSupervisedVAE
-
-    if isinstance(model.vae, Autoencoder):
-        return 0
-    classes = model.vae.num_classes if isinstance(model.vae, SemiSupervisedVAE) else 1
-    count = min(len(model.test), arguments.num_rows or len(model.test))
-    return count * arguments.num_samples * classes
 
 
 def _check_folders(runs: Sequence[Path]) -> None:

@@ -62,14 +62,11 @@ def _main(arguments: EvaluateArguments) -> None:
 
     from tqdm import tqdm
 
-    from .evidence.evaluation import evaluate
+    from .evidence.evaluation import evaluate, num_pairs
     from .models.autoencoder import Autoencoder
-    from .models.labels import SemiSupervisedVAE
 
     hidden = True if isinstance(run.vae, Autoencoder) else None  # None: hidden without a terminal
-    total = count * arguments.num_samples
-    if isinstance(run.vae, SemiSupervisedVAE):
-        total *= run.vae.num_classes
+    total = num_pairs(run.vae, count, arguments.num_samples)
     with tqdm(total=total, unit="sample", unit_scale=True, disable=hidden) as bar:
         result = evaluate(
             run.vae,

@@ -184,12 +184,14 @@ def _programs(checkpoint: Checkpoint, splits: Splits, onnx: bool) -> list[File]:
 def _evaluate(arguments: ExportArguments, checkpoint: Checkpoint, splits: Splits) -> Evaluation:
     from tqdm import tqdm
 
-    from .evidence.evaluation import evaluate
+    from .evidence.evaluation import evaluate, num_pairs
 
     count = arguments.num_images or min(EVALUATED, len(splits.test))
     vae, seed = checkpoint.vae, checkpoint.config.seed
-    with tqdm(unit="sample", unit_scale=True, disable=None) as bar:
-        return evaluate(vae, splits.test, arguments.num_samples, count, seed, on_chunk=bar.update)
+    num_samples = arguments.num_samples
+    total = num_pairs(vae, count, num_samples)
+    with tqdm(total=total, unit="sample", unit_scale=True, disable=None) as bar:
+        return evaluate(vae, splits.test, num_samples, count, seed, on_chunk=bar.update)
 
 
 def _stale(out: Path, contents: dict[str, bytes]) -> list[str]:

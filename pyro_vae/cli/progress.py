@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..config import InputError
-
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -86,10 +84,7 @@ def _labels(run: RunFolder) -> str:
 
 def summary_writer() -> Any:
     """TensorBoard's writer class."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError(
-            "--tensorboard requires a package: pip install 'pyro-vae[tensorboard]'"
-        ) from None
-    return SummaryWriter
+    from ..runtime.packages import of_extra
+
+    reason = "--tensorboard requires a package"
+    return of_extra("torch.utils.tensorboard", "tensorboard", reason).SummaryWriter

@@ -29,6 +29,7 @@ import numpy as np
 
 from ..config import TORCHVISION_CLASSES, DataConfig, InputError
 from ..runtime.memory import check_memory
+from ..runtime.packages import of_extra
 from .images import read_folder
 from .in_memory import read_frame
 from .source import LABEL_NAMES, Source, from_array, one_hot
@@ -149,12 +150,7 @@ def _torchvision(config: DataConfig) -> Source:
 
 def _arrow(path: Path, config: DataConfig) -> Source:
     """A table in a Parquet or an Arrow file."""
-    try:
-        import polars
-    except ImportError:
-        raise InputError(
-            f"{path.suffix} files require a package: pip install 'pyro-vae[tables]'"
-        ) from None
+    polars = of_extra("polars", "tables", f"{path.suffix} files require a package")
     is_parquet = path.suffix.lower() == ".parquet"
     try:
         table = (polars.scan_parquet if is_parquet else polars.scan_ipc)(path)

@@ -25,6 +25,7 @@ from ..config import InputError
 from ..models.interface import LatentModel
 from ..models.log_weights import log_likelihood
 from ..runtime.memory import check_memory, rows_at_once
+from ..runtime.packages import of_extra
 from ..runtime.randomness import one_thread
 from .draws import posterior_draws
 from .sbc import Simulations
@@ -66,7 +67,7 @@ def to_datatree(
         InputError: the package arviz-base is missing, the draws exceed the memory, or there are
             not as many names as rows or latents, or the simulations have other latents.
     """
-    from_dict = _arviz().from_dict
+    from_dict = of_extra("arviz_base", "arviz", "to_datatree requires a package").from_dict
     prior = vae.prior()
     dims, coords = _data_dims(x), _coordinates(vae, len(x), prior.event_shape[0], rows, latents)
     what = f"{num_draws:,} replicates of {len(x):,} rows"
@@ -110,14 +111,6 @@ def _shares(simulations: Simulations, latent_dim: int) -> np.ndarray:
     if found != latent_dim:
         raise InputError(f"expected simulations of {latent_dim} latents; got {found}")
     return (simulations.ranks[:, :latent_dim] + 0.5) / (simulations.num_draws + 1)
-
-
-def _arviz() -> Any:
-    try:
-        import arviz_base
-    except ImportError:
-        raise InputError("to_datatree requires a package: pip install 'pyro-vae[arviz]'") from None
-    return arviz_base
 
 
 def _coordinates(

@@ -29,7 +29,14 @@ from .differences import (
     shown_above,
     tiers,
 )
-from .evaluation import RowValues, bound_of_rows, decisive_rows, evaluate_rows, unreliable_share
+from .evaluation import (
+    RowValues,
+    bound_of_rows,
+    deciding,
+    decisive_rows,
+    evaluate_rows,
+    unreliable_share,
+)
 
 # Measures and whether more is better: a ranking by reconstruction or KL alone would mean nothing.
 MEASURES = {
@@ -252,11 +259,8 @@ def _notes_of_rows(
         for d in measures[name].differences if name in measures else ():
             each = torch.from_numpy(values[name][d.first] - values[name][d.second])
             known = (~each.isnan()).nonzero().flatten()
-            decisive = rows[known[decisive_rows(each[known])]].tolist()
-            if decisive:
-                more = f" and {len(decisive) - 1} more" if len(decisive) > 1 else ""
-                notes.append(
-                    f"row {decisive[-1]} of the data (counted from 0){more} alone decides the "
-                    f"difference of {name} between {d.first} and {d.second}"
-                )
+            decisive = rows[known[decisive_rows(each[known])]]
+            if len(decisive):
+                where = f"the difference of {name} between {d.first} and {d.second}"
+                notes.append(f"{deciding(decisive)} {where}")
     return notes

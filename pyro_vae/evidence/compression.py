@@ -38,6 +38,7 @@ from torch import Tensor
 from ..config import InputError
 from ..models.vae import VAE
 from ..runtime.memory import Callback, ignore
+from ..runtime.packages import of_extra
 from ..runtime.randomness import usual_settings
 
 SPACING = 2.0**-10
@@ -67,7 +68,9 @@ class Coder:
     """
 
     def __init__(self, vae: VAE) -> None:
-        self._constriction = _constriction()
+        self._constriction = of_extra(
+            "constriction", "compression", "compression requires a package"
+        )
         likelihood = vae.likelihood_module
         if not likelihood.is_discrete or likelihood.spec.bound >= MAX_VALUES:
             raise InputError(
@@ -239,13 +242,3 @@ def on_one_core() -> Iterator[None]:
             yield
         finally:
             torch.set_num_threads(before)
-
-
-def _constriction() -> Any:
-    try:
-        import constriction
-    except ImportError:
-        raise InputError(
-            "compression requires a package: pip install 'pyro-vae[compression]'"
-        ) from None
-    return constriction

@@ -50,15 +50,22 @@ def elbo_terms(
     `seed` fixes draws and binarization; torch's global random state does not change. The KL of an
     `Autoencoder` is None. A semi-supervised model infers all labels. `note`: see `note_outlier`.
     """
-    vae = uncompiled(vae)
-    with random_states(split.device, derive(seed, "posterior")):
-        parts = [_row_terms(vae, *rows) for rows in evaluated_rows(vae, split, seed, num_images)]
+    parts = _bounds(vae, split, seed, num_images)
     if note:
         reconstruction, kl = _joined(parts)
         note_outlier(vae, split, reconstruction - kl, "ELBO")
     count = sum(len(part[0]) for part in parts)
     means = [sum(part[i].sum().item() for part in parts) / count for i in (0, 1)]
     return means[0], None if isinstance(vae, Autoencoder) else means[1]
+
+
+def _bounds(
+    vae: Model, split: Split, seed: int, num_images: int | None
+) -> list[tuple[Tensor, Tensor]]:
+    """Reconstruction and KL (B,) of the rows in batches, with one draw of z for each."""
+    vae = uncompiled(vae)
+    with random_states(split.device, derive(seed, "posterior")):
+        return [_row_terms(vae, *rows) for rows in evaluated_rows(vae, split, seed, num_images)]
 
 
 def evaluated_rows(
@@ -85,6 +92,13 @@ def decisive_rows(values: Tensor) -> Tensor:
     )
 
 
+def deciding(rows: Tensor) -> str:
+    """The beginning of a sentence about `decisive_rows`, by their numbers in the data."""
+    others = len(rows) - 1
+    verb = f"and {others} more decide" if others else "alone decides"
+    return f"row {rows[-1]} of the data (counted from 0) {verb}"
+
+
 def note_outlier(vae: Model, split: Split, values: Tensor, what: str) -> None:
     """Warn of rows that alone decide a mean, see `DECISIVE`; they may be several.
 
@@ -95,12 +109,10 @@ def note_outlier(vae: Model, split: Split, values: Tensor, what: str) -> None:
     decisive = decisive_rows(values)
     if not len(decisive):
         return
-    row, others = int(decisive[-1]), len(decisive) - 1
+    row = int(decisive[-1])
     text = (
-        f"row {split.rows[row]} of the data (counted from 0) "
-        + (f"and {others} more decide" if others else "alone decides")
-        + f" the mean {what} of {len(values)} rows: it has {values[row]:.5g} nats, the median is "
-        f"{values.median():.5g}"
+        f"{deciding(split.rows[decisive.to(split.rows.device)])} the mean {what} of {len(values)} "
+        f"rows: it has {values[row]:.5g} nats, the median is {values.median():.5g}"
     )
     likelihood = vae.likelihood_module
     if likelihood.units == "real" and split.spec.is_table:
@@ -195,6 +207,13 @@ class RowValues:
         return None if self.kl is None else self.reconstruction - self.kl
 
 
+def num_pairs(vae: Model, num_rows: int, num_samples: int) -> int:
+    """Number of (row, sample) pairs of `evaluate`; 0 for an autoencoder."""
+    if isinstance(vae, Autoencoder):
+        return 0
+    return num_rows * num_samples * (vae.num_classes if isinstance(vae, SemiSupervisedVAE) else 1)
+
+
 @torch.no_grad()
 def evaluate(
     vae: Model,
@@ -269,10 +288,7 @@ def evaluate_rows(
 @torch.no_grad()
 def bound_of_rows(vae: Model, split: Split, count: int, seed: int = 0) -> RowValues:
     """Reconstruction and KL of the first `count` rows of a split, with one draw of z for each."""
-    vae = uncompiled(vae)
-    with random_states(split.device, derive(seed, "posterior")):
-        parts = [_row_terms(vae, *rows) for rows in evaluated_rows(vae, split, seed, count)]
-    reconstruction, kl = _joined(parts)
+    reconstruction, kl = _joined(_bounds(vae, split, seed, count))
     return RowValues(reconstruction, None if isinstance(vae, Autoencoder) else kl)
 
 

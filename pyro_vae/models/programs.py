@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import InputError
+from ..runtime.packages import of_extra
 from ..runtime.randomness import derive, random_states, usual_settings
 from . import posteriors
 from .autoencoder import Autoencoder
@@ -272,12 +273,8 @@ def require_onnx() -> None:
     Raises:
         InputError: one is missing.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError:
-        raise InputError("--onnx requires packages: pip install 'pyro-vae[onnx]'") from None
+    for module in ("onnx", "onnxruntime", "onnxscript"):
+        of_extra(module, "onnx", "--onnx requires packages")
 
 
 def run_pt2(content: bytes) -> Run:

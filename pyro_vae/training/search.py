@@ -30,6 +30,7 @@ from ..config import DEFAULT_HIDDEN, Config, InputError, resolve
 from ..config.space import Search, Space, setting, with_values
 from ..data.splits import Splits
 from ..models.build import build_blank
+from ..runtime.packages import of_extra
 from ..runtime.randomness import derive
 from .records import Diverged
 from .stop import requested
@@ -112,11 +113,7 @@ def import_optuna() -> Any:
     Raises:
         InputError: it is missing.
     """
-    try:
-        import optuna
-    except ImportError:
-        raise InputError("a search requires a package: pip install 'pyro-vae[tune]'") from None
-    return optuna
+    return of_extra("optuna", "tune", "a search requires a package")
 
 
 def _repair(path: Path) -> None:

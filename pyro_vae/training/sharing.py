@@ -12,6 +12,7 @@ from typing import Any
 
 from ..config import VERSION, InputError
 from ..models.labels import Model
+from ..runtime.packages import of_extra
 from .checkpoint import load, load_checkpoint
 from .exported import CARD, CONFIG, WEIGHTS, is_export
 
@@ -117,8 +118,4 @@ def _explained(what: str) -> Iterator[None]:
 
 
 def _hub() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise InputError("the hub requires a package: pip install 'pyro-vae[hub]'") from None
-    return huggingface_hub
+    return of_extra("huggingface_hub", "hub", "the hub requires a package")
