@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from .run import GREY, TRAIN, VALIDATION, new_figure, panels, short, styled
@@ -33,10 +34,10 @@ def search_history(
     values, done = np.asarray(elbos), np.asarray(complete, bool)
     best = np.fmax.accumulate(np.where(done, values, np.nan))
     axes.step(numbers, best, where="post", color=VALIDATION, label="best so far")
-    _draw_trials(axes, np.asarray(numbers, float), values, done)
+    below = _draw_trials(axes, np.asarray(numbers, float), values, done)
     axes.set(xlabel="trial", ylabel=f"validation ELBO, nats per {row}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    _legend(figure, axes, below)
     return figure
 
 
@@ -59,6 +60,7 @@ def search_settings(
     """
     figure, grid = panels([*settings], "", "", f"ELBO, nats per {row}", columns=3, sharey=True)
     values, done = np.asarray(elbos), np.asarray(complete, bool)
+    below = False
     for axes, (name, column) in zip(grid, settings.items(), strict=False):
         texts = choices.get(name)
         if texts is not None:
@@ -70,8 +72,8 @@ def search_settings(
             ticks = np.geomspace(min(column), max(column), 3)
             axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
             axes.minorticks_off()
-        _draw_trials(axes, np.asarray(column, float), values, done)
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        below = _draw_trials(axes, np.asarray(column, float), values, done)
+    _legend(figure, grid[0], below)
     return figure
 
 
@@ -109,14 +111,28 @@ def search_curves(
     return figure
 
 
-def _draw_trials(axes: Axes, places: np.ndarray, values: np.ndarray, done: np.ndarray) -> None:
-    """A dot for each trial; one below the axis is a triangle at its lower end."""
+def _draw_trials(axes: Axes, places: np.ndarray, values: np.ndarray, done: np.ndarray) -> bool:
+    """A dot for each trial; one below the axis is a triangle at its lower end.
+
+    Returns:
+        Whether any trial is a triangle.
+    """
     low = _scale(axes, values, done)
     for chosen, label, face in ((done, "complete", TRAIN), (~done, "pruned or failed", "none")):
         style: Any = {"facecolors": face, "edgecolors": TRAIN, "linewidths": 0.8, "zorder": 3}
         inside, below = chosen & (values >= low), chosen & (values < low)
         axes.scatter(places[inside], values[inside], s=16, label=label, **style)
         axes.scatter(places[below], np.full(below.sum(), low), s=16, marker="v", **style)
+    return bool((values < low).any())
+
+
+def _legend(figure: Figure, axes: Axes, below: bool) -> None:
+    """The legend of a figure of trials; `below`: whether some are triangles."""
+    handles, labels = axes.get_legend_handles_labels()
+    if below:
+        handles.append(Line2D([], [], color=GREY, marker="v", markersize=4, linestyle=""))
+        labels.append("below the axis")
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
 
 
 def _scale(axes: Axes, values: np.ndarray, done: np.ndarray) -> float:

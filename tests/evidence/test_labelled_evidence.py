@@ -16,7 +16,7 @@ import pyro_vae
 from pyro_vae import InputError
 from pyro_vae.data import splits as data
 from pyro_vae.evidence import labels as module
-from pyro_vae.evidence.evaluation import elbo_terms, evaluate
+from pyro_vae.evidence.evaluation import elbo_terms, evaluate, num_pairs
 from pyro_vae.evidence.labels import accuracy, measured_with_labels, rows_of_class
 from pyro_vae.models.discrete_gaussian import DiscreteGaussian
 from pyro_vae.models.labels import ConditionalVAE
@@ -188,3 +188,12 @@ def test_the_random_state_is_restored():
     first = evaluate(truth(), split, 30)
     assert torch.equal(torch.rand(3), expected)
     assert evaluate(truth(), split, 30) == first
+
+
+@pytest.mark.parametrize("kind", ["no labels", "given", "inferred"])
+def test_as_many_samples_are_announced_as_are_done(kind):
+    """The length of a progress bar: with inferred labels, each row is sampled at each of them."""
+    vae = {"no labels": truth().given(0), "given": conditional(truth()), "inferred": truth()}[kind]
+    done = []
+    evaluate(vae, rows()[0], 30, 70, on_chunk=done.append)
+    assert sum(done) == num_pairs(vae, 70, 30) == 70 * 30 * (3 if kind == "inferred" else 1)

@@ -40,10 +40,14 @@ def test_history_shows_each_trial_and_the_best_complete_one():
     assert place == 6
     assert low < end < -90
     assert found["below, complete"] == []
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown == ["best so far", "complete", "pruned or failed", "below the axis"]
     assert axes.get_xlabel() == "trial"
     assert axes.get_ylabel() == "validation ELBO, nats per image"
     assert len(axes.collections[0].get_facecolor()) == 1
     assert len(axes.collections[2].get_facecolor()) == 0, "hollow"
+    others = search_history(NUMBERS[:-1], ELBOS[:-1], COMPLETE[:-1]).legends[0].get_texts()
+    assert [text.get_text() for text in others] == shown[:-1]
 
 
 def test_settings_have_a_panel_each():
