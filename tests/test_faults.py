@@ -512,7 +512,7 @@ TABLE: dict[Callable[[], None], list[Fault]] = {
       Fault("particles summed",                   "training.terms.ElboTerms.observed",
             ".mean(0)",                                    ".sum(0)")],
     check_noise_does_not_follow_the_binarization: [
-      Fault("one seed for noise and binarization", "evidence.evaluation.elbo_terms",
+      Fault("one seed for noise and binarization", "evidence.evaluation._bounds",
             'derive(seed, "posterior")',                   "seed")],
 }
 # fmt: on
