@@ -46,7 +46,7 @@ def capture(elbo: ELBO, mode: Mode = "compiled", observer: Observer | None = Non
         elbo: one with a `differentiable_loss`: the objectives of this package and most of Pyro's.
             If an attribute of it changes, it is captured again. Give a value that changes from step
             to step as a tensor argument, such as `kl_weight` of `elbos.Sampled`.
-        mode: compiled, by Inductor, which takes 10 to 20 seconds for each shape of the
+        mode: compiled, by Inductor, which takes about 10 seconds for each shape of the
             arguments; graph: captured but not compiled, a fraction of a second; eager: neither.
         observer: a messenger around guide and model. With one, the loss comes in a tuple, followed
             by the tensors of `Observer.observed`, as Pyro's `SVI.step` allows.

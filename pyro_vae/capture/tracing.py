@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pyro
 import torch
@@ -99,15 +100,23 @@ def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any
         warnings.simplefilter("ignore")  # parts of the compiler use what torch has deprecated
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx, select_decomp_table
+        from torch._inductor.cpu_vec_isa import VecISA
 
     options: dict[str, Any] = {
         "fallback_random": True,  # the same random numbers as in eager mode
-        "cpp.vec_isa_ok": True,  # no test programs, for seconds, of the processor's instructions
+        "cpp.vec_isa_ok": True,  # see `no_tests`
+        # All kernels and the calls between them are one file of C++. A file for each kernel takes
+        # longer, and so do precompiled headers, from which only a second file would gain.
+        "cpp_wrapper": all(x.device.type == "cpu" for x in inputs),
+        "cpp_cache_precompile_headers": False,
     }
     module, structure = _flattened(graph)
     # Of which the user needs none: that a CUDA toolkit is installed on a machine without a GPU
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    with errors_of_torch(), warnings.catch_warnings(), replaying(), config.patch(options):
+    # Programs that test the processor's instructions take a second. A compiler of C++20, which
+    # torch requires, knows those instructions that torch has found on the processor.
+    no_tests = mock.patch.object(VecISA, "check_build", return_value=True)
+    with errors_of_torch(), warnings.catch_warnings(), replaying(), config.patch(options), no_tests:
         warnings.simplefilter("ignore")  # the compiler's, about its own settings
         table: dict[Any, Any] = {**select_decomp_table(), **_DECOMPOSITIONS}
         compiled: Any = compile_fx(module, inputs, decompositions=table)
@@ -120,6 +129,8 @@ def _flattened(graph: GraphModule) -> tuple[GraphModule, TreeSpec]:
     flat = Graph()
     results, structure = tree_flatten(flat.graph_copy(graph.graph, {}))
     flat.output(tuple(results))
+    for node in flat.nodes:  # the compiler finds shapes and types itself, and refuses make_fx's
+        node.meta.clear()
     return GraphModule(graph, flat), structure
 
 

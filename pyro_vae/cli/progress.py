@@ -65,7 +65,7 @@ def describe(run: RunFolder) -> None:
     if inferred:
         print("graph  none: the sum over labels leaves out those of probability 0")
     if run_mode(run.config.fit, splits.train, inferred) == "compiled":
-        print("graph  the ELBO is compiled first, which takes 10 to 20 seconds")
+        print("graph  the ELBO is compiled first, which takes about 10 seconds")
     print(f"run    {run.path}", flush=True)
 
 

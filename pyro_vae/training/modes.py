@@ -17,7 +17,7 @@ from ..data.splits import Split
 CAPTURE_FROM = 500
 
 # Time of a compilation, and time saved per step and per decoded value of x: seconds on two cores.
-COMPILE_SECONDS = 15.0
+COMPILE_SECONDS = 10.0
 SAVED_BY_STEP = 1.5e-3
 SAVED_BY_VALUE = 9e-9
 

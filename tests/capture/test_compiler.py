@@ -81,6 +81,22 @@ def test_structure_and_attributes_stay():
 
 
 @slow
+def test_compiler_is_called_once(tmp_path, monkeypatch):
+    """Not for each kernel, nor for a header, nor to try the processor's instructions."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._inductor.cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    torch._inductor.cpu_vec_isa.VecAVX512.__bool__.cache_clear()
+
+    def function(x: Tensor) -> Tensor:
+        return (x.exp() @ x).sigmoid().sum()  # two kernels around a product
+
+    run = compile_graph(trace_graph(function, [torch.ones(3, 3)]), [torch.ones(3, 3)])
+    assert run(torch.zeros(3, 3)) == 9 / 2
+    assert [path.suffixes for path in tmp_path.rglob("*.cpp")] == [[".main", ".cpp"]]
+    assert not list(tmp_path.rglob("*.gch"))
+
+
+@slow
 def test_draws_are_those_of_torch():
     x = torch.zeros(50, 7)
 
