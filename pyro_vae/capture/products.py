@@ -33,7 +33,7 @@ ZEN_5 = 26
 _library = torch.library.Library("pyro_vae", "DEF")
 _library.define(
     "product(Tensor a, Tensor b, Tensor? bias=None) -> Tensor",
-    tags=(getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),),
+    tags=(torch.Tag.needs_exact_strides,),
 )
 
 
