@@ -116,9 +116,7 @@ PRESETS = {
     "mnist": Config(
         DataConfig(source="mnist"),
         ModelConfig(latent_dim=40, hidden=(500, 500), prior=FlowPrior(), likelihood="bernoulli"),
-        FitConfig(
-            objective="dreg", num_particles=2, batch_size=128, learning_rate=1e-3, epochs=72
-        ),
+        FitConfig(objective="dreg", num_particles=2, batch_size=128, learning_rate=1e-3, epochs=72),
         refit="off",
     ),
 }
