@@ -104,7 +104,6 @@ def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any
 
     options: dict[str, Any] = {
         "fallback_random": True,  # the same random numbers as in eager mode
-        "cpp.vec_isa_ok": True,  # see `no_tests`
         # All kernels and the calls between them are one file of C++. A file for each kernel takes
         # longer, and so do precompiled headers, from which only a second file would gain.
         "cpp_wrapper": all(x.device.type == "cpu" for x in inputs),
