@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -173,27 +173,51 @@ class CapturedSVI(SVI):
         Raises:
             NonFiniteGradient: parameters and moments are unchanged.
         """
-        return self.prepared(*args, **kwargs)(*args, **kwargs)
+        return next(self.steps([(args, kwargs)]))
 
-    def prepared(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        """`step` for arguments of the same layouts, as long as nothing else changes.
+    def steps(self, calls: Iterable[tuple[Any, dict[str, Any]]]) -> Iterator[Any]:
+        """Make a step for each of some arguments, of the same layouts.
 
-        The graph's guards are checked here, and not at each of its steps.
+        A graph's guards are checked once, before the first step, and its numbers are read once,
+        after the last: meanwhile, an accelerator computes while Python prepares the next step.
+
+        Args:
+            calls: arguments and keyword arguments of `step`, taken one at a time, each before its
+                step: learning rate and clip norm may be set between them.
+
+        Yields:
+            What `step` returns, for each step.
+
+        Raises:
+            NonFiniteGradient: in place of the result of a step, which has changed no parameter.
         """
+        calls = iter(calls)
+        first = next(calls)
+        graph = self._graph(*first)
+        calls = chain([first], calls)
+        if graph is None:
+            for args, kwargs in calls:
+                yield super().step(*args, **kwargs)
+            return
+        numbers = torch.stack([graph(_tensors((args, kwargs))) for args, kwargs in calls])
+        for loss, norm, *observed in numbers.tolist():
+            if not math.isfinite(norm):
+                raise NonFiniteGradient
+            warn_if_nan(loss, "loss")
+            yield self.captured.with_observed(loss, tuple(observed))
+
+    def _graph(self, args: Any, kwargs: Any) -> Graph | None:
+        """The graph of a step; None if SVI has to make it."""
         with torch.enable_grad():
             call = self.captured.call(self.model, self.guide, args, kwargs, self.optim)
             graph = self.graphs.find(call)
         if graph is None or any(leaf.grad is not None for leaf in graph.leaves):
-            return super().step
-        return partial(self._replay, graph)
+            return None
+        return graph
 
-    def _replay(self, graph: Graph, *args: Any, **kwargs: Any) -> Any:
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        loss, norm, *observed = graph(inputs).tolist()
-        if not math.isfinite(norm):
-            raise NonFiniteGradient
-        warn_if_nan(loss, "loss")
-        return self.captured.with_observed(loss, tuple(observed))
+
+def _tensors(arguments: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(arguments) if isinstance(x, Tensor)]
 
 
 class _Loss(torch.autograd.Function):

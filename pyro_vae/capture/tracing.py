@@ -169,9 +169,13 @@ class CudaGraph:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.no_grad(), torch.cuda.stream(stream):
-            for _ in range(3):  # initialization at first use must not be recorded
+            for _ in range(2):  # initialization at first use must not be recorded
+                run(*self.inputs)
+            with errors_of_torch(), _no_waiting():
                 run(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
+        # torch.cuda.graph leaves its own stream in use if the capture fails.
+        same_stream = torch.cuda.stream(torch.cuda.current_stream())
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         state = generator.graphsafe_get_state()
         # A random state is unusable after a capture that fails: the first one has a copy of it.
@@ -179,7 +183,7 @@ class CudaGraph:
             self.graph = torch.cuda.CUDAGraph()
             generator.graphsafe_set_state(attempt)
             try:
-                with errors_of_torch(), torch.no_grad(), torch.cuda.graph(self.graph):
+                with errors_of_torch(), torch.no_grad(), same_stream, torch.cuda.graph(self.graph):
                     self.outputs = run(*self.inputs)
             finally:
                 generator.graphsafe_set_state(state)
@@ -190,6 +194,22 @@ class CudaGraph:
         self.graph.replay()
         # The next replay overwrites the outputs.
         return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.outputs)
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Raise RuntimeError where an operation waits for the GPU, which no CUDA graph can record.
+
+    Torch does not recover from a recording that fails: memory and random states stay reserved.
+    """
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it does not find all such operations
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 @contextmanager

@@ -80,7 +80,8 @@ class AdamUpdate:
         rate = self.optimizer.optimizer.param_groups[0]["lr"]
         device = self.parameters[0].device
         kind = torch.float32 if device.type == "cuda" else torch.float64  # that its kernel reads
-        return torch.tensor([rate, self.optimizer.max_norm], dtype=kind, device=device)
+        scalars = torch.tensor([rate, self.optimizer.max_norm], dtype=kind)
+        return scalars.to(device, non_blocking=True)  # without waiting for earlier steps
 
     @torch.no_grad()
     def __call__(self, gradients: list[Tensor], scalars: Tensor) -> Tensor:

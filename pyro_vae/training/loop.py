@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro.infer import ELBO, SVI, TraceEnum_ELBO
+from pyro.infer import ELBO, TraceEnum_ELBO
 from torch import Tensor
 
 from ..capture.captured import CapturedSVI, capture
@@ -138,8 +138,8 @@ class _Run:
     epochs: int
     steps_per_epoch: int
     optimizer: OneOptimizer
-    svi: SVI
-    svi_of_rest: SVI  # for the last batch of an epoch, which is smaller
+    svi: CapturedSVI
+    svi_of_rest: CapturedSVI  # for the last batch of an epoch, which is smaller
     steps_at_once: int  # see `modes`
     own: OwnState
 
@@ -169,8 +169,6 @@ def _setup(vae: Model, splits: Splits, config: FitConfig, seed: int) -> _Run:
     rest = capture(
         loss, "graph" if mode == "compiled" else mode, ElboTerms(vae, config.num_particles)
     )
-    # With the update in the graph, ranks could not sum their gradients.
-    kind = CapturedSVI if alone and mode != "eager" else SVI
     if not alone:
         distributed.share([*vae.parameters(), *vae.buffers()])
     return _Run(
@@ -181,9 +179,9 @@ def _setup(vae: Model, splits: Splits, config: FitConfig, seed: int) -> _Run:
         epochs,
         steps_per_epoch=math.ceil(len(splits.train) / config.batch_size),
         optimizer=optimizer,
-        svi=kind(vae.model, vae.guide, optimizer, loss=elbo),
-        svi_of_rest=kind(vae.model, vae.guide, optimizer, loss=rest),
-        steps_at_once=steps_at_once(config, _device(vae)) if kind is CapturedSVI else 1,
+        svi=CapturedSVI(vae.model, vae.guide, optimizer, loss=elbo),
+        svi_of_rest=CapturedSVI(vae.model, vae.guide, optimizer, loss=rest),
+        steps_at_once=steps_at_once(config, _device(vae)) if alone and mode != "eager" else 1,
         own=OwnState(_device(vae), derive(seed, "training")),
     )
 
@@ -269,21 +267,25 @@ def _steps(
     # x or, of a model with labels, x, y and perhaps more
     rows = step_rows(run.vae, run.splits.train, torch.cat([*batches]), run.seed, position.step)
     sizes = [len(batch) for batch in batches]
-    step, stop, found = None, False, []
-    for i, args in enumerate(zip(*(values.split(sizes) for values in rows), strict=True)):
-        weights = _set_schedules(run, position.step + i, size)
-        if step is None:  # the guards of a graph are checked once
-            step = svi.prepared(*args, **weights) if isinstance(svi, CapturedSVI) else svi.step
-        try:
-            if alone:
-                loss, *terms = step(*args, **weights)
-            else:
-                (loss, *terms), stop = distributed.step(svi, args, wish, **weights)
-        except NonFiniteGradient:
-            raise diverged("gradient", config, position.after_steps(i, 0.0)) from None
-        if not math.isfinite(loss):
-            raise diverged("loss", config, position.after_steps(i, 0.0))
-        found.append(terms)
+    calls = (
+        (args, _set_schedules(run, position.step + i, size))
+        for i, args in enumerate(zip(*(values.split(sizes) for values in rows), strict=True))
+    )
+    found: list[list[float]] = []
+    stop = False
+    try:
+        if alone:
+            results = svi.steps(calls)
+        else:
+            args, weights = next(calls)
+            numbers, stop = distributed.step(svi, args, wish, **weights)
+            results = iter([numbers])
+        for loss, *terms in results:
+            if not math.isfinite(loss):
+                raise diverged("loss", config, position.after_steps(len(found), 0.0))
+            found.append(terms)
+    except NonFiniteGradient:
+        raise diverged("gradient", config, position.after_steps(len(found), 0.0)) from None
     return [sum(column) for column in zip(*found, strict=True)], stop
 
 
@@ -299,7 +301,8 @@ def _set_schedules(run: _Run, step: int, num_rows: int) -> dict[str, Tensor | fl
     if config.objective not in KL_WEIGHTED:
         return {}
     weight = schedules.kl_weight(config, step, num_steps)
-    return {"kl_weight": torch.tensor(weight, dtype=torch.float64, device=run.device)}
+    value = torch.tensor(weight, dtype=torch.float64)
+    return {"kl_weight": value.to(run.device, non_blocking=True)}
 
 
 def _end_of_epoch(run: _Run, position: Position, sums: Sums) -> tuple[Position, Record]:

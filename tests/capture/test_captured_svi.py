@@ -8,7 +8,7 @@ many graphs it knows.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro
@@ -168,6 +168,36 @@ def test_autoencoder(digits):
 def test_running_means_dropout_and_a_parameter_without_gradient(digits):
     x = program(digits)[1].flatten(1)
     assert both(Normalized(), lambda svi, _: steps(svi, x), Trace_ELBO()) == 0  # of the unused
+
+
+@pytest.mark.parametrize("mode", ["graph", "eager"])
+def test_steps_made_together(mode, digits):
+    """As one by one: their losses in order, and what is set before each takes effect in it."""
+    vae, x = program(digits)
+    ends: list[Any] = []
+
+    def calls(optimizer: OneOptimizer) -> Iterator[tuple[Any, dict[str, Any]]]:
+        for i in range(STEPS):
+            optimizer.optimizer.param_groups[0]["lr"] = 0.01 * (i + 1)
+            optimizer.max_norm = 20.0 * (i + 1)
+            yield (x.roll(i, 0),), {"kl_weight": torch.tensor(i / STEPS, dtype=torch.float64)}
+
+    for together in (True, False):
+        pyro.clear_param_store()
+        own = copy.deepcopy(vae)
+        optimizer = adam(own)
+        svi = captured_svi(own, optimizer, mode=mode)
+        torch.manual_seed(3)
+        if together:
+            losses = list(svi.steps(calls(optimizer)))
+        else:
+            losses = [svi.step(*args, **kwargs) for args, kwargs in calls(optimizer)]
+        ends.append((losses, everything(own, optimizer), torch.rand(())))
+    (losses, values, following), (other_losses, other_values, other_following) = ends
+    assert len(losses) == STEPS
+    assert losses == other_losses
+    assert following == other_following
+    assert all(torch.equal(a, b) for a, b in zip(values, other_values, strict=True))
 
 
 class Transposed(nn.Module):
@@ -386,6 +416,26 @@ def test_gradient_that_is_not_finite_changes_nothing():
     assert not torch.equal(before[1], fragile.v)
 
 
+@pytest.mark.parametrize("mode", ["graph", "eager"])
+def test_gradient_that_is_not_finite_among_steps_made_together(mode):
+    """The steps before it count; it is told in its own place, and changes nothing."""
+    good, bad = torch.ones(3), torch.tensor([1.0, 0.0, 1.0])
+    ends, found = [], []
+    for arguments in ([good, good], [good, good, bad]):
+        pyro.clear_param_store()
+        fragile = Fragile()
+        optimizer = adam(fragile)
+        results = captured_svi(fragile, optimizer, Trace_ELBO(), mode).steps(
+            ((x,), {}) for x in arguments
+        )
+        found.append([next(results), next(results)])
+        with pytest.raises(StopIteration if len(arguments) == 2 else NonFiniteGradient):
+            next(results)
+        ends.append(everything(fragile, optimizer))
+    assert found[0] == found[1]
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 def test_first_gradient_that_is_not_finite_changes_nothing():
     fragile = Fragile()
     optimizer = adam(fragile)
@@ -484,12 +534,14 @@ def test_machine_without_a_compiler(tmp_path):
 # --- in a training --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("compile", "kind"), [("on", CapturedSVI), ("off", SVI)])
-def test_what_fit_uses(compile, kind, digits):
+@pytest.mark.parametrize(
+    ("compile", "modes"), [("on", ["compiled", "graph"]), ("off", ["eager", "eager"])]
+)
+def test_what_fit_uses(compile, modes, digits):
     vae, _ = program(digits)
     config = pyro_vae.FitConfig(epochs=1, batch_size=100, compile=compile)
     run = fitting._setup(vae, digits, config, 0)
-    assert [type(svi) for svi in (run.svi, run.svi_of_rest)] == [kind, kind]
+    assert [svi.graphs.mode for svi in (run.svi, run.svi_of_rest)] == modes
 
 
 class Draws(Observer):

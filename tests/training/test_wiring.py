@@ -10,6 +10,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from pyro.infer import SVI
 from torch.distributions import kl_divergence
 
 import pyro_vae
@@ -162,7 +163,7 @@ def test_weights_that_overflow_are_told_by_the_validation():
 
 
 def test_a_loss_that_is_not_finite_is_told(monkeypatch):
-    monkeypatch.setattr(loop.SVI, "step", lambda *_, **__: (math.nan, 1.0, 1.0))
+    monkeypatch.setattr(SVI, "step", lambda *_, **__: (math.nan, 1.0, 1.0))
     vae, splits = small()
     with pytest.raises(Diverged, match="the loss is not finite in epoch 1, step 1"):
         fit(vae, splits, FitConfig(epochs=1, batch_size=50))
