@@ -15,6 +15,8 @@ from torch.distributions import kl_divergence
 
 import pyro_vae
 from pyro_vae import FitConfig
+from pyro_vae.capture.captured import CapturedSVI
+from pyro_vae.capture.optimizer import NonFiniteGradient
 from pyro_vae.data.splits import DataSpec, Split, Splits
 from pyro_vae.evidence.evaluation import elbo_terms
 from pyro_vae.runtime.randomness import OwnState, RandomStates, derive, random_states
@@ -167,6 +169,22 @@ def test_a_loss_that_is_not_finite_is_told(monkeypatch):
     vae, splits = small()
     with pytest.raises(Diverged, match="the loss is not finite in epoch 1, step 1"):
         fit(vae, splits, FitConfig(epochs=1, batch_size=50))
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_the_step_that_is_not_finite_is_named_among_those_made_together(fault, monkeypatch):
+    def steps(self: Any, calls: Any) -> Any:
+        for step, _ in enumerate(calls):
+            if step == 2 and fault == "gradient":
+                raise NonFiniteGradient
+            yield math.nan if step == 2 else 1.0, 1.0, 1.0
+
+    monkeypatch.setattr(CapturedSVI, "steps", steps)
+    monkeypatch.setattr(modes, "CAPTURE_FROM", 0)
+    vae, splits = small()
+    config = FitConfig(epochs=1, batch_size=10)
+    with pytest.raises(Diverged, match=f"the {fault} is not finite in epoch 1, step 3"):
+        fit(vae, splits, config)
 
 
 def expected_rate(step: int) -> float:
