@@ -121,7 +121,7 @@ def test_simulations_become_shares_that_agree_with_our_own_check(exact):
     vae, x, _ = exact
     torch.manual_seed(2)
     simulations = pyro_vae.simulate(vae, 300, 99)
-    tree = pyro_vae.to_datatree(vae, x, 10, 100, latents=["u", "v"], simulations=simulations)
+    tree = pyro_vae.to_datatree(vae, x, 10, 2000, latents=["u", "v"], simulations=simulations)
     found = tree["prior_sbc"].z
     assert dict(found.sizes) == {"chain": 1, "draw": 300, "latent": 2}
     for i, name in enumerate("uv"):
@@ -133,9 +133,9 @@ def test_simulations_become_shares_that_agree_with_our_own_check(exact):
     torch.manual_seed(2)
     parts = vae.weight.detach(), vae.loc.detach(), 1.0
     narrow = pyro_vae.simulate(LinearGaussian(*parts, scale_factor=0.5), 300, 99)
-    shares = pyro_vae.to_datatree(vae, x, 10, 100, simulations=narrow)["prior_sbc"].z.values
+    shares = pyro_vae.to_datatree(vae, x, 10, 2000, simulations=narrow)["prior_sbc"].z.values
     assert kstest(shares[0, :, 0], "uniform").pvalue < 1e-6
     assert pyro_vae.check_ranks(narrow)[0].p_value < 1e-6
     three = dataclasses.replace(narrow, z=np.zeros((300, 3)))
     with pytest.raises(InputError, match="simulations of 2 latents; got 3"):
-        pyro_vae.to_datatree(vae, x, 10, 100, simulations=three)
+        pyro_vae.to_datatree(vae, x, 10, 2000, simulations=three)
