@@ -8,10 +8,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from masked import EFFORT
 
 import pyro_vae
 from pyro_vae import diagnose, encode, evaluate, train
 from pyro_vae.data import loading
+from pyro_vae.diagnostics import suite
 from pyro_vae.evidence import evaluation
 
 SEED = 5
@@ -281,7 +283,8 @@ def test_huge_numbers_keep_the_table_narrow(tmp_path, capsys):
 
 @shown
 @pytest.mark.slow
-def test_diagnose_with_an_outlier_writes_valid_json(tmp_path, capsys):
+def test_diagnose_with_an_outlier_writes_valid_json(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(suite, "QUICK", EFFORT)
     path, folder = tmp_path / "table.npy", tmp_path / "run"
     table(path, 1e10)
     trained(path, folder)

@@ -9,12 +9,13 @@ import pandas as pd
 import pytest
 import torch
 from conftest import SIGMAS
+from masked import EFFORT
 from PIL import Image
 from scipy.stats import chisquare
 
 import pyro_vae
 from pyro_vae import diagnose, encode, evaluate, generate, train
-from pyro_vae.diagnostics import draws
+from pyro_vae.diagnostics import draws, suite
 from pyro_vae.impute import main as impute
 from pyro_vae.refit import main as refit
 from pyro_vae.training.checkpoint import load_checkpoint
@@ -213,7 +214,8 @@ def test_the_rows_of_a_diagnosis_have_the_label(conditional, inferred, table):
 
 
 @pytest.mark.slow
-def test_every_command_on_images(tmp_path, capsys):
+def test_every_command_on_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(suite, "QUICK", EFFORT)
     flags = ["--latent-dim", "3", "--hidden", "16", "--epochs", "3"]
     shared = [("posterior width", True), ("importance weights", True)]
     for name, asked, tested in [

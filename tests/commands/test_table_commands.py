@@ -12,10 +12,12 @@ import mixed_tables
 import numpy as np
 import pytest
 import torch
+from masked import EFFORT
 from test_output import refusal
 
 import pyro_vae
 from pyro_vae import diagnose, encode, evaluate, generate, report, train
+from pyro_vae.diagnostics import suite
 from pyro_vae.impute import main as impute_main
 from pyro_vae.refit import main as refit_main
 from pyro_vae.training.checkpoint import load_checkpoint
@@ -130,7 +132,8 @@ def test_generated_tables_are_like_the_data(trained, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_diagnose(trained, capsys):
+def test_diagnose(trained, monkeypatch, capsys):
+    monkeypatch.setattr(suite, "QUICK", EFFORT)
     assert diagnose.main([str(trained), "--quick"]) == 0
     text = capsys.readouterr().out
     assert "columns" in text
