@@ -21,6 +21,8 @@ import torch
 from pyro.infer.util import torch_item
 from pyro.util import warn_if_inf, warn_if_nan
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
@@ -63,7 +65,10 @@ def trace_graph(function: Callable[..., Any], inputs: list[Tensor]) -> GraphModu
     # make_fx knows a tensor by its identity. Without copies, an argument that is given twice, or
     # that a module also holds, would be the same tensor in every later run.
     copies = [x.clone() for x in inputs]
+    # With a mode of its own for each operation, make_fx takes twice as long.
+    context = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
     with (
+        tracing(context),
         _reported_values_stay_tensors(),
         pyro.validation_enabled(False),
         warnings.catch_warnings(),
