@@ -29,8 +29,6 @@ from pyro_vae.models.likelihoods import LIKELIHOODS
 from pyro_vae.models.log_weights import log_weights
 from pyro_vae.models.programs import TOLERANCE, Part, difference, example_rows, parts
 
-ONNX = [False, pytest.param(True, marks=pytest.mark.slow)]
-
 
 def rebuilt(family: str, outputs: dict[str, Tensor]) -> Any:
     """q(z|x) from the outputs of an encoder, by torch's distributions."""
@@ -47,20 +45,32 @@ def outputs_of(part: Part, run: Any, rows: dict[str, Tensor]) -> dict[str, Tenso
         return dict(zip(part.outputs, run(*(rows[k] for k in part.inputs)), strict=True))
 
 
-def check(vae: Any, x: Tensor, y: Tensor | None = None, onnx: bool = False) -> dict[str, Any]:
-    """Export all parts, which compares them with their own module; return the functions."""
+def check(vae: Any, x: Tensor, y: Tensor | None = None, onnx: bool = False) -> list[dict[str, Any]]:
+    """Export all parts, which compares them with their own module.
+
+    Returns:
+        The rows and the outputs of all parts: of torch.export, and of ONNX if asked for.
+    """
     if onnx:
         pytest.importorskip("onnxruntime", reason="needs pip install '.[onnx]'")
     vae, x = vae.float().eval(), x.float()
     # 72 rows: `difference` computes them in batches of 1, 7 and 64.
     many = torch.arange(72) % len(x)
-    rows, found = example_rows(vae, x[many], None if y is None else y[many], seed=0), {}
+    rows = example_rows(vae, x[many], None if y is None else y[many], seed=0)
+    readers = {"pt2": programs.run_pt2} | ({"onnx": programs.run_onnx} if onnx else {})
+    found: dict[str, dict[str, Any]] = {kind: {"rows": rows} for kind in readers}
     for name, part in parts(vae).items():
         for file in programs.program_files(name, part, rows, onnx):
-            if onnx == file.name.endswith(".onnx"):
-                run = programs.run_onnx if onnx else programs.run_pt2
-                found[name] = outputs_of(part, run(file.content), rows)
-    return found | {"rows": rows}
+            kind = file.name.rpartition(".")[2]
+            found[kind][name] = outputs_of(part, readers[kind](file.content), rows)
+    return list(found.values())
+
+
+def check_densities(vae: Any, *args: Any, onnx: bool = False) -> list[dict[str, Any]]:
+    every = check(vae, *args, onnx=onnx)
+    for found in every:
+        check_density(vae, found)
+    return every
 
 
 def check_density(vae: Any, found: dict[str, Any]) -> None:
@@ -100,20 +110,20 @@ IN_ONNX = [("diagonal", "mixture"), ("full", "vamp"), ("mixture", "flow"), ("flo
     [
         pytest.param(*pair, False, marks=[] if pair in QUICK else [pytest.mark.slow])
         for pair in family_models.PAIRS
+        if pair not in IN_ONNX
     ]
     + [pytest.param(*pair, True, marks=pytest.mark.slow) for pair in IN_ONNX],
 )
 def test_programs_of_every_guide_and_prior(guide, prior, onnx):
     vae, x = randomized(guide, prior)
-    check_density(vae, check(vae, x, onnx=onnx))
+    check_densities(vae, x, onnx=onnx)
 
 
-@pytest.mark.parametrize("onnx", ONNX)
 @pytest.mark.parametrize(
-    "name",
+    ("name", "onnx"),
     [
-        pytest.param(name, marks=[] if name == "gaussian" else [pytest.mark.slow])
-        for name in sorted(LIKELIHOODS)
+        ("gaussian", False),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in sorted(LIKELIHOODS)),
     ],
 )
 def test_programs_of_every_likelihood_with_missing_values(name, onnx):
@@ -121,7 +131,7 @@ def test_programs_of_every_likelihood_with_missing_values(name, onnx):
     vae = family_models.randomized(vae)
     x = next(splits.train.fixed(LIKELIHOODS[name].units, seed=0, num_images=20))
     assert x.isnan().any()
-    check_density(vae, check(vae, x, onnx=onnx))
+    check_densities(vae, x, onnx=onnx)
 
 
 @pytest.mark.slow
@@ -131,24 +141,28 @@ def test_programs_of_columns_of_every_kind_with_missing_values():
     splits = mixed_tables.splits_of(values, missing=True)
     vae = family_models.randomized(mixed_tables.small_vae(splits))
     x = next(splits.train.fixed("real", seed=0, num_images=20))
-    check_density(vae, check(vae, x, onnx=True))
+    check_densities(vae, x, onnx=True)
 
 
-@pytest.mark.parametrize("onnx", ONNX)
-@pytest.mark.parametrize("condition", [pytest.param("label", marks=pytest.mark.slow), "partial"])
+@pytest.mark.parametrize(
+    ("condition", "onnx"),
+    [
+        ("partial", False),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("label", "partial")),
+    ],
+)
 def test_programs_of_models_with_labels_take_y(condition, onnx, digits):
     config = ModelConfig(latent_dim=3, hidden=(16,), condition=condition)
     vae = pyro_vae.build(config, digits)
     x, y = next(digits.test.fixed_with_labels("count", 0, 20))
     y = vae.classifier(x).argmax(-1) if condition == "partial" else y
-    found = check(vae, x, y, onnx)
-    check_density(vae, found)
-    if condition == "partial":
-        expected = vae.label_posterior(found["rows"]["x"]).probs.detach()
-        probabilities = found["classifier"]["probabilities"]
-        torch.testing.assert_close(probabilities, expected, rtol=1e-4, atol=1e-5)
-    else:
-        assert "classifier" not in found
+    for found in check_densities(vae, x, y, onnx=onnx):
+        if condition == "partial":
+            expected = vae.label_posterior(found["rows"]["x"]).probs.detach()
+            probabilities = found["classifier"]["probabilities"]
+            torch.testing.assert_close(probabilities, expected, rtol=1e-4, atol=1e-5)
+        else:
+            assert "classifier" not in found
 
 
 @pytest.mark.slow
@@ -157,13 +171,13 @@ def test_programs_of_convolutions_and_autoencoders(kind, digits):
     config = ModelConfig(kind=kind, latent_dim=3, hidden=(4, 8), architecture="conv")
     vae = family_models.randomized(pyro_vae.build(config, digits))
     x = next(digits.test.fixed("count", 0, 20))
-    found = check(vae, x, onnx=True)
-    if kind == "ae":
-        code = vae.encoder(found["rows"]["x"]).detach()
-        torch.testing.assert_close(found["encoder"]["z"], code, rtol=1e-4, atol=1e-5)
-        assert set(found["log_likelihood"]) == {"log_likelihood"}
-    else:
-        check_density(vae, found)
+    for found in check(vae, x, onnx=True):
+        if kind == "ae":
+            code = vae.encoder(found["rows"]["x"]).detach()
+            torch.testing.assert_close(found["encoder"]["z"], code, rtol=1e-4, atol=1e-5)
+            assert set(found["log_likelihood"]) == {"log_likelihood"}
+        else:
+            check_density(vae, found)
 
 
 def test_a_refined_guide_has_no_encoder(digits):
