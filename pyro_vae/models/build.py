@@ -131,7 +131,7 @@ def new_guide(
             encoder: Any = copy.deepcopy(vae.encoder)
             encoder.layers[-1] = _new_head(vae, family, num_features(guide, latent_dim))
         elif isinstance(family, Refined):
-            encoder = _PosteriorMean(copy.deepcopy(vae))
+            encoder = _Moments(copy.deepcopy(vae))
         else:
             encoder = _new_encoder(vae, encoder_hidden, num_features(guide, latent_dim))
     new = VAE(prior, encoder, copy.deepcopy(vae.decoder), likelihood, family)
@@ -170,27 +170,25 @@ def _new_head(vae: Any, family: nn.Module, size: int) -> nn.Linear:
     encoder: Any = vae.encoder
     old, latent_dim = encoder.layers[-1], vae.prior().event_shape[0]
     head = nn.Linear(old.in_features, size)
-    first, kept = 0, 2 * latent_dim
-    if isinstance(vae.family, Mixture):  # its logits come first; then the means of one component
-        first, kept = vae.family.components, latent_dim
-    if isinstance(family, Mixture):
-        kept = 0
-    kept = min(kept, size)
+    # The logits of a mixture come first; then the means and scales of one component.
+    first = vae.family.components if isinstance(vae.family, Mixture) else 0
+    kept = 0 if isinstance(family, Mixture) else 2 * latent_dim
     with torch.no_grad():
         head.weight[:kept] = old.weight[first : first + kept]
         head.bias[:kept] = old.bias[first : first + kept]
     return head
 
 
-class _PosteriorMean(nn.Module):
-    """The posterior mean of a model, as the guesses of a refined guide."""
+class _Moments(nn.Module):
+    """Means and log standard deviations of a posterior, as the guess of a refined guide."""
 
     def __init__(self, vae: VAE) -> None:
         super().__init__()
         self.vae = vae
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.vae.posterior(x).mean
+        q: Any = self.vae.posterior(x)
+        return torch.cat([q.mean, q.variance.sqrt().log()], dim=-1)
 
 
 def _new_encoder(vae: VAE, hidden: tuple[int, ...] | None, size: int) -> Encoder:

@@ -169,7 +169,7 @@ def num_features(guide: Guide, latent_dim: int) -> int:
     if isinstance(guide, MixtureGuide):
         return guide.components * (2 * latent_dim + 1)
     if isinstance(guide, RefinedGuide):
-        return latent_dim
+        return 2 * latent_dim
     lower = 0 if isinstance(guide, DiagonalGuide) else latent_dim * (latent_dim - 1) // 2
     return 2 * latent_dim + lower + (guide.hidden if isinstance(guide, FlowGuide) else 0)
 

@@ -1,7 +1,8 @@
 """A Gaussian found for each row by Newton steps from the encoder's guess, with fitted tails.
 
-    μ ← encoder(x), or one of some draws from p(z) if log p(x, z) is higher there
+    μ, σ ← encoder(x); μ ← one of some draws from p(z) if log p(x, z) is higher there
     μ ← μ + P⁻¹ ∇,  P = Λ + Jᵀ W J               Gauss–Newton steps; then B Bᵀ = P⁻¹ at μ
+    μ, B ← encoder(x) if the ELBO is higher there
     B ← −E[∇∇ᵀ log p(x, z)] = (B Bᵀ)⁻¹
     μ ← μ + B Bᵀ E[∇]                            sweeps, with E over N(μ, B Bᵀ)
     q(z|x) = t(ν, μ, c B)
@@ -12,8 +13,9 @@ the sweeps the Gaussian of the highest ELBO, at which E[∇] = 0 and −E[∇∇
 precision. t is the multivariate Student distribution with ν degrees of freedom and width c, which
 are the same for all rows.
 
-The encoder gives only the place to start from: such a posterior has almost no amortization gap, and
-costs as much as some hundred draws from p(x|z). It cannot be trained together with the model.
+The encoder only gives places to start from: such a posterior has almost no amortization gap, and
+costs as much as some hundred draws from p(x|z). It cannot be trained together with the model. Where
+a prior that is not Gaussian is steep, Newton steps overshoot, and the encoder's Gaussian is better.
 
 Source: "The variational Gaussian approximation revisited", doi 10.1162/neco.2008.08-07-592;
 "Variational Laplace autoencoders", PMLR 97; "Semi-amortized variational autoencoders", arXiv
@@ -34,6 +36,7 @@ from torch import Tensor, nn
 
 from ..runtime.memory import rows_at_once
 from .flows import products
+from .posteriors import scale_of
 
 if TYPE_CHECKING:
     from .vae import VAE
@@ -51,7 +54,9 @@ MAX_DF = 1000.0
 
 
 class Refined(nn.Module):
-    """Guesses (..., Z), x (..., *data_shape) and the model → q(z|x), batch (...), event (Z,).
+    """Features (..., 2Z), x (..., *data_shape) and the model → q(z|x), batch (...), event (Z,).
+
+    The features are those of a `DiagonalGaussian`, the guess.
 
     Args:
         latent_dim: Z.
@@ -75,33 +80,35 @@ class Refined(nn.Module):
         self.register_buffer("starts", torch.zeros(STARTS, latent_dim))
 
     @torch.no_grad()
-    def forward(self, guess: Tensor, x: Tensor, vae: VAE) -> Distribution:
+    def forward(self, features: Tensor, x: Tensor, vae: VAE) -> Distribution:
+        guess, log_scale = features.chunk(2, dim=-1)
         shape = vae.likelihood_module.spec.shape
         most = max(STARTS, 2 * self.latent_dim)
         rows = rows_at_once(most * math.prod(shape), x.device, num_chunks=16)
-        flat = guess.reshape(-1, self.latent_dim), x.reshape(-1, *shape)
-        parts = zip(*(v.split(rows) for v in flat), strict=True)
-        found = [self._gaussian(vae, part, start) for start, part in parts]
+        scale = scale_of(log_scale)
+        flat = [v.reshape(-1, self.latent_dim) for v in (guess, scale)]
+        parts = zip(*(v.split(rows) for v in (x.reshape(-1, *shape), *flat)), strict=True)
+        found = [self._gaussian(vae, *part) for part in parts]
         loc, factor = (torch.cat(values) for values in zip(*found, strict=True))
         loc, factor = loc.reshape(guess.shape), factor.reshape(*guess.shape, -1)
         return StudentT(self.df.to(loc), loc, self.width.to(loc) * factor)
 
-    def _gaussian(self, vae: VAE, x: Tensor, loc: Tensor) -> tuple[Tensor, Tensor]:
+    def _gaussian(self, vae: VAE, x: Tensor, guess: Tensor, scale: Tensor) -> list[Tensor]:
         """μ (B, Z) and B (B, Z, Z) of the iterate with the highest ELBO."""
-        loc = self._start(vae, x, loc)
+        loc = self._start(vae, x, guess)
         for _ in range(self.newton):
             loc = loc + newton_step(*local_shape(vae, x, loc))
         _, factor = local_shape(vae, x, loc)
-        best, highest = (loc, factor), loc.new_full(loc.shape[:-1], -math.inf)
-        for _ in range(self.sweeps + 1):
-            elbo, *following = sweep(vae, x, loc, factor)
-            better = elbo > highest
-            highest = torch.where(better, elbo, highest)
-            best = (
-                torch.where(better[:, None], loc, best[0]),
-                torch.where(better[:, None, None], factor, best[1]),
-            )
+        best = [guess, scale.diag_embed()]
+        highest, *following = sweep(vae, x, *best)
+        elbo, *after = sweep(vae, x, loc, factor)
+        better = elbo > highest
+        following = choose(better, after, following)
+        highest, *best = choose(better, [elbo, loc, factor], [highest, *best])
+        for _ in range(self.sweeps):
             loc, factor = following
+            elbo, *following = sweep(vae, x, loc, factor)
+            highest, *best = choose(elbo > highest, [elbo, loc, factor], [highest, *best])
         return best
 
     def _start(self, vae: VAE, x: Tensor, guess: Tensor) -> Tensor:
@@ -156,6 +163,12 @@ class StudentT(MultivariateStudentT):
         return constant - (df + size) / 2 * torch.log1p(square / df)
 
 
+def choose(mask: Tensor, these: list[Tensor], those: list[Tensor]) -> list[Tensor]:
+    """The rows of these tensors (B, ...) where the mask (B,) is true, of those elsewhere."""
+    pairs = zip(these, those, strict=True)
+    return [torch.where(mask.reshape(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs]
+
+
 def sweep(vae: VAE, x: Tensor, loc: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A step towards the Gaussian of the highest ELBO.
 
@@ -169,6 +182,7 @@ def sweep(vae: VAE, x: Tensor, loc: Tensor, factor: Tensor) -> tuple[Tensor, Ten
     away = math.sqrt(size) * factor.movedim(-1, 0)  # (Z, B, Z)
     log_joint, slopes = _slopes(vae, x, torch.cat([loc + away, loc - away]))
     elbo = log_joint.mean(0) + factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    elbo = torch.nan_to_num(elbo, nan=-math.inf)  # which no other is below
     above, below = slopes.chunk(2)
     precision = torch.einsum("bij,kbi->bjk", factor, below - above) / (2 * math.sqrt(size))
     values, vectors = torch.linalg.eigh((precision + precision.mT) / 2)  # in units of B

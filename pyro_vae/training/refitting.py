@@ -188,7 +188,7 @@ def is_cheaper(config: RefitConfig, training: FitConfig, num_train: int, latent_
     num_steps = resolve_epochs(training, num_train) * math.ceil(num_train / training.batch_size)
     trained = 6 * rows * num_steps  # encoder and decoder, forward and backward
     if isinstance(config.guide, RefinedGuide):
-        newton, sweeps = config.guide.newton + 1, config.guide.sweeps + 1
+        newton, sweeps = config.guide.newton + 1, config.guide.sweeps + 2
         return (TAIL_PAIRS + 2 * SCORED) * latent_dim * (newton + 6 * sweeps) <= trained
     return 6 * (2 + NEAR) * config.batch_size * config.steps <= trained
 

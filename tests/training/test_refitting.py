@@ -122,6 +122,11 @@ def check_a_score_is_the_loss_of_the_validation_rows(rows):
         assert abs(record.score - mean) < 1e-6 * abs(mean)
 
 
+def guesses(loc: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """Features of N(loc, scale²)."""
+    return torch.cat([loc, torch.full_like(loc, math.log(scale))], dim=-1)
+
+
 def check_the_refined_guide_is_exact_for_the_linear_model(rows):
     """From guesses at any distance; without sweeps and with them."""
     vae = oracle()
@@ -129,7 +134,7 @@ def check_the_refined_guide_is_exact_for_the_linear_model(rows):
     exact = vae.exact_posterior(x)
     for newton, sweeps in ((6, 0), (6, 1)):
         torch.manual_seed(0)
-        q = Refined(LATENTS, newton, sweeps)(torch.randn(50, LATENTS), x, vae)
+        q = Refined(LATENTS, newton, sweeps)(guesses(torch.randn(50, LATENTS)), x, vae)
         torch.testing.assert_close(q.mean, exact.mean, rtol=1e-3, atol=1e-3)
         covariance = q.scale_tril @ q.scale_tril.mT
         torch.testing.assert_close(covariance, exact.covariance_matrix, rtol=1e-3, atol=1e-4)
@@ -166,12 +171,34 @@ def check_the_iterate_with_the_highest_elbo_is_taken():
     vae = LinearGaussian(torch.ones(1, 1), torch.zeros(1), 0.05)
     vae.decoder = Steep()
     x = torch.linspace(-1.2, 1.2, 25)[:, None]
-    guess = 0.2 * x
+    guess = guesses(0.2 * x)
     start, end = (Refined(1, 4, sweeps)(guess, x, vae) for sweeps in (0, 4))
     torch.manual_seed(0)
     before, after = (refined.sweep(vae, x, q.loc, q.scale_tril)[0] for q in (start, end))
     assert (after >= before - 1e-4).all()
     assert (after - before).max() > 0.05  # the sweeps are of use
+
+
+class Steps(LinearGaussian):
+    """p(z) is narrow around −1 and 1: far steeper than its variance tells."""
+
+    def prior(self):
+        normals = torch.distributions.Normal(torch.tensor([[-1.0], [1.0]]), 0.02)
+        weights = torch.distributions.Categorical(torch.ones(2))
+        parts = torch.distributions.Independent(normals, 1)
+        return torch.distributions.MixtureSameFamily(weights, parts)
+
+
+def check_no_row_is_worse_than_its_guess():
+    """Newton steps leave such a prior, and sweeps do not come back."""
+    vae = Steps(torch.ones(1, 1), torch.zeros(1), 1.0)
+    x = torch.linspace(-2, 2, 8)[:, None]
+    near = x.sign() + torch.linspace(-0.03, 0.03, 8)[:, None]
+    q = Refined(1, 3, 3)(guesses(near, 0.03), x, vae)
+    factor = torch.full((8, 1, 1), 0.03)
+    before, after = (refined.sweep(vae, x, *g)[0] for g in ((near, factor), (q.loc, q.scale_tril)))
+    assert (after >= before - 1e-4).all()
+    torch.testing.assert_close(q.mean, x.sign() + 0.0004 * (x - x.sign()), rtol=0, atol=2e-3)
 
 
 class Folded(torch.nn.Module):
@@ -189,11 +216,11 @@ def check_the_highest_mode_is_found():
     torch.manual_seed(0)
     vae.family.starts.normal_()
     x, guess = torch.full((5, 1), 2.0), torch.linspace(-2.3, 1.3, 5)[:, None]
-    q = vae.family(guess, x, vae)
+    q = vae.family(guesses(guess), x, vae)
     assert (q.mean - 1).abs().max() < 0.05
     # A guess that is better than all draws is kept.
     vae.family.starts.fill_(-2.0)
-    assert (vae.family(torch.tensor([[1.01]]), x[:1], vae).mean - 1).abs() < 0.05
+    assert (vae.family(guesses(torch.tensor([[1.01]])), x[:1], vae).mean - 1).abs() < 0.05
 
 
 def check_tails_are_found():
@@ -214,10 +241,10 @@ def check_tails_are_found():
 def check_the_posterior_has_the_fitted_tail(rows):
     vae, x = oracle(), next(rows.test.fixed("real", 0))[:5]
     family = Refined(LATENTS, 3, 0)
-    before = family(torch.zeros(5, LATENTS), x, vae)
+    before = family(guesses(torch.zeros(5, LATENTS)), x, vae)
     family.width.fill_(1.3)
     family.df.fill_(9.0)
-    after = family(torch.zeros(5, LATENTS), x, vae)
+    after = family(guesses(torch.zeros(5, LATENTS)), x, vae)
     torch.testing.assert_close(after.scale_tril, 1.3 * before.scale_tril)
     assert torch.equal(after.mean, before.mean)
     assert after.df.unique() == 9
@@ -286,7 +313,14 @@ TABLE = {
               ".log().sum(-1)",                      ".log().sum(-1) * 0")],
     check_the_iterate_with_the_highest_elbo_is_taken: [
         Fault("the last iterate",     "models.refined.Refined._gaussian",
-              "elbo > highest",                      "elbo == elbo")],
+              "choose(elbo > highest",               "choose(elbo == elbo")],
+    check_no_row_is_worse_than_its_guess: [
+        Fault("from Newton's place",  "models.refined.Refined._gaussian",
+              "best = [guess, scale.diag_embed()]",  "best = [loc, factor]"),
+        Fault("with any scale",       "models.refined.Refined._gaussian",
+              "scale.diag_embed()",                  "(scale * 30).diag_embed()"),
+        Fault("on from Newton's",     "models.refined.Refined._gaussian",
+              "choose(better, after, following)", "after")],
     check_the_highest_mode_is_found: [
         Fault("always the guess",     "models.refined.Refined._start",
               "own >= highest",                      "own == own"),
@@ -438,15 +472,22 @@ def test_every_family_can_be_refitted(guide, prior, digits, monkeypatch):
 
 
 @pytest.mark.parametrize("guide", ["diagonal", "full", "flow", "mixture"])
-def test_guesses_of_a_refined_guide_are_the_means_of_the_trained_one(guide, digits):
+def test_guesses_of_a_refined_guide_are_those_of_the_trained_one(guide, digits):
     vae = pyro_vae.build(pyro_vae.ModelConfig(guide=guide, hidden=(8,), latent_dim=2), digits)
     x = next(digits.test.fixed("count", 0))[:6]
-    guesses = new_guide(vae, RefitConfig().guide, None).encoder(x)
+    features = new_guide(vae, RefitConfig().guide, None).encoder(x)
+    loc, log_scale = features.chunk(2, dim=-1)
     q = vae.posterior(x)
     means = q.loc if guide == "flow" else q.mean
     if guide == "mixture":
         means = q.component_distribution.mean[:, 0]
-    torch.testing.assert_close(guesses, means)
+        scales = q.component_distribution.stddev[:, 0]
+    elif guide == "diagonal":
+        scales = q.stddev
+    else:  # given the latents before it
+        scales = q.scale_tril.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(loc, means)
+    torch.testing.assert_close(log_scale.exp(), scales)
 
 
 def test_images_and_convolutions(digits, monkeypatch):
