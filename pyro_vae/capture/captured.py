@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .build import build
-from .graph import Call, Graph, GraphKey, Mode, Observer, observe
+from .graph import Call, Graph, GraphKey, Mode, Observer, observe, signature
 from .optimizer import NonFiniteGradient, OneOptimizer
 from .tracing import CannotCapture
 
@@ -176,31 +176,43 @@ class CapturedSVI(SVI):
         return next(self.steps([(args, kwargs)]))
 
     def steps(self, calls: Iterable[tuple[Any, dict[str, Any]]]) -> Iterator[Any]:
-        """Make a step for each of some arguments, of the same layouts.
+        """Make a step for each of some arguments, when the first result is asked for.
 
         A graph's guards are checked once, before the first step, and its numbers are read once,
         after the last: meanwhile, an accelerator computes while Python prepares the next step.
 
         Args:
-            calls: arguments and keyword arguments of `step`, taken one at a time, each before its
-                step: learning rate and clip norm may be set between them.
+            calls: arguments and keyword arguments of `step`, the tensors of the same layouts, taken
+                one at a time, each before its step: learning rate and clip norm may be set between.
 
         Yields:
             What `step` returns, for each step.
 
         Raises:
             NonFiniteGradient: in place of the result of a step, which has changed no parameter.
+            ValueError: arguments differ from the first ones in more than the values of tensors.
         """
         calls = iter(calls)
-        first = next(calls)
+        first = next(calls, None)
+        if first is None:
+            return
         graph = self._graph(*first)
         calls = chain([first], calls)
         if graph is None:
             for args, kwargs in calls:
                 yield super().step(*args, **kwargs)
             return
-        numbers = torch.stack([graph(_tensors((args, kwargs))) for args, kwargs in calls])
-        for loss, norm, *observed in numbers.tolist():
+        expected = signature(tree_leaves(first))
+        numbers = []
+        for call in calls:
+            leaves = tree_leaves(call)
+            if signature(leaves) != expected:  # a compiled graph would read beyond a tensor's end
+                raise ValueError(
+                    "steps expects tensors of the same layouts and equal other values; use step "
+                    "where they differ"
+                )
+            numbers.append(graph([x for x in leaves if isinstance(x, Tensor)]))
+        for loss, norm, *observed in torch.stack(numbers).tolist():
             if not math.isfinite(norm):
                 raise NonFiniteGradient
             warn_if_nan(loss, "loss")
@@ -214,10 +226,6 @@ class CapturedSVI(SVI):
         if graph is None or any(leaf.grad is not None for leaf in graph.leaves):
             return None
         return graph
-
-
-def _tensors(arguments: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(arguments) if isinstance(x, Tensor)]
 
 
 class _Loss(torch.autograd.Function):

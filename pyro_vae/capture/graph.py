@@ -42,13 +42,18 @@ def observe(
         return value, tuple(x.detach() for x in observed)
 
 
+def signature(leaves: list[Any]) -> tuple[Any, ...]:
+    """The layouts of arguments that are tensors; values or identities of others."""
+    return tuple(layout(x) if isinstance(x, Tensor) else value_key(x) for x in leaves)
+
+
 @dataclass(frozen=True)
 class GraphKey:
     """Properties of a call that select its graph; `Guards` check the rest."""
 
     programs: tuple[Any, ...]  # model and guide
     structure: str  # containers and names of the arguments
-    arguments: tuple[Any, ...]  # layouts of tensors; values or identities of others
+    arguments: tuple[Any, ...]  # see `signature`
     attributes: tuple[Any, ...]  # of the ELBO and the observer
     optimizer: tuple[float, float, float] | None  # constants of an update in the graph
     autocast: tuple[torch.dtype | None, ...]  # on the CPU and on CUDA; None if off
@@ -79,7 +84,7 @@ class Call:
         return GraphKey(
             self.programs,
             repr(self.structure),  # older versions of torch cannot hash it
-            tuple(layout(x) if isinstance(x, Tensor) else value_key(x) for x in self.leaves),
+            signature(self.leaves),
             (type(self.owner), value_key(self.observer), *attributes),
             None if self.optimizer is None else adam_settings(self.optimizer),
             tuple(

@@ -141,7 +141,7 @@ def new_guide(
 def _refined_with_labels(
     vae: ConditionalVAE, guide: Guide, encoder_hidden: tuple[int, ...] | None, seed: int
 ) -> ConditionalVAE:
-    """A copy of a conditional model with a refined guide, which starts from its posterior mean."""
+    """A copy of a conditional model with a refined guide, which starts from its posterior."""
     if isinstance(vae, SemiSupervisedVAE):
         raise InputError("a refit expects labels that are given; this model infers them")
     if not isinstance(guide, RefinedGuide) or encoder_hidden is not None:

@@ -276,7 +276,7 @@ def _steps(
     try:
         if alone:
             results = svi.steps(calls)
-        else:
+        else:  # with the update in the graph, ranks could not sum their gradients
             args, weights = next(calls)
             numbers, stop = distributed.step(svi, args, wish, **weights)
             results = iter([numbers])

@@ -200,6 +200,30 @@ def test_steps_made_together(mode, digits):
     assert all(torch.equal(a, b) for a, b in zip(values, other_values, strict=True))
 
 
+@pytest.mark.parametrize("mode", ["graph", "eager"])
+def test_no_steps(mode, digits):
+    vae, _ = program(digits)
+    assert list(captured_svi(vae, adam(vae), mode=mode).steps([])) == []
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: ((x[:7],), {}),
+        lambda x: ((x[:1],), {}),
+        lambda x: ((x.double(),), {}),
+        lambda x: ((x,), {"kl_weight": 0.5}),
+    ],
+    ids=["fewer rows", "one row", "float64", "another argument"],
+)
+def test_steps_of_other_arguments_are_refused(other, digits):
+    """The graph of the first would read beyond the end of a smaller batch."""
+    vae, x = program(digits)
+    svi = captured_svi(vae, adam(vae))
+    with pytest.raises(ValueError, match="steps expects tensors of the same layouts"):
+        list(svi.steps([((x,), {}), other(x)]))
+
+
 class Transposed(nn.Module):
     """A loss whose gradient has another layout in memory than its parameter."""
 
