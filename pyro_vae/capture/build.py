@@ -135,6 +135,9 @@ def _build(call: Call, mode: Mode, snapshot: Snapshot) -> Graph:
     if mode == "compiled":
         with snapshot:
             run = _compile(graph, inputs)
+        with snapshot, replaying():
+            result = run(*inputs)
+        _verify(expected, result)
     if call.optimizer is not None:
         run, update = _add_update(run, result[1], leaves, inputs, call.optimizer, snapshot)
         inputs = [*inputs, update.scalars()]
@@ -209,6 +212,8 @@ def _add_update(
         norm = update([gradients[i] for i in trained], inputs[-1])
         return torch.stack([loss, norm, *observed])
 
+    # Adam's first step divides a gradient by its size, rounding errors included: both updates must
+    # be of the same gradients to the last bit.
     with snapshot, replaying():
         step(*inputs, update.scalars())
         result = [x.clone() for x in update.changes]
