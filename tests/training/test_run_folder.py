@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import example_splits
 from operations import killed_before, watched
 
@@ -22,7 +23,7 @@ import pyro_vae
 from pyro_vae import Config, FitConfig, InputError, ModelConfig, iterate
 from pyro_vae.config import resolve
 from pyro_vae.runtime.files import InUse, locked
-from pyro_vae.training.checkpoint import load_checkpoint
+from pyro_vae.training.checkpoint import load_checkpoint, serialize
 from pyro_vae.training.run import RunFolder, asked_settings, claimed, explained, new_folder
 
 
@@ -43,6 +44,32 @@ def test_the_best_model_is_written_before_the_last_and_never_behind_it(tmp_path)
         assert load_checkpoint(folder.path, "last").training["epoch"] == record.epoch
     lines = (folder.path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_best_model_is_that_of_its_epoch_and_encoded_when_it_is_written(tmp_path, monkeypatch):
+    """Encoding at every better epoch took longer than the epoch, as the history grew."""
+    splits = example_splits("binomial", tmp_path, count=100)
+    asked = Config(model=ModelConfig(latent_dim=2, hidden=(16,)))
+    config = resolve(asked, "binomial", 300)
+    vae = pyro_vae.build(config.model, splits)
+    encoded, best, better = [], (0, {}), 0
+    monkeypatch.setattr(
+        "pyro_vae.training.run.serialize", lambda *args: encoded.append(1) or serialize(*args)
+    )
+    with RunFolder(tmp_path / "run", asked, config, vae, splits) as folder:
+        for record in iterate(vae, splits, FitConfig(epochs=30, batch_size=20, learning_rate=0.05)):
+            folder.add(record)
+            if record.is_best:
+                weights = {name: value.clone() for name, value in vae.state_dict().items()}
+                best, better = (record.epoch, weights), better + 1
+    found = load_checkpoint(folder.path / "checkpoints" / "best.pt")
+    assert (found.history[-1]["epoch"], len(found.history)) == (best[0], best[0])
+    assert 1 < best[0] < 30, "the last model is the best one"
+    for name, value in found.vae.state_dict().items():
+        assert torch.equal(value, best[1][name]), name
+    assert (
+        better > len(encoded) == 4
+    )  # new folder, best and last of the first epoch, best at the end
 
 
 # --- one process at a time ------------------------------------------------------------------------
