@@ -171,6 +171,7 @@ class CudaGraph:
 
     def __init__(self, run: Callable[..., Any], inputs: list[Tensor]) -> None:
         self.inputs = [x.clone() for x in inputs]
+        self.run = run  # with its constants, whose memory the recording reads
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.no_grad(), torch.cuda.stream(stream):

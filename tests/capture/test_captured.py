@@ -10,6 +10,7 @@ a training in test_loop.py.
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import math
 import random
@@ -1676,6 +1677,25 @@ def test_gpu_operation_that_no_cuda_graph_records():
     for seed in (1, 2):
         same(step(earlier, program, x, seed=seed), step(Trace_ELBO(), program, x, seed=seed), 1e-4)
     assert earlier.captures == 1
+
+
+@needs_cuda
+def test_gpu_constants_of_a_graph_stay_in_memory():
+    """Otherwise, the memory is given to later tensors, whose values the graph then reads."""
+
+    class WithConstant(Toy):
+        def model(self, x: Tensor) -> None:
+            super().model(x + torch.tensor([1.0, 2.0, 3.0, 4.0], device="cuda"))
+
+    program, x = on_gpu(toy()), rows().cuda()
+    program.__class__ = WithConstant
+    captured = capture(Trace_ELBO(), "compiled")
+    step(captured, program, x)
+    gc.collect()
+    later = [torch.full((4,), torch.nan, device="cuda") for _ in range(10_000)]
+    same(step(captured, program, x), step(Trace_ELBO(), program, x), 1e-4)
+    assert captured.captures == 1
+    assert len(later) == 10_000
 
 
 @needs_cuda
