@@ -86,19 +86,22 @@ class Refined(nn.Module):
         most = max(STARTS, 2 * self.latent_dim)
         rows = rows_at_once(most * math.prod(shape), x.device, num_chunks=16)
         scale = scale_of(log_scale)
+        variance = vae.prior().variance  # once: that of a flow takes thousands of products
         flat = [v.reshape(-1, self.latent_dim) for v in (guess, scale)]
         parts = zip(*(v.split(rows) for v in (x.reshape(-1, *shape), *flat)), strict=True)
-        found = [self._gaussian(vae, *part) for part in parts]
+        found = [self._gaussian(vae, variance, *part) for part in parts]
         loc, factor = (torch.cat(values) for values in zip(*found, strict=True))
         loc, factor = loc.reshape(guess.shape), factor.reshape(*guess.shape, -1)
         return StudentT(self.df.to(loc), loc, self.width.to(loc) * factor)
 
-    def _gaussian(self, vae: VAE, x: Tensor, guess: Tensor, scale: Tensor) -> list[Tensor]:
+    def _gaussian(
+        self, vae: VAE, variance: Tensor, x: Tensor, guess: Tensor, scale: Tensor
+    ) -> list[Tensor]:
         """μ (B, Z) and B (B, Z, Z) of the iterate with the highest ELBO."""
         loc = self._start(vae, x, guess)
         for _ in range(self.newton):
-            loc = loc + newton_step(*local_shape(vae, x, loc))
-        _, factor = local_shape(vae, x, loc)
+            loc = loc + newton_step(*local_shape(vae, variance, x, loc))
+        _, factor = local_shape(vae, variance, x, loc)
         best = [guess, scale.diag_embed()]
         highest, *following = sweep(vae, x, *best)
         elbo, *after = sweep(vae, x, loc, factor)
@@ -199,10 +202,10 @@ def newton_step(slope: Tensor, factor: Tensor) -> Tensor:
     return _apply(factor, whitened * (LONGEST_STEP / length).clamp_max(1.0))
 
 
-def local_shape(vae: VAE, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+def local_shape(vae: VAE, variance: Tensor, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """∇ (B, Z) and B (B, Z, Z), lower triangular with B Bᵀ = P⁻¹, at z (B, Z).
 
-    The curvature of the prior is that of a Gaussian with its variances. Of a likelihood with
+    The curvature of the prior is that of a Gaussian with its `variance` (Z,). Of a likelihood with
     several parameters for each value, only the first counts in W.
     """
     shape = vae.likelihood_module.spec.shape
@@ -213,9 +216,9 @@ def local_shape(vae: VAE, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         (curvature,) = torch.autograd.grad(_first(slope, 1, shape).sum(), output)
     weight = -_first(curvature, 1, shape).flatten(1)
     weight = torch.nan_to_num(weight).clamp_min(0)
-    columns = _first(_jacobian(vae, z), 2, shape).flatten(2)  # (Z, B, D)
+    columns = _first(_jacobian(vae, variance, z), 2, shape).flatten(2)  # (Z, B, D)
     precision = torch.einsum("ibd,bd,jbd->bij", columns, weight, columns)
-    precision = precision + vae.prior().variance.reciprocal().diag()
+    precision = precision + variance.reciprocal().diag()
     # The Cholesky factor U of the reversed matrix, reversed, is upper triangular: B = U⁻ᵀ.
     upper = torch.linalg.cholesky(precision.flip(-1, -2)).flip(-1, -2)
     identity = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device).expand_as(upper)
@@ -232,13 +235,13 @@ def _slopes(vae: VAE, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return log_joint.detach(), torch.nan_to_num(slopes)
 
 
-def _jacobian(vae: VAE, z: Tensor) -> Tensor:
+def _jacobian(vae: VAE, variance: Tensor, z: Tensor) -> Tensor:
     """Derivatives (Z, B, P, *data_shape) of the decoder's output by each latent.
 
     By differences, which take half the time of forward differentiation and are accurate enough: any
     q(z|x) that follows from them is a valid one.
     """
-    size = DIFFERENCE * vae.prior().variance.sqrt()
+    size = DIFFERENCE * variance.sqrt()
     output = vae.decoder(torch.cat([z + size.diag().unsqueeze(1), z.unsqueeze(0)]))
     return (output[:-1] - output[-1]) / size.reshape(-1, *[1] * (output.dim() - 1))
 

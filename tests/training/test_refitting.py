@@ -290,7 +290,7 @@ TABLE = {
         Fault("no slope of the prior", "models.refined._slopes",
               "+ vae.prior().log_prob(z)",           ""),
         Fault("no precision of the prior", "models.refined.local_shape",
-              "vae.prior().variance.reciprocal().diag()", "0"),
+              "variance.reciprocal().diag()",        "0"),
         Fault("no curvature",         "models.refined.local_shape",
               "weight = -_first",                    "weight = 0 * _first"),
         Fault("factor transposed",    "models.refined.local_shape",
@@ -429,7 +429,7 @@ def test_local_shape_is_the_gradient_and_the_curvature(name):
     torch.manual_seed(0)
     z = torch.randn(4, 3, dtype=torch.float64)
     with torch.no_grad():
-        slope, factor = local_shape(vae, x, z)
+        slope, factor = local_shape(vae, vae.prior().variance, x, z)
     jacobian = torch.autograd.functional.jacobian
     for row, point, found, root in zip(x, z, slope, factor, strict=True):
 
