@@ -254,7 +254,7 @@ class RunFolder:
         self.history.append(line)
         append(self.path / "metrics.jsonl", to_json(line) + "\n")
         if record.is_best:
-            # A copy takes a tenth of the time, and less as the history grows.
+            # A copy takes 3 to 10 ms; encoding, also of the history, 70 after 1,000 epochs.
             best = copy.deepcopy(self.vae), self.config, self.splits, [*self.history]
             self._best = partial(serialize, *best)
         self.reached(record.state, save=record.epoch == 1)
