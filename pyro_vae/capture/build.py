@@ -46,6 +46,9 @@ from .update import AdamUpdate, in_layout_of
 # Largest difference between a gradient and the graph's, relative to the gradient's largest element.
 # Both come from the same operations in the same order: a larger difference shows a wrong graph.
 TOLERANCE = 1e-4
+# The same after compilation, if factors of products have 8 or 11 bits: the compiler rounds to them
+# less often. Gradients of a convolutional network in bfloat16 differed by 0.01.
+TOLERANCE_IN_LOW_PRECISION = 0.05
 
 
 class Snapshot:
@@ -137,7 +140,8 @@ def _build(call: Call, mode: Mode, snapshot: Snapshot) -> Graph:
             run = _compile(graph, inputs)
         with snapshot, replaying():
             result = run(*inputs)
-        _verify(expected, result)
+        is_low = any(call.key().autocast) or torch.get_float32_matmul_precision() != "highest"
+        _verify(expected, result, TOLERANCE_IN_LOW_PRECISION if is_low else TOLERANCE)
     if call.optimizer is not None:
         run, update = _add_update(run, result[1], leaves, inputs, call.optimizer, snapshot)
         inputs = [*inputs, update.scalars()]
@@ -180,9 +184,9 @@ def _own_result(call: Call, leaves: list[Tensor]) -> tuple[Any, ...]:
     return value, tuple(leaf.grad for leaf in leaves), observed
 
 
-def _verify(expected: Any, result: Any) -> None:
+def _verify(expected: Any, result: Any, tolerance: float = TOLERANCE) -> None:
     """Raise CannotCapture if a graph's results differ from those expected."""
-    if not _is_close(expected, result):
+    if not _is_close(expected, result, tolerance):
         raise CannotCapture(
             "its graph gives another loss or gradient at the same random numbers, for example "
             "because particles are drawn in chunks, or a program differs between runs"
@@ -268,15 +272,15 @@ def find_leaves(loss: Tensor) -> list[Tensor]:
     return found
 
 
-def _is_close(expected: Any, result: Any) -> bool:
+def _is_close(expected: Any, result: Any, tolerance: float = TOLERANCE) -> bool:
     """Whether two structures hold the same tensors up to rounding."""
     pairs = zip(tree_leaves(expected), tree_leaves(result), strict=True)
-    return all(_is_close_tensor(one, other) for one, other in pairs)
+    return all(_is_close_tensor(one, other, tolerance) for one, other in pairs)
 
 
-def _is_close_tensor(one: Tensor | None, other: Tensor | None) -> bool:
+def _is_close_tensor(one: Tensor | None, other: Tensor | None, tolerance: float) -> bool:
     if one is None or other is None or one.shape != other.shape:
         return one is other
     one, other = one.float(), other.float()
     largest = one.nan_to_num(0.0, 0.0, 0.0).abs().max().item() if one.numel() else 0.0
-    return torch.allclose(other, one, rtol=0.0, atol=TOLERANCE * largest, equal_nan=True)
+    return torch.allclose(other, one, rtol=0.0, atol=tolerance * largest, equal_nan=True)
