@@ -143,7 +143,10 @@ def _build(call: Call, mode: Mode, snapshot: Snapshot) -> Graph:
         is_low = any(call.key().autocast) or torch.get_float32_matmul_precision() != "highest"
         _verify(expected, result, TOLERANCE_IN_LOW_PRECISION if is_low else TOLERANCE)
     if call.optimizer is not None:
-        run, update = _add_update(run, result[1], leaves, inputs, call.optimizer, snapshot)
+        is_compiled = run is not graph  # it is not where the machine has no compiler
+        run, update = _add_update(
+            run, result[1], leaves, inputs, call.optimizer, snapshot, is_compiled
+        )
         inputs = [*inputs, update.scalars()]
     if mode == "compiled" and inputs and all(x.is_cuda for x in inputs):
         with snapshot:
@@ -200,15 +203,19 @@ def _add_update(
     inputs: list[Tensor],
     optimizer: OneOptimizer,
     snapshot: Snapshot,
+    compiled: bool,
 ) -> tuple[Callable[..., Any], AdamUpdate]:
     """Append the optimizer's update of the leaves that have a gradient, and verify it.
+
+    Args:
+        compiled: whether the graph is, and the update should be.
 
     Returns:
         The step (*inputs, scalars) → loss, norm of the gradient and observed, in one tensor; and
         the update.
     """
     trained = [i for i, gradient in enumerate(gradients) if gradient is not None]
-    update = AdamUpdate(optimizer, [leaves[i] for i in trained])
+    update = AdamUpdate(optimizer, [leaves[i] for i in trained], compiled)
     snapshot.keep([*optimizer.parameters, *update.changes])
 
     def step(*inputs: Tensor) -> Tensor:

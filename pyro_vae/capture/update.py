@@ -1,4 +1,4 @@
-"""Adam's update by torch's own kernel, to be part of a captured step.
+"""Adam's update, to be part of a captured step.
 
     g ← g · min(1, max_norm / ‖g‖)
     m ← β₁ m + (1 − β₁) g,    v ← β₂ v + (1 − β₂) g²
@@ -9,11 +9,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from . import kernel
 from .guards import Entry, entries_of
 from .optimizer import OneOptimizer
 from .tracing import CannotCapture
@@ -36,6 +35,11 @@ def adam_settings(optimizer: OneOptimizer) -> tuple[float, float, float] | None:
 class AdamUpdate:
     """Adam's update of the parameters that have a gradient.
 
+    Args:
+        optimizer: of all parameters.
+        parameters: those to update.
+        compiled: whether to update by `kernel`, where it can, in place of torch's own kernels.
+
     Attributes:
         moments: t, m and v of each parameter, as torch names them: `step`, `exp_avg` and
             `exp_avg_sq`; initialized as Adam would, if missing.
@@ -45,7 +49,9 @@ class AdamUpdate:
         CannotCapture: the update would not equal the optimizer's step.
     """
 
-    def __init__(self, optimizer: OneOptimizer, parameters: list[Tensor]) -> None:
+    def __init__(
+        self, optimizer: OneOptimizer, parameters: list[Tensor], compiled: bool = False
+    ) -> None:
         self.optimizer, self.parameters = optimizer, parameters
         known = {id(p) for p in optimizer.parameters}
         if adam_settings(optimizer) is None or not {id(p) for p in parameters} <= known:
@@ -69,6 +75,8 @@ class AdamUpdate:
         if len({moments["step"].item() for moments in self.moments}) != 1:
             raise CannotCapture("some of its parameters have been updated more often than others")
         self.changes = [*parameters, *(x for moments in self.moments for x in moments.values())]
+        is_supported = all(map(kernel.supports, self.changes))
+        self.compiled = compiled and is_supported and kernel.is_available()
 
     def entries(self) -> list[Entry]:
         """Where the optimizer holds these tensors, for `Guards`."""
@@ -90,12 +98,24 @@ class AdamUpdate:
         Returns:
             The norm of the gradient before clipping, ().
         """
-        rate, max_norm = scalars.unbind()
-        group: dict[str, Any] = self.optimizer.optimizer.param_groups[0]
-        beta1, beta2 = group["betas"]
-        # The kernel reads all tensors of a parameter in the same order of memory.
+        # A kernel reads all tensors of a parameter in the same order of memory.
         pairs = zip(gradients, self.parameters, strict=True)
         gradients = [g if g.stride() == p.stride() else in_layout_of(p, g) for g, p in pairs]
+        if not self.compiled:
+            return self._by_torch(gradients, scalars)
+        tensors = self.parameters, gradients, self._means, self._squares, self._steps
+        rate, max_norm = scalars.tolist()
+        beta1, beta2, eps = self._constants()
+        return torch.tensor(kernel.update(*tensors, rate, max_norm, beta1, beta2, eps))
+
+    def _constants(self) -> tuple[float, float, float]:
+        """β₁, β₂ and ε."""
+        group = self.optimizer.optimizer.param_groups[0]
+        return (*group["betas"], group["eps"])
+
+    def _by_torch(self, gradients: list[Tensor], scalars: Tensor) -> Tensor:
+        rate, max_norm = scalars.unbind()
+        beta1, beta2, eps = self._constants()
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         clip = (max_norm / (norm + 1e-6)).clamp(max=1)
         if norm.is_cuda or clip < 1:  # a pass over all gradients; a CUDA graph cannot choose
@@ -114,7 +134,7 @@ class AdamUpdate:
             beta1=beta1,
             beta2=beta2,
             weight_decay=0.0,
-            eps=group["eps"],
+            eps=eps,
             amsgrad=False,
             maximize=False,
             found_inf=1 - is_finite,
