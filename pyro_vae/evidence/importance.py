@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 
 from ..capture.captured import CapturedFunction, Mode
 from ..models.interface import LatentModel
-from ..models.log_weights import log_weights
+from ..models.log_weights import log_likelihood, log_weights
 from ..models.refined import Refined
 from ..runtime.memory import Callback, check_memory, concatenate, ignore, rows_at_once
 from ..runtime.randomness import one_thread
@@ -102,7 +103,7 @@ def importance_sample(
             are then decoded together, a few samples at a time.
         mode: whether to capture and compile the sampling, see `capture.Mode`; by default compiled
             if `vae` is a module and there are many values to decode. Compiled code is kept for
-            later calls with this `vae`.
+            later calls with this `vae`. Draws from a proposal or a refined guide are not captured.
 
     Raises:
         ValueError: `num_samples` is not positive, x lies outside the likelihood's support, or the
@@ -110,12 +111,10 @@ def importance_sample(
     """
     if num_samples < 1:
         raise ValueError(f"num_samples expects an integer of at least 1; got {num_samples}")
-    refined = isinstance(getattr(vae, "family", None), Refined)  # costs as much as many draws
-    if proposal is not None or not isinstance(vae, nn.Module) or refined:
+    if not isinstance(vae, nn.Module):
         mode = "eager"  # changes of other objects cannot be detected
     elif mode is None:
         mode = choose_mode(x.numel() * num_samples)
-    sampler = _captured(vae, mode) if mode != "eager" else None
     rows = rows_at_once(MIN_CHUNK_DRAWS * x[:1].numel(), x.device)
     if with_pareto_k:  # two copies of the weights, in float64
         kept = min(rows, len(x))
@@ -124,7 +123,8 @@ def importance_sample(
     parts = []
     for part in x.split(rows) if proposal is None else [x]:
         q = vae.posterior(part) if proposal is None else proposal
-        blocks = _blocks(vae, q, part, num_samples, sampler)
+        sample = _sampler(vae, mode, part, q, given=proposal is not None)
+        blocks = _blocks(vae, q, part, num_samples, sample)
         parts.append(_estimate(blocks, x.device, num_samples, on_chunk, with_pareto_k))
     evidence = concatenate(parts)
     if proposal is None and isinstance(vae, nn.Module) and x.dtype != torch.float64:
@@ -244,38 +244,66 @@ def choose_mode(num_values: float) -> Mode:
     return "compiled" if num_values >= COMPILE_FROM else "eager"
 
 
+# S → `log_weights` (S, B) of S draws of z for each row
+Sampler = Callable[[int], tuple[Tensor, Tensor]]
 # Compiled functions of each model, kept while the model exists
-_compiled: WeakKeyDictionary[nn.Module, dict[Mode, CapturedFunction]] = WeakKeyDictionary()
+_compiled: WeakKeyDictionary[nn.Module, dict[Any, CapturedFunction]] = WeakKeyDictionary()
 
 
-def _captured(vae: Any, mode: Mode) -> CapturedFunction:
-    """(x (B, *data_shape), S) → `log_weights` (S, B) of S draws from q(z|x), captured."""
-    reference = ref(vae)
+def _captured(vae: Any, mode: Mode, draws: bool = True) -> CapturedFunction:
+    """(x (B, *data_shape), S) → `log_weights` (S, B) of S draws from q(z|x), captured.
+
+    Without `draws`: (x, z (S, B, Z)) → log p(x|z), float64, and log p(z), (S, B) each.
+    """
+    reference = ref(vae)  # the compiled function must not keep the model alive
 
     def sample(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        vae = reference()  # the compiled function must not keep the model alive
-        assert vae is not None
+        vae: Any = reference()
         posterior = vae.posterior(x)
         # Without gradients rsample equals sample, and Normal.rsample is faster.
         z = posterior.rsample((size,)) if posterior.has_rsample else posterior.sample((size,))
         return log_weights(vae, posterior, x, z)
 
-    modes = _compiled.setdefault(vae, {})
-    if mode not in modes:
-        modes[mode] = CapturedFunction(sample, mode)
-    return modes[mode]
+    def decode(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        vae: Any = reference()
+        return log_likelihood(vae, x, z).double(), vae.prior().log_prob(z)
+
+    functions = _compiled.setdefault(vae, {})
+    if (mode, draws) not in functions:
+        functions[mode, draws] = CapturedFunction(sample if draws else decode, mode)
+    return functions[mode, draws]
+
+
+def _sampler(vae: Any, mode: Mode, x: Tensor, q: Distribution, given: bool) -> Sampler | None:
+    """The captured sampling of x (B, *data_shape) from q; None for the mode eager.
+
+    The draws from q are part of the graph unless q is given, or refined, which costs as much as
+    many draws: then it is found once for all of them.
+    """
+    if mode == "eager":
+        return None
+    if not (given or isinstance(getattr(vae, "family", None), Refined)):
+        return partial(_captured(vae, mode), x)
+    decode = _captured(vae, mode, draws=False)
+
+    def sample(size: int) -> tuple[Tensor, Tensor]:
+        z = q.sample((size,))
+        reconstruction, log_prior = decode(x, z)
+        return reconstruction, reconstruction + (log_prior - q.log_prob(z))
+
+    return sample
 
 
 def _blocks(
-    vae: LatentModel, q: Distribution, x: Tensor, num_samples: int, sampler: CapturedFunction | None
+    vae: LatentModel, q: Distribution, x: Tensor, num_samples: int, sample: Sampler | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """log p(x|z) and log w (S, B) of blocks of draws from q, `num_samples` for each row in all."""
     chunk = rows_at_once(x.numel(), x.device)
     for done in range(0, num_samples, CHUNKS_PER_BLOCK * chunk):
         size = min(CHUNKS_PER_BLOCK * chunk, num_samples - done)
         parts = []
-        if sampler is not None:  # in chunks of one size, for which it is captured
-            parts = [sampler(x, chunk) for _ in range(size // chunk)]
+        if sample is not None:  # in chunks of one size, for which it is captured
+            parts = [sample(chunk) for _ in range(size // chunk)]
             size %= chunk
         if size > 0:
             z = q.sample((size,))
@@ -296,11 +324,11 @@ def _estimate(
     log_sum = log_sum_squares = torch.tensor(-math.inf, dtype=torch.float64, device=device)
     elbo = reconstruction = torch.zeros((), dtype=torch.float64, device=device)
     kept = []
-    for log_likelihood, log_w in blocks:
+    for reconstructions, log_w in blocks:
         log_sum = torch.logaddexp(log_sum, log_w.logsumexp(0))
         log_sum_squares = torch.logaddexp(log_sum_squares, (2 * log_w).logsumexp(0))
         elbo = elbo + log_w.sum(0) / count
-        reconstruction = reconstruction + log_likelihood.sum(0) / count
+        reconstruction = reconstruction + reconstructions.sum(0) / count
         if with_pareto_k:
             kept.append(log_w)
         on_chunk(log_w.numel())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from pyro_vae.evidence.importance import (
 from pyro_vae.models.likelihoods import LIKELIHOODS
 from pyro_vae.models.linear_gaussian import LinearGaussian
 from pyro_vae.models.priors import StandardNormal
+from pyro_vae.models.refined import Refined
 from pyro_vae.models.vae import VAE
 from pyro_vae.runtime import memory as chunks
 
@@ -451,6 +453,43 @@ def test_captured_sampling_is_exact_too(mode, monkeypatch):
     z = (result.log_evidence - exact) / result.standard_error
     assert z.abs().max() < SIGMAS
     assert result.standard_error.max() < 0.05
+
+
+@pytest.mark.parametrize(
+    "mode", ["eager", "graph", pytest.param("compiled", marks=pytest.mark.slow)]
+)
+def test_captured_decoding_of_draws_from_a_proposal_is_exact_too(mode, monkeypatch):
+    """The exact posterior is given; the model's own guide is wrong, and is not asked."""
+    monkeypatch.setattr(chunks, "CACHE_VALUES", 2**12)
+    _, x, exact = linear_gaussian()
+    x, exact = x[:7], exact[:7]
+    wrong, *_ = linear_gaussian(factor=1.5)
+    posterior = linear_gaussian()[0].posterior(x)
+    result = importance_sample(wrong, x, 1000, proposal=posterior, mode=mode)
+    torch.testing.assert_close(result.log_evidence, exact, rtol=1e-9, atol=1e-9)
+    assert mode == "eager" or evidence._captured(wrong, mode, draws=False).graphs.captures == 1
+    # power: weights of other draws than those that are decoded
+    true = posterior.log_prob
+    monkeypatch.setattr(posterior, "log_prob", lambda z: true(z.roll(1, 0)))
+    result = importance_sample(wrong, x, 1000, proposal=posterior, mode=mode)
+    assert (result.log_evidence - exact).abs().max() > 0.05
+
+
+def test_refined_guides_are_found_once_and_captured_without_their_draws(monkeypatch):
+    """At the same draws, the weights are those of the uncaptured sampling."""
+    vae, x, _ = linear_gaussian(factor=1.5)
+    vae.family, x = Refined(Z, 2, 1).double(), x[:5]
+    size = chunks.rows_at_once(x.numel(), x.device)  # a whole chunk, which is one graph
+    found = []
+    posterior = mock.Mock(wraps=vae.posterior)
+    monkeypatch.setattr(vae, "posterior", posterior)
+    for mode in ("eager", "graph"):
+        torch.manual_seed(0)
+        found.append(importance_sample(vae, x, size, mode=mode))
+    assert posterior.call_count == 2
+    assert evidence._captured(vae, "graph", draws=False).graphs.captures == 1
+    torch.testing.assert_close(found[1].log_evidence, found[0].log_evidence)
+    torch.testing.assert_close(found[1].standard_error, found[0].standard_error)
 
 
 def test_what_is_captured_is_kept_for_the_model_and_follows_its_weights(monkeypatch):
