@@ -54,8 +54,10 @@ class AdamUpdate:
     ) -> None:
         self.optimizer, self.parameters = optimizer, parameters
         known = {id(p) for p in optimizer.parameters}
-        if adam_settings(optimizer) is None or not {id(p) for p in parameters} <= known:
+        settings = adam_settings(optimizer)
+        if settings is None or not {id(p) for p in parameters} <= known:
             raise CannotCapture("its optimizer is not plain Adam over all parameters")
+        self._settings = settings
         if len({(p.dtype, p.device) for p in parameters}) != 1:
             raise CannotCapture("its parameters are of several types or on several devices")
         group, state = optimizer.optimizer.param_groups[0], optimizer.optimizer.state
@@ -105,17 +107,12 @@ class AdamUpdate:
             return self._by_torch(gradients, scalars)
         tensors = self.parameters, gradients, self._means, self._squares, self._steps
         rate, max_norm = scalars.tolist()
-        beta1, beta2, eps = self._constants()
+        beta1, beta2, eps = self._settings
         return torch.tensor(kernel.update(*tensors, rate, max_norm, beta1, beta2, eps))
-
-    def _constants(self) -> tuple[float, float, float]:
-        """β₁, β₂ and ε."""
-        group = self.optimizer.optimizer.param_groups[0]
-        return (*group["betas"], group["eps"])
 
     def _by_torch(self, gradients: list[Tensor], scalars: Tensor) -> Tensor:
         rate, max_norm = scalars.unbind()
-        beta1, beta2, eps = self._constants()
+        beta1, beta2, eps = self._settings
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         clip = (max_norm / (norm + 1e-6)).clamp(max=1)
         if norm.is_cuda or clip < 1:  # a pass over all gradients; a CUDA graph cannot choose

@@ -37,12 +37,15 @@ PRECISION = 2e-6
 
 
 def start() -> tuple[list[Tensor], list[list[Tensor]]]:
-    """Parameters, and their gradients at each step, of several sizes."""
+    """Parameters of several sizes, and their gradients at each step, in the same layouts."""
     generator = torch.Generator().manual_seed(0)
     parameters = [torch.randn(shape, generator=generator) for shape in SHAPES]
     parameters[3] = parameters[3].contiguous(memory_format=torch.channels_last)
     gradients = [
-        [3.0**i * torch.randn(p.shape, generator=generator) for p in parameters]
+        [
+            torch.empty_like(p).copy_(3.0**i * torch.randn(p.shape, generator=generator))
+            for p in parameters
+        ]
         for i in range(STEPS)
     ]
     return parameters, gradients
@@ -53,14 +56,13 @@ def moments(parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[
     return zeros, [torch.zeros_like(p) for p in parameters], [torch.zeros(()) for _ in parameters]
 
 
-def by_kernel(max_norm: float, call: Any = kernel.update) -> tuple[list[Tensor], list[float]]:
+def by_kernel(max_norm: float) -> tuple[list[Tensor], list[float]]:
     """Parameters and moments after all steps, and the norms."""
     parameters, gradients = start()
     state = moments(parameters)
     norms = []
     for step in gradients:
-        laid_out = [torch.empty_like(p).copy_(g) for p, g in zip(parameters, step, strict=True)]
-        norms.append(call(parameters, laid_out, *state, RATE, max_norm, BETA1, BETA2, EPS))
+        norms.append(kernel.update(parameters, step, *state, RATE, max_norm, BETA1, BETA2, EPS))
     return [*parameters, *(x for group in state for x in group)], norms
 
 
@@ -80,10 +82,10 @@ def by_torch(max_norm: float) -> tuple[list[Tensor], list[float]]:
     return [p.detach() for p in doubles] + [s[n].double() for n in names for s in states], norms
 
 
-def is_adam(call: Any = kernel.update) -> bool:
-    """Whether a function updates as torch does, with and without clipping."""
+def is_adam() -> bool:
+    """Whether the kernel updates as torch does, with and without clipping."""
     for max_norm in (math.inf, 100.0):  # of norms of 100 to 2,700
-        found, norms = by_kernel(max_norm, call)
+        found, norms = by_kernel(max_norm)
         expected, exact_norms = by_torch(max_norm)
         if norms != pytest.approx(exact_norms, rel=1e-6):
             return False
@@ -132,15 +134,13 @@ FAULTS = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("threads", [2], indirect=True)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_found(fault, monkeypatch):
+def test_faults_are_found(fault, threads, monkeypatch):
     old, new = FAULTS[fault]
     assert old in kernel._SOURCE
     monkeypatch.setattr(kernel, "_SOURCE", kernel._SOURCE.replace(old, new))
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
     assert not is_adam()
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -149,9 +149,8 @@ def test_gradient_that_is_not_finite_changes_nothing(value, position, threads):
     parameters, gradients = start()
     state = moments(parameters)
     before = [x.clone() for x in (*parameters, *(x for group in state for x in group))]
-    laid_out = [torch.empty_like(p).copy_(g) for p, g in zip(parameters, gradients[0], strict=True)]
-    laid_out[2].view(-1)[position] = value
-    norm = kernel.update(parameters, laid_out, *state, RATE, 1.0, BETA1, BETA2, EPS)
+    gradients[0][2].view(-1)[position] = value
+    norm = kernel.update(parameters, gradients[0], *state, RATE, 1.0, BETA1, BETA2, EPS)
     assert not math.isfinite(norm)
     for old, new in zip(before, (*parameters, *(x for group in state for x in group)), strict=True):
         assert torch.equal(old, new)
@@ -176,7 +175,7 @@ def test_supported_tensors(make, supported):
 
 
 def not_compiled(graph: Any, inputs: list[Tensor]) -> Callable[..., Any]:
-    """As if it was, but in no time."""
+    """In place of the compiler: another function than the graph, with the same results."""
     return partial(graph)
 
 
