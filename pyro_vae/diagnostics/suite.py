@@ -15,7 +15,6 @@ from torch import Tensor
 from ..data.missing import hidden_at_random
 from ..data.splits import Split, Units
 from ..evidence.annealing import anneal
-from ..evidence.evaluation import mean_kl
 from ..evidence.importance import importance_sample, reliable_k, upper_bound
 from ..models.vae import VAE
 from ..plots import calibration as calibration_figures
@@ -111,15 +110,14 @@ def studies(
 def _weights(vae: VAE, x: Tensor, effort: Effort, on_chunk: Callable[[int], object]) -> Study:
     num_samples = effort.importance_samples
     evidence = importance_sample(vae, x, num_samples, on_chunk, with_pareto_k=True)
-    with torch.no_grad():
-        kl = mean_kl(vae.posterior(x), vae.prior(), evidence)
+    assert evidence.kl is not None
     k, size = _array(evidence.pareto_k), _array(evidence.effective_sample_size)
     limit = reliable_k(num_samples)
 
     # k is NaN if no weight of a row is finite, which is not reliable either.
     findings = [verdicts.about_weights(~(k <= limit))]
     details = {
-        "elbo": (evidence.reconstruction - kl).mean().item(),
+        "elbo": (evidence.reconstruction - evidence.kl).mean().item(),
         "log_evidence": evidence.log_evidence.mean().item(),
         "importance_samples": num_samples,
         "pareto_k": {"limit": limit, **_summary(k[np.isfinite(k)])},

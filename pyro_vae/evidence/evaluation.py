@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, kl_divergence
 
 from ..data.precision import column_name
 from ..data.splits import Split
@@ -270,7 +269,7 @@ def evaluate_rows(
 
     def measure(vae: VAE, x: Tensor) -> tuple[Tensor, ...]:
         evidence = importance_sample(vae, x, num_samples, on_chunk, with_tail, mode=mode)
-        return _terms(vae, x, evidence)
+        return _terms(x, evidence)
 
     right: RightLabels | None = None
     with random_states(split.device, derive(seed, "posterior")):
@@ -335,25 +334,18 @@ def _measured(
     return _joined(parts)
 
 
-def _terms(vae: VAE, x: Tensor, evidence: Evidence) -> tuple[Tensor, ...]:
+def _terms(x: Tensor, evidence: Evidence) -> tuple[Tensor, ...]:
     """log p(x), log p(x|z), KL, error, k̂ (if missing, KL), number of observed values, (B,) each.
 
     And the posterior mean (B, Z).
     """
-    posterior = vae.posterior(x)
-    kl = mean_kl(posterior, vae.prior(), evidence)
+    kl, mean = evidence.kl, evidence.mean
+    assert kl is not None
+    assert mean is not None
     tail = kl if evidence.pareto_k is None else evidence.pareto_k
     observed = (~x.isnan()).flatten(1).sum(1).double()
     terms = (evidence.log_evidence, evidence.reconstruction, kl, evidence.standard_error, tail)
-    return (*terms, observed, posterior.mean.double())
-
-
-def mean_kl(posterior: Distribution, prior: Distribution, evidence: Evidence) -> Tensor:
-    """KL(q(z|x) ‖ p(z)) (B,), float64, nats: in closed form, or over the draws of `evidence`."""
-    try:
-        return kl_divergence(posterior, prior).double()
-    except NotImplementedError:
-        return evidence.reconstruction - evidence.elbo
+    return (*terms, observed, mean)
 
 
 def _joined(parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -29,6 +29,7 @@ import pyro
 import torch
 from pyro.distributions import Distribution
 from torch import Tensor, nn
+from torch.distributions import kl_divergence
 
 from ..capture.captured import CapturedFunction, Mode
 from ..models.interface import LatentModel
@@ -37,8 +38,10 @@ from ..models.refined import Refined
 from ..runtime.memory import Callback, check_memory, concatenate, ignore, rows_at_once
 from ..runtime.randomness import one_thread
 
-# Draws of z for each row in a chunk, at least: the decoder then takes most of the time.
+# Draws of z for each row in a chunk, at least: the decoder then takes most of the time. A refined
+# posterior is found once for all chunks, and for many rows together in less time.
 MIN_CHUNK_DRAWS = 64
+MIN_CHUNK_DRAWS_REFINED = 8
 # Chunks whose z are drawn, or whose weights are added, together, in fewer calls.
 CHUNKS_PER_BLOCK = 8
 # Number of decoded values from which compiling the decoder pays.
@@ -60,6 +63,8 @@ class Evidence:
         effective_sample_size: (B,) (Σ w)² / Σ w², 1 to `num_samples`.
         num_samples: K.
         pareto_k: (B,) shape of the weights' upper tail, see `pareto_k`; None unless requested.
+        kl: (B,) KL(q(z|x) ‖ p(z)), in closed form, or over the same draws if there is none.
+        mean: (B, Z) of q(z|x); None if it has none in closed form.
     """
 
     log_evidence: Tensor
@@ -69,6 +74,8 @@ class Evidence:
     effective_sample_size: Tensor
     num_samples: int
     pareto_k: Tensor | None = None
+    kl: Tensor | None = None
+    mean: Tensor | None = None
 
 
 def log_evidence(vae: LatentModel, x: Tensor, num_samples: int = 5000) -> Tensor:
@@ -115,7 +122,9 @@ def importance_sample(
         mode = "eager"  # changes of other objects cannot be detected
     elif mode is None:
         mode = choose_mode(x.numel() * num_samples)
-    rows = rows_at_once(MIN_CHUNK_DRAWS * x[:1].numel(), x.device)
+    draws = MIN_CHUNK_DRAWS_REFINED if _is_refined(vae) else MIN_CHUNK_DRAWS
+    rows = rows_at_once(draws * x[:1].numel(), x.device)
+    rows = 2 ** (rows.bit_length() - 1)  # divides the batches of a split: one shape to compile
     if with_pareto_k:  # two copies of the weights, in float64
         kept = min(rows, len(x))
         what = f"the weights of {num_samples:,} samples for {kept} rows"
@@ -125,7 +134,8 @@ def importance_sample(
         q = vae.posterior(part) if proposal is None else proposal
         sample = _sampler(vae, mode, part, q, given=proposal is not None)
         blocks = _blocks(vae, q, part, num_samples, sample)
-        parts.append(_estimate(blocks, x.device, num_samples, on_chunk, with_pareto_k))
+        found = _estimate(blocks, x.device, num_samples, on_chunk, with_pareto_k)
+        parts.append(replace(found, kl=_kl(q, vae.prior(), found), mean=_mean(q)))
     evidence = concatenate(parts)
     if proposal is None and isinstance(vae, nn.Module) and x.dtype != torch.float64:
         _repeat_beyond_float32(evidence, vae, x, on_chunk)
@@ -274,6 +284,10 @@ def _captured(vae: Any, mode: Mode, draws: bool = True) -> CapturedFunction:
     return functions[mode, draws]
 
 
+def _is_refined(vae: Any) -> bool:
+    return isinstance(getattr(vae, "family", None), Refined)
+
+
 def _sampler(vae: Any, mode: Mode, x: Tensor, q: Distribution, given: bool) -> Sampler | None:
     """The captured sampling of x (B, *data_shape) from q; None for the mode eager.
 
@@ -282,7 +296,7 @@ def _sampler(vae: Any, mode: Mode, x: Tensor, q: Distribution, given: bool) -> S
     """
     if mode == "eager":
         return None
-    if not (given or isinstance(getattr(vae, "family", None), Refined)):
+    if not (given or _is_refined(vae)):
         return partial(_captured(vae, mode), x)
     decode = _captured(vae, mode, draws=False)
 
@@ -347,3 +361,19 @@ def _estimate(
         num_samples=count,
         pareto_k=pareto_k(torch.cat(kept)) if kept else None,
     )
+
+
+def _kl(q: Distribution, prior: Distribution, evidence: Evidence) -> Tensor:
+    """KL(q(z|x) ‖ p(z)) (B,), float64, nats: in closed form, or over the draws of `evidence`."""
+    try:
+        return kl_divergence(q, prior).double()
+    except NotImplementedError:
+        return evidence.reconstruction - evidence.elbo
+
+
+def _mean(q: Distribution) -> Tensor | None:
+    """The mean of q (B, Z), float64; None if it is not known."""
+    try:
+        return q.mean.double()
+    except NotImplementedError:
+        return None

@@ -495,7 +495,7 @@ def test_weights_that_are_no_numbers_are_unreliable(monkeypatch):
     """k is NaN, or infinite, if no weight of a row is above zero; equal weights have no tail."""
     k = torch.tensor([math.nan, math.nan, math.inf, -math.inf, 0.25]).double()
     zero = torch.full((5,), -math.inf).double()
-    evidence = Evidence(zero, zero, zero, zero, k, 40, k)
+    evidence = Evidence(zero, zero, zero, zero, k, 40, k, torch.ones(5))
     monkeypatch.setattr(suite, "importance_sample", lambda *_, **__: evidence)
     study = suite._weights(model(), torch.randn(5, D), EFFORT, id)
     assert study.findings[0].size.estimate == 3 / 5
@@ -509,7 +509,7 @@ def test_weights_that_are_no_numbers_are_unreliable(monkeypatch):
     assert heights[0] < 0 < 0.25 == heights[1] < 1 < heights[2] == heights[4], "∞ is above all"
     labels = [label.get_text() for label in study.figures["weights"].axes[0].get_yticklabels()]
     assert (labels[0], labels[-1]) == ("$-\\infty$", "$\\infty$")
-    nothing = Evidence(zero[:3], zero[:3], zero[:3], zero[:3], k[:3], 40, k[:3])
+    nothing = Evidence(*[zero[:3]] * 4, k[:3], 40, k[:3], torch.ones(3))
     monkeypatch.setattr(suite, "importance_sample", lambda *_, **__: nothing)
     study = suite._weights(model(), torch.randn(3, D), EFFORT, id)
     assert study.findings[0].size.estimate == 1

@@ -167,7 +167,7 @@ def test_unreliable_share_follows_the_number_of_samples(num_samples, share, monk
     tails = torch.tensor([0.45, 0.55, 0.65, 0.75], dtype=torch.float64)
 
     def fixed(vae, x, num_samples, *args, **kwargs):
-        return Evidence(-ones, ones, -ones, -ones, ones, num_samples, tails)
+        return Evidence(-ones, ones, -ones, -ones, ones, num_samples, tails, ones, ones[:, None])
 
     monkeypatch.setattr(evaluation, "importance_sample", fixed)
     result = evaluate(vae.float(), splits.train, num_samples, num_rows=4)
@@ -217,6 +217,16 @@ def test_active_units_are_those_whose_mean_varies(tmp_path):
             head.weight[j] *= scale
             head.bias[j] *= scale
     assert evaluate(vae, splits.train, 5, len(x)).active_units == 2
+
+
+def test_the_posterior_of_a_row_is_found_once(tmp_path, monkeypatch):
+    """That of a refined guide costs as much as hundreds of draws."""
+    vae, splits = example_vae("binomial", tmp_path)
+    vae = vae.float()
+    rows, true = [], vae.posterior
+    monkeypatch.setattr(vae, "posterior", lambda x: rows.append(len(x)) or true(x))
+    evaluate(vae, splits.train, 5, 7)
+    assert sum(rows) == 7
 
 
 def test_few_samples_or_rows_leave_out_what_they_cannot_give(tmp_path):

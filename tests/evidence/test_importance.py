@@ -328,6 +328,8 @@ def test_every_number_is_that_of_all_chunks_of_samples(monkeypatch):
     class Counting:
         """A proposal that cancels the prior."""
 
+        mean = torch.zeros(2, 1)
+
         def sample(self, shape):
             start, Fixed.drawn = Fixed.drawn, Fixed.drawn + shape[0]
             return torch.arange(start, start + shape[0]).double()[:, None, None].expand(-1, 2, 1)
@@ -490,6 +492,34 @@ def test_refined_guides_are_found_once_and_captured_without_their_draws(monkeypa
     assert evidence._captured(vae, "graph", draws=False).graphs.captures == 1
     torch.testing.assert_close(found[1].log_evidence, found[0].log_evidence)
     torch.testing.assert_close(found[1].standard_error, found[0].standard_error)
+
+
+def test_refined_guides_are_found_for_many_rows_together(monkeypatch):
+    """Eight draws of each row make a chunk, and the number of rows is a power of two."""
+    vae, x, _ = linear_gaussian()
+    monkeypatch.setattr(chunks, "CACHE_VALUES", 8 * 5 * D)
+    sizes = []
+    true = vae.posterior
+    monkeypatch.setattr(vae, "posterior", lambda x: sizes.append(len(x)) or true(x))
+    importance_sample(vae, x[:9], 3)
+    assert sizes == [1] * 9
+    sizes.clear()
+    vae.family = Refined(Z, 1, 1).double()
+    importance_sample(vae, x[:9], 3)
+    assert sizes == [4, 4, 1]
+
+
+def test_kl_and_mean_are_those_of_q_of_each_row(monkeypatch):
+    """In parts of a row each, and for a given q."""
+    vae, x, _ = linear_gaussian(factor=1.5)
+    q = vae.posterior(x)
+    expected = kl_divergence(q, vae.prior())
+    assert expected.unique().numel() == len(x)
+    given = importance_sample(vae, x, 3, proposal=q)
+    monkeypatch.setattr(chunks, "CACHE_VALUES", 1)
+    for found in (given, importance_sample(vae, x, 3)):
+        torch.testing.assert_close(found.kl, expected)
+        torch.testing.assert_close(found.mean, q.mean)
 
 
 def test_what_is_captured_is_kept_for_the_model_and_follows_its_weights(monkeypatch):
