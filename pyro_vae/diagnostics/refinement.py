@@ -39,6 +39,7 @@ from ..capture.optimizer import NonFiniteGradient, OneOptimizer
 from ..config import InputError
 from ..evidence.importance import Evidence, importance_sample
 from ..models.interface import LatentModel, PyroModel, held_fixed, register
+from ..models.refined import choose
 from ..objectives.registry import objective
 from ..runtime.memory import Callback, ignore
 from ..runtime.randomness import one_thread
@@ -237,10 +238,9 @@ def _gaps_of_full(
     if not isinstance(encoder, MultivariateNormal):
         reference = "full Gaussian (or of q(z|x), where that is higher)"
     better = own.elbo > fitted.elbo
-    values: dict[str, Any] = {}
-    for name, value in vars(own).items():
-        if isinstance(value, Tensor):
-            values[name] = torch.where(better, value, getattr(fitted, name))
+    names = [name for name, value in vars(own).items() if isinstance(value, Tensor)]
+    both = ([getattr(evidence, name) for name in names] for evidence in (own, fitted))
+    values: dict[str, Any] = dict(zip(names, choose(better, *both), strict=True))
     best = replace(own, **values)
     return Gaps(
         amortization=best.elbo - own.elbo,

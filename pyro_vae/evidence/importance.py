@@ -38,10 +38,11 @@ from ..models.refined import Refined
 from ..runtime.memory import Callback, check_memory, concatenate, ignore, rows_at_once
 from ..runtime.randomness import one_thread
 
-# Draws of z for each row in a chunk, at least: the decoder then takes most of the time. A refined
-# posterior is found once for all chunks, and for many rows together in less time.
+# Draws of z for each row in a chunk, at least: the decoder then takes most of the time.
 MIN_CHUNK_DRAWS = 64
-MIN_CHUNK_DRAWS_REFINED = 8
+# A refined posterior is found once for all chunks, and in less time for many rows together: for so
+# many, if a chunk holds so many draws of each.
+REFINED_ROWS, REFINED_DRAWS = 64, 8
 # Chunks whose z are drawn, or whose weights are added, together, in fewer calls.
 CHUNKS_PER_BLOCK = 8
 # Number of decoded values from which compiling the decoder pays.
@@ -122,9 +123,7 @@ def importance_sample(
         mode = "eager"  # changes of other objects cannot be detected
     elif mode is None:
         mode = choose_mode(x.numel() * num_samples)
-    draws = MIN_CHUNK_DRAWS_REFINED if _is_refined(vae) else MIN_CHUNK_DRAWS
-    rows = rows_at_once(draws * x[:1].numel(), x.device)
-    rows = 2 ** (rows.bit_length() - 1)  # divides the batches of a split: one shape to compile
+    rows = _rows_together(vae, x)
     if with_pareto_k:  # two copies of the weights, in float64
         kept = min(rows, len(x))
         what = f"the weights of {num_samples:,} samples for {kept} rows"
@@ -140,6 +139,15 @@ def importance_sample(
     if proposal is None and isinstance(vae, nn.Module) and x.dtype != torch.float64:
         _repeat_beyond_float32(evidence, vae, x, on_chunk)
     return evidence
+
+
+def _rows_together(vae: Any, x: Tensor) -> int:
+    """Number of rows in a part of x, a power of two: it divides the batches of a split."""
+    size = x[:1].numel()
+    rows = rows_at_once(MIN_CHUNK_DRAWS * size, x.device)
+    if _is_refined(vae):
+        rows = max(rows, min(REFINED_ROWS, rows_at_once(REFINED_DRAWS * size, x.device)))
+    return 2 ** (rows.bit_length() - 1)
 
 
 def _repeat_beyond_float32(evidence: Evidence, vae: Any, x: Tensor, on_chunk: Callback) -> None:

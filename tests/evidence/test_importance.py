@@ -495,18 +495,22 @@ def test_refined_guides_are_found_once_and_captured_without_their_draws(monkeypa
 
 
 def test_refined_guides_are_found_for_many_rows_together(monkeypatch):
-    """Eight draws of each row make a chunk, and the number of rows is a power of two."""
+    """For 64, if a chunk holds 8 draws of each; the number of rows is a power of two."""
     vae, x, _ = linear_gaussian()
-    monkeypatch.setattr(chunks, "CACHE_VALUES", 8 * 5 * D)
-    sizes = []
-    true = vae.posterior
+    x = x[:1].expand(200, D)
+    sizes, true = [], vae.posterior
+
+    def together(values):
+        monkeypatch.setattr(chunks, "CACHE_VALUES", values)
+        sizes.clear()
+        importance_sample(vae, x, 3)
+        return sizes[0]
+
     monkeypatch.setattr(vae, "posterior", lambda x: sizes.append(len(x)) or true(x))
-    importance_sample(vae, x[:9], 3)
-    assert sizes == [1] * 9
-    sizes.clear()
+    assert [together(draws * D) for draws in (1, 8 * 5, 64 * 9, 64 * 130)] == [1, 1, 8, 128]
+    assert sizes == [128, 72]
     vae.family = Refined(Z, 1, 1).double()
-    importance_sample(vae, x[:9], 3)
-    assert sizes == [4, 4, 1]
+    assert [together(draws * D) for draws in (1, 8 * 5, 64 * 9, 64 * 130)] == [1, 4, 64, 128]
 
 
 def test_kl_and_mean_are_those_of_q_of_each_row(monkeypatch):
