@@ -120,7 +120,7 @@ def test_trainings_in_threads_are_those_alone(mode, tmp_path, request):
     ]
     expected = [task() for task in tasks]
     state = torch.get_rng_state()
-    for _ in range(2):
+    for _ in range(1 if mode == "compiled" else 2):  # every training compiles its graph again
         assert together(tasks) == expected
     assert torch.equal(torch.get_rng_state(), state)
 
