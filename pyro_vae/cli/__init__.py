@@ -4,9 +4,10 @@ This wing and the commands import torch only when they start to work, so that `-
 invalid flag are answered at once.
 """
 
+from .cores import share_cores
 from .flags import config_of, default_settings, early_flags, names_given, parse
 from .runs import OpenRun, RunArguments, choose_device, load_run_data, open_run, refuse_existing
-from .streams import fail, print_json, run_command, share_cores
+from .streams import fail, print_json, run_command
 
 __all__ = [
     "OpenRun",

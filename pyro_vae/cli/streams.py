@@ -17,17 +17,7 @@ from typing import Any, TextIO
 
 from ..config import InputError
 from ..runtime.files import printable, to_json
-
-
-def share_cores() -> None:
-    """Let waiting threads of torch leave their core to other processes, from torch's import on.
-
-    GNU OpenMP's threads spin while they wait. If another process needs the same core, a step of a
-    few milliseconds takes up to twenty times as long. A short spin costs up to a quarter of the
-    speed on idle cores (docs/guide/speed.md has a table). A user's own setting stays.
-    """
-    if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
-        os.environ["GOMP_SPINCOUNT"] = "1000"
+from .cores import share_cores
 
 
 def run_command(work: Callable[[], int | None]) -> int:
