@@ -130,24 +130,26 @@ print(spent())
 
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs Linux's schedstat")
 def test_time_without_a_core_is_seen():
-    """Of a process that shares its only core with another, about half."""
+    """Of a process that shares its only core with three others, about three quarters."""
     busy = "import time\nend = time.monotonic() + 1\nwhile time.monotonic() < end: pass"
     program = f"""
 import torch  # for OpenMP's settings
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
 busy = {busy!r}
-other = subprocess.Popen([sys.executable, "-c", busy.replace("+ 1", "+ 60")])
+command = [sys.executable, "-c", busy.replace("+ 1", "+ 60")]
+others = [subprocess.Popen(command) for _ in range(3)]
 time.sleep(1)
 before = cores.seconds_without_core()
 exec(busy)
 print(cores.seconds_without_core() - before)
-other.kill()
+for other in others:
+    other.kill()
 before = cores.seconds_without_core()
 time.sleep(1)
 print(cores.seconds_without_core() - before)
 """
     beside, idle = numbers(program)
-    assert beside > 0.25
+    assert beside > 0.6
     assert idle < cores.FREE
 
 
