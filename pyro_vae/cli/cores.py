@@ -50,7 +50,7 @@ def seconds_without_core() -> float | None:
     for path in Path("/proc/self/task").glob("*/schedstat"):
         try:
             waited.append(int(path.read_text().split()[1]))
-        except (OSError, ValueError, IndexError):  # the thread has ended meanwhile
+        except (OSError, ValueError, IndexError):  # it has ended, or there is no record
             continue
     return sum(waited) / 1e9 if waited else None
 

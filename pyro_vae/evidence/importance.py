@@ -65,7 +65,7 @@ class Evidence:
         num_samples: K.
         pareto_k: (B,) shape of the weights' upper tail, see `pareto_k`; None unless requested.
         kl: (B,) KL(q(z|x) ‖ p(z)), in closed form, or over the same draws if there is none.
-        mean: (B, Z) of q(z|x); None if it has none in closed form.
+        mean: (B, Z) of q(z|x); None if the distribution does not give it.
     """
 
     log_evidence: Tensor
@@ -380,7 +380,7 @@ def _kl(q: Distribution, prior: Distribution, evidence: Evidence) -> Tensor:
 
 
 def _mean(q: Distribution) -> Tensor | None:
-    """The mean of q (B, Z), float64; None if it is not known."""
+    """The mean of q (B, Z), float64; None if the distribution does not give it."""
     try:
         return q.mean.double()
     except NotImplementedError:

@@ -105,7 +105,7 @@ def work(connection: Connection, job: Job, cache: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it ends it
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(job.threads)
     if job.name.startswith(("ours", "evidence")):
-        share_cores()  # as the commands do, and as docs/guide/speed.md advises
+        share_cores()  # as the commands do
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)  # nobody finds what another has compiled
     if hasattr(os, "sched_setaffinity"):  # all that XLA goes by
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job.threads])
