@@ -109,7 +109,9 @@ def studies(
 
 def _weights(vae: VAE, x: Tensor, effort: Effort, on_chunk: Callable[[int], object]) -> Study:
     num_samples = effort.importance_samples
-    evidence = importance_sample(vae, x, num_samples, on_chunk, with_pareto_k=True)
+    evidence = importance_sample(
+        vae, x, num_samples, on_chunk, with_pareto_k=True, with_posterior=True
+    )
     assert evidence.kl is not None
     k, size = _array(evidence.pareto_k), _array(evidence.effective_sample_size)
     limit = reliable_k(num_samples)

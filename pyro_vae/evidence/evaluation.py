@@ -268,7 +268,9 @@ def evaluate_rows(
     mode = choose_mode(count * num_samples * values / classes)
 
     def measure(vae: VAE, x: Tensor) -> tuple[Tensor, ...]:
-        evidence = importance_sample(vae, x, num_samples, on_chunk, with_tail, mode=mode)
+        evidence = importance_sample(
+            vae, x, num_samples, on_chunk, with_tail, mode=mode, with_posterior=True
+        )
         return _terms(x, evidence)
 
     right: RightLabels | None = None

@@ -64,8 +64,9 @@ class Evidence:
         effective_sample_size: (B,) (Σ w)² / Σ w², 1 to `num_samples`.
         num_samples: K.
         pareto_k: (B,) shape of the weights' upper tail, see `pareto_k`; None unless requested.
-        kl: (B,) KL(q(z|x) ‖ p(z)), in closed form, or over the same draws if there is none.
-        mean: (B, Z) of q(z|x); None if the distribution does not give it.
+        kl: (B,) KL(q(z|x) ‖ p(z)), in closed form, or over the same draws if there is none; None
+            unless requested.
+        mean: (B, Z) of q(z|x); None unless requested.
     """
 
     log_evidence: Tensor
@@ -94,6 +95,7 @@ def importance_sample(
     with_pareto_k: bool = False,
     proposal: Distribution | None = None,
     mode: Mode | None = None,
+    with_posterior: bool = False,
 ) -> Evidence:
     """Importance-sampled log p(x) with its standard error, for each row.
 
@@ -112,6 +114,7 @@ def importance_sample(
         mode: whether to capture and compile the sampling, see `capture.Mode`; by default compiled
             if `vae` is a module and there are many values to decode. Compiled code is kept for
             later calls with this `vae`. Draws from a proposal or a refined guide are not captured.
+        with_posterior: keep KL and mean of q, of which the mean of a flow takes many draws.
 
     Raises:
         ValueError: `num_samples` is not positive, x lies outside the likelihood's support, or the
@@ -134,7 +137,9 @@ def importance_sample(
         sample = _sampler(vae, mode, part, q, given=proposal is not None)
         blocks = _blocks(vae, q, part, num_samples, sample)
         found = _estimate(blocks, x.device, num_samples, on_chunk, with_pareto_k)
-        parts.append(replace(found, kl=_kl(q, vae.prior(), found), mean=_mean(q)))
+        if with_posterior:
+            found = replace(found, kl=_kl(q, vae.prior(), found), mean=q.mean.double())
+        parts.append(found)
     evidence = concatenate(parts)
     if proposal is None and isinstance(vae, nn.Module) and x.dtype != torch.float64:
         _repeat_beyond_float32(evidence, vae, x, on_chunk)
@@ -162,6 +167,7 @@ def _repeat_beyond_float32(evidence: Evidence, vae: Any, x: Tensor, on_chunk: Ca
         on_chunk,
         evidence.pareto_k is not None,
         mode="eager",
+        with_posterior=evidence.kl is not None,
     )
     for name, value in vars(repeated).items():
         if isinstance(value, Tensor):
@@ -377,11 +383,3 @@ def _kl(q: Distribution, prior: Distribution, evidence: Evidence) -> Tensor:
         return kl_divergence(q, prior).double()
     except NotImplementedError:
         return evidence.reconstruction - evidence.elbo
-
-
-def _mean(q: Distribution) -> Tensor | None:
-    """The mean of q (B, Z), float64; None if the distribution does not give it."""
-    try:
-        return q.mean.double()
-    except NotImplementedError:
-        return None
