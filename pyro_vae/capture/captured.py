@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from pyro.infer import ELBO, SVI
+from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
@@ -98,7 +99,7 @@ class Captured(ELBO):
             "differentiable_loss", model, guide, args, kwargs
         )
         if leaves:
-            loss = _Loss.apply(loss, gradients, *leaves)
+            loss = KnownGradient.apply(loss, gradients, *leaves)
         return self.with_observed(loss, observed)
 
     def call(
@@ -228,13 +229,13 @@ class CapturedSVI(SVI):
         return graph
 
 
-class _Loss(torch.autograd.Function):
-    """A loss whose gradient is known already."""
+class KnownGradient(torch.autograd.Function):
+    """A number whose gradients in some leaves are known already."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: Any, *leaves: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, gradients: Any, *leaves: Tensor) -> Tensor:
         ctx.gradients = gradients
-        return loss.clone()
+        return value.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -300,4 +301,6 @@ class _Graphs:
 
 
 def _only_records(handler: Messenger) -> bool:
-    return isinstance(handler, TraceMessenger) and handler.param_only
+    """Whether a handler changes nothing: it notes parameters, or hides sites from outer ones."""
+    records = isinstance(handler, TraceMessenger) and handler.param_only
+    return records or isinstance(handler, BlockMessenger)

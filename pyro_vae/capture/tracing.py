@@ -64,7 +64,7 @@ def trace_graph(function: Callable[..., Any], inputs: list[Tensor]) -> GraphModu
 
     # make_fx knows a tensor by its identity. Without copies, an argument that is given twice, or
     # that a module also holds, would be the same tensor in every later run.
-    copies = [x.clone() for x in inputs]
+    copies = [_in_own_memory(x) for x in inputs]
     # With a mode of its own for each operation, make_fx takes 1.6 times as long.
     context = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
     with (
@@ -76,6 +76,12 @@ def trace_graph(function: Callable[..., Any], inputs: list[Tensor]) -> GraphModu
         # On a GPU, about the stream of earlier gradients, which no graph uses
         warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
         return make_fx(watched)(*copies)
+
+
+def _in_own_memory(x: Tensor) -> Tensor:
+    """A copy of the same strides, on which views depend; a clone of an expanded x has others."""
+    size = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    return x.as_strided((size if x.numel() else 0,), (1,)).clone().as_strided(x.shape, x.stride())
 
 
 @contextmanager
@@ -170,7 +176,10 @@ class CudaGraph:
     """
 
     def __init__(self, run: Callable[..., Any], inputs: list[Tensor]) -> None:
-        self.inputs = [x.clone() for x in inputs]
+        self.inputs = [_in_own_memory(x) for x in inputs]
+        with errors_of_torch():  # which reject copies into elements that share memory
+            for own, new in zip(self.inputs, inputs, strict=True):
+                own.copy_(new)
         self.run = run  # with its constants, whose memory the recording reads
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -10,18 +10,25 @@ improved R̂", arXiv 1903.08008.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from pyro.infer import MCMC, NUTS
+from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 from torch.distributions import biject_to
 
+from ..capture.captured import CapturedFunction, KnownGradient, Mode
 from ..models.interface import PyroModel, held_fixed
 from ..runtime.memory import Callback, ignore
 from ..runtime.randomness import one_thread
 from .aggregate import energy_coefficient
+
+# Number of transitions from which compiling the model's density and gradient pays.
+COMPILE_FROM = 1000
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,9 @@ def compare_with_nuts(
             f"R-hat expects at least 2 chains of at least 4 samples; got {num_chains} of "
             f"{num_samples}"
         )
-    draws, divergences = chains(vae, x, num_chains, num_samples, num_warmup, on_sample)
+    many = num_chains * (num_warmup + num_samples) >= COMPILE_FROM
+    mode: Mode = "compiled" if many else "eager"
+    draws, divergences = chains(vae, x, num_chains, num_samples, num_warmup, on_sample, mode)
     with torch.no_grad():
         posterior = vae.posterior(x)
         own = posterior.sample((num_chains * num_samples,)).double()
@@ -132,29 +141,56 @@ def chains(
     num_samples: int,
     num_warmup: int,
     on_sample: Callback = ignore,
+    mode: Mode = "eager",
 ) -> tuple[Tensor, int]:
     """Draws (C, S, B, Z) of NUTS, float64, and the number of divergent transitions.
 
-    Arguments as in `compare_with_nuts`.
+    Arguments as in `compare_with_nuts`, and whether to capture and compile the density and its
+    gradient, see `capture.Mode`.
     """
-    runs = [_chain(vae, x, num_samples, num_warmup, on_sample) for _ in range(num_chains)]
+    with held_fixed(vae):
+        sampler = _sampler(vae, x, mode)
+        runs = [
+            _chain(sampler(), vae, x, num_samples, num_warmup, on_sample) for _ in range(num_chains)
+        ]
     return torch.stack([chain for chain, _ in runs]).double(), sum(count for _, count in runs)
 
 
+def _sampler(vae: PyroModel, x: Tensor, mode: Mode) -> Callable[[], NUTS]:
+    """NUTS on the density that Pyro makes of the model, with its gradient captured."""
+    # Starting points are given later; without any here, Pyro would search for some.
+    _, potential, transforms, _ = initialize_model(vae.model, (x,), initial_params={})
+
+    def energy(z: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            value = potential({vae.latent: z})
+            (slope,) = torch.autograd.grad(value, z)
+        return value.detach(), slope
+
+    captured = CapturedFunction(energy, mode)
+
+    def differentiable(values: dict[str, Tensor]) -> Tensor:
+        z = values[vae.latent]
+        value, slope = captured(z.detach())
+        return KnownGradient.apply(value, (slope,), z)
+
+    return partial(NUTS, potential_fn=differentiable, transforms=transforms)
+
+
 def _chain(
-    vae: PyroModel, x: Tensor, num_samples: int, num_warmup: int, on_sample: Callback
+    sampler: NUTS, vae: PyroModel, x: Tensor, num_samples: int, num_warmup: int, on_sample: Callback
 ) -> tuple[Tensor, int]:
     """Draws (S, B, Z) of one chain, and the number of its divergent transitions."""
-    with held_fixed(vae):
-        prior = vae.prior()
-        start = biject_to(prior.support).inv(prior.sample((len(x),)))  # unconstrained, as NUTS is
-        chain = MCMC(
-            NUTS(vae.model),
-            num_samples=num_samples,
-            warmup_steps=num_warmup,
-            initial_params={vae.latent: start},
-            hook_fn=lambda *_: on_sample(1),
-            disable_progbar=True,
-        )
-        chain.run(x)
+    prior = vae.prior()
+    start = biject_to(prior.support).inv(prior.sample((len(x),)))  # unconstrained, as NUTS is
+    chain = MCMC(
+        sampler,
+        num_samples=num_samples,
+        warmup_steps=num_warmup,
+        initial_params={vae.latent: start},
+        hook_fn=lambda *_: on_sample(1),
+        disable_progbar=True,
+    )
+    chain.run()
     return chain.get_samples()[vae.latent], len(chain.diagnostics()["divergences"]["chain 0"])

@@ -21,14 +21,16 @@ using bidirectional Monte Carlo", arXiv 1511.02543.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro.distributions import Distribution
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..capture.captured import CapturedFunction, Mode
 from ..models.interface import LatentModel
 from ..runtime.memory import Callback, check_memory, concatenate, ignore, rows_at_once
 from ..runtime.randomness import one_thread
@@ -39,6 +41,8 @@ from ..runtime.randomness import one_thread
 ACCEPTANCE = 0.8
 LEAPFROG_STEPS = 5
 FIRST_STEP = 0.5
+# Number of evaluations of the gradient for some rows from which compiling it pays.
+COMPILE_FROM = 10_000
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ def anneal(
     num_chains: int = 8,
     z: Tensor | None = None,
     on_step: Callback = ignore,
+    mode: Mode | None = None,
 ) -> Annealed:
     """Annealed estimates of log p(x) for each row.
 
@@ -81,6 +86,8 @@ def anneal(
         num_chains: chains for each row.
         z: (B, Z), which generated x, for the reverse chains.
         on_step: called with the number of (row, chain) pairs that have made a step.
+        mode: whether to capture and compile log p(x|z) with its gradient, see `capture.Mode`; by
+            default compiled if `vae` is a module and there are many steps.
 
     Raises:
         ValueError: a number is not positive, x lies outside the likelihood's support, or the
@@ -94,12 +101,22 @@ def anneal(
     values = num_steps * len(x) + 10 * num_chains * x[:1].numel()
     what = f"{num_steps:,} steps of {num_chains:,} chains"
     check_memory(values, what, "lower num_steps or num_chains")
+    if not isinstance(vae, nn.Module):
+        mode = "eager"  # changes of other objects cannot be detected
+    elif mode is None:
+        evaluations = (2 if z is None else 3) * num_steps * LEAPFROG_STEPS
+        mode = "compiled" if evaluations >= COMPILE_FROM else "eager"
+
+    def likelihood(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        return _with_slope(lambda z: vae.likelihood(z).log_prob(x), z)
+
+    captured = CapturedFunction(likelihood, mode)
     betas = _schedule(num_steps)
     rows = x.split(rows_at_once(num_chains * x[:1].numel(), x.device))
     starts = [None] * len(rows) if z is None else z.split(len(rows[0]))
     return concatenate(
         [
-            _bounds(_target(vae, part, betas), start, num_chains, on_step)
+            _bounds(_target(vae, captured, part, betas), start, num_chains, on_step)
             for part, start in zip(rows, starts, strict=True)
         ]
     )
@@ -134,6 +151,7 @@ class _Target(NamedTuple):
 
     vae: LatentModel
     prior: Distribution
+    likelihood: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (x, z) → log p(x|z), gradient
     x: Tensor
     betas: list[float]
     prior_precision: Tensor  # (Z,)
@@ -146,23 +164,27 @@ class _Target(NamedTuple):
     def evaluate(self, z: Tensor) -> _State:
         """The densities and their gradients at z (C, B, Z)."""
         # Without validation: NaN in a leapfrog that diverges is a rejected step, not an error.
-        with torch.enable_grad(), pyro.validation_enabled(False):
-            z = z.detach().requires_grad_()
-            log_prior = self.prior.log_prob(z)
-            log_likelihood = self.vae.likelihood(z).log_prob(self.x)
-            (prior_slope,) = torch.autograd.grad(log_prior.sum(), z)
-            (likelihood_slope,) = torch.autograd.grad(log_likelihood.sum(), z)
-        return _State(
-            z.detach(), log_likelihood.detach(), log_prior.detach(), likelihood_slope, prior_slope
-        )
+        with pyro.validation_enabled(False):
+            log_prior, prior_slope = _with_slope(self.prior.log_prob, z)
+            log_likelihood, likelihood_slope = self.likelihood(self.x, z)
+        return _State(z.detach(), log_likelihood, log_prior, likelihood_slope, prior_slope)
+
+
+def _with_slope(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (C, B) at z (C, B, Z), and their gradients in z (C, B, Z)."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        values = function(z)
+        (slope,) = torch.autograd.grad(values.sum(), z)
+    return values.detach(), slope
 
 
 @torch.no_grad()
-def _target(vae: LatentModel, x: Tensor, betas: list[float]) -> _Target:
+def _target(vae: LatentModel, likelihood: Any, x: Tensor, betas: list[float]) -> _Target:
     prior = vae.prior()
     prior_precision = 1 / prior.sample((1000,)).var(0)
     guide_precision = 1 / vae.posterior(x).sample((200,)).var(0).clamp_min(1e-12)
-    return _Target(vae, prior, x, betas, prior_precision, guide_precision)
+    return _Target(vae, prior, likelihood, x, betas, prior_precision, guide_precision)
 
 
 def _hmc(target: _Target, start: _State, beta: float, step_size: Tensor) -> tuple[_State, Tensor]:
@@ -243,7 +265,7 @@ def _bounds(target: _Target, z: Tensor | None, num_chains: int, on_step: Callbac
         spread = torch.where(lower == -math.inf, math.inf, spread)
     upper = None
     if z is not None:
-        start = z.expand(start.shape)
+        start = z.expand(start.shape).contiguous()  # the layout that is captured already
         inverse = -_chain(target, start, step_sizes, on_step, reverse=True)[0]
         upper = math.log(num_chains) - inverse.logsumexp(0)
     standard_error = spread / math.sqrt(num_chains) * torch.ones_like(lower)

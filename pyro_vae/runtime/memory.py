@@ -21,6 +21,12 @@ CACHE_VALUES = 2**19
 # A network keeps about ten times as many values for the gradient: one or two gigabytes in all.
 MEMORY_VALUES = 2**25
 
+# glibc returns what is freed at the end of the heap to the system, beyond twice the largest block
+# that was ever freed, and every page of it costs again at its next use: up to a quarter of the time
+# of importance sampling. One block, which is never written to, of almost the largest size that
+# counts (32 MiB, mallopt(3)) keeps the memory of the chunks.
+torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
+
 Result = TypeVar("Result")
 Callback = Callable[[int], object]  # called with the number of items just done
 

@@ -1083,6 +1083,21 @@ def test_outer_handler():
     assert scaled.loss == pytest.approx(2 * plain.loss, rel=1e-5)
 
 
+def test_outer_handler_that_only_hides():
+    """A block, as around Pyro's MCMC, changes nothing; what is around the block still does."""
+    captured, program, x = capture(Trace_ELBO(), "graph"), toy(), rows()
+    with poutine.block():
+        hidden = step(captured, program, x)
+    same(hidden, step(Trace_ELBO(), program, x))
+    assert captured.captures == 1
+    with (
+        poutine.scale(scale=2.0),
+        poutine.block(),
+        pytest.warns(UserWarning, match="other handlers: ScaleMessenger"),
+    ):
+        same(step(captured, program, x), step(Trace_ELBO(), program, x))
+
+
 @pytest.mark.filterwarnings("ignore:Trace_ELBO runs uncaptured. it runs within other handlers")
 def test_outer_handler_around_a_later_step():
     captured, program, x = capture(Trace_ELBO(), "graph"), toy(), rows()
@@ -1575,6 +1590,40 @@ def test_function_that_returns_more_than_tensors(value):
         found = captured(rows())
     assert torch.equal(found[0], rows() + 1)
     assert found[1] is value
+
+
+LAYOUTS = {
+    "expanded rows": lambda: rows()[:1].expand(5, -1),
+    "an expanded number": lambda: torch.tensor(2.0).expand(4, 6),
+    "some columns": lambda: torch.randn(5, 9)[:, 1:7],
+    "every other row": lambda: torch.randn(10, 6)[::2],
+    "transposed": lambda: torch.randn(6, 5).T,
+    "no rows": lambda: torch.randn(0, 6).T,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_argument_of_another_layout(layout):
+    """A graph that is traced on a copy of other strides has views that the argument does not."""
+
+    def function(x: Tensor) -> Tensor:
+        return x.reshape(-1).cumsum(0) + x.flatten().sin()
+
+    torch.manual_seed(0)
+    x, captured = LAYOUTS[layout](), CapturedFunction(function, "graph")
+    torch.testing.assert_close(captured(x), function(x))
+    (graph,) = captured.graphs.graphs.values()
+    assert graph is not None
+    torch.testing.assert_close(captured(2 * x), function(2 * x))
+
+
+def test_argument_whose_memory_others_share():
+    """The copy on which a graph is traced is apart from it."""
+    table = torch.randn(4, 3)
+    captured = CapturedFunction(lambda x, y: x.add(1).mul_(y), "graph")
+    x, y = table[:, :2], table[:, 1:]
+    torch.testing.assert_close(captured(x, y), (x + 1) * y)
+    torch.testing.assert_close(captured(y, x), (y + 1) * x)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------

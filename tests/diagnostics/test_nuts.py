@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from arviz_stats.base import array_stats
@@ -18,6 +19,7 @@ from scipy import stats
 from torch import nn
 from torch.distributions import MultivariateNormal
 
+from pyro_vae.capture.captured import CapturedFunction, KnownGradient
 from pyro_vae.data.splits import DataSpec
 from pyro_vae.diagnostics import nuts
 from pyro_vae.diagnostics.aggregate import energy_coefficient
@@ -54,6 +56,7 @@ def compare(draws: torch.Tensor, vae, x, monkeypatch, diverged=(0,), distances=T
     if not distances:  # which take longest
         monkeypatch.setattr(nuts, "energy_coefficient", lambda *_: 0.0)
     chains, counts = iter(draws), iter(diverged * len(draws))
+    monkeypatch.setattr(nuts, "_sampler", lambda *_: lambda: None)
     monkeypatch.setattr(nuts, "_chain", lambda *_: (next(chains), next(counts)))
     return compare_with_nuts(vae, x, *draws.shape[:2])
 
@@ -165,10 +168,10 @@ def test_two_modes_do_not_pass_for_one():
     assert (sides == sides[:, :1]).all(), "no chain crosses"
     both = np.abs(sides.mean((0, 1))) < 1
     assert (~both).sum() <= stats.binom.isf(FALSE_ALARM, 24, 1 / 8)
-    assert (comparison.r_hat[both] > 1.05).all()
-    # where R-hat says nothing, the draws are of one mode, which is what they show
-    one = comparison.r_hat[~both]
-    assert one.size == 0 or np.median(one) < 1.05
+    # Simulated: R-hat of two modes is 1.5 or more whatever the draws. Of one, with a lag-one
+    # correlation of 0.5, it is below 1.3 but for 1e-4 of the rows.
+    assert (comparison.r_hat[both] > 1.4).all()
+    assert (comparison.r_hat[~both] < 1.4).all()
 
 
 @pytest.mark.parametrize("name", ["bernoulli", "discretized-logistic"])
@@ -195,6 +198,79 @@ def test_an_untrained_vae(name, tmp_path):
         assert parameter.requires_grad == (parameter is not frozen)
         assert parameter.grad is None
     assert len(pyro.get_param_store()) == 0
+
+
+@pytest.mark.parametrize("name", ["bernoulli", "discretized-logistic"])
+@pytest.mark.parametrize("mode", ["graph", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_captured_chains_are_the_eager_ones(name, mode, tmp_path, monkeypatch):
+    """Draw for draw, in float64, with one graph for all chains; a wrong gradient is seen."""
+    made = []
+
+    def recorded(*arguments):
+        made.append(CapturedFunction(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(nuts, "CapturedFunction", recorded)
+    vae, splits = example_vae(name, tmp_path)
+    x = batch(splits, name, 2)
+
+    def run(mode):
+        pyro.set_rng_seed(3)
+        return nuts.chains(vae, x, 2, 5, 5, mode=mode)
+
+    eager, captured = run("eager"), run(mode)
+    torch.testing.assert_close(captured, eager, rtol=1e-6, atol=1e-6)
+    assert [function.graphs.captures for function in made] == [0, 1]
+    assert None not in made[1].graphs.graphs.values()
+    assert all(p.requires_grad and p.grad is None for p in vae.parameters())
+    assert len(pyro.get_param_store()) == 0
+
+    class Doubled(KnownGradient):
+        @staticmethod
+        def backward(ctx, outer):
+            return KnownGradient.backward(ctx, 2 * outer)
+
+    monkeypatch.setattr(nuts, "KnownGradient", Doubled)
+    assert not torch.allclose(run(mode)[0], eager[0], rtol=1e-3), "power"
+
+
+def test_captured_chains_of_a_prior_on_the_simplex():
+    """NUTS moves in the unconstrained space, and the draws are back in the prior's."""
+
+    class OnTheSimplex(nn.Module):
+        latent = "z"
+
+        def prior(self):
+            return dist.Dirichlet(torch.tensor([2.0, 3.0, 4.0]).double())
+
+        def model(self, x):
+            with pyro.plate("rows", len(x)):
+                z = pyro.sample("z", self.prior())
+                pyro.sample("x", dist.Normal(z, 0.3).to_event(1), obs=x)
+
+    x = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]]).double()
+    draws = []
+    for mode in ("eager", "graph"):
+        pyro.set_rng_seed(4)
+        draws.append(nuts.chains(OnTheSimplex(), x, 2, 20, 20, mode=mode)[0])
+    torch.testing.assert_close(*draws, rtol=1e-6, atol=1e-6)
+    assert draws[1].shape == (2, 20, 2, 3)
+    torch.testing.assert_close(draws[1].sum(-1), torch.ones(2, 20, 2).double())
+
+
+def test_many_transitions_are_compiled_and_few_not(monkeypatch):
+    chosen = []
+
+    def chains(vae, x, num_chains, num_samples, num_warmup, on_sample, mode):
+        chosen.append(mode)
+        return exact_draws(vae, x, num_chains, num_samples), 0
+
+    monkeypatch.setattr(nuts, "chains", chains)
+    monkeypatch.setattr(nuts, "COMPILE_FROM", 30)
+    vae, x = oracle()
+    compare_with_nuts(vae, x, 3, 6, 3)
+    compare_with_nuts(vae, x, 3, 6, 4)
+    assert chosen == ["eager", "compiled"]
 
 
 def test_the_seed_decides():

@@ -11,11 +11,12 @@ from statistics import NormalDist
 
 import pytest
 import torch
-from conftest import SIGMAS, all_likelihoods, example_spec
+from conftest import SIGMAS, all_likelihoods, batch, example_spec, example_vae
 from pyro.distributions import Normal
 from test_importance import Encoder
 from torch import nn
 
+from pyro_vae.capture.captured import CapturedFunction
 from pyro_vae.evidence import annealing
 from pyro_vae.evidence.annealing import anneal
 from pyro_vae.evidence.quadrature import quadrature
@@ -341,6 +342,60 @@ def test_images_are_taken_a_few_at_a_time(chunk_values, monkeypatch):
     done.clear()
     anneal(vae, x, 3, 4, on_step=done.append)
     assert sum(done) == 2 * 3 * 5 * 4
+
+
+def captures(monkeypatch) -> list[CapturedFunction]:
+    """The functions that `anneal` has captured, as it makes them."""
+    made = []
+
+    def recorded(*arguments):
+        made.append(CapturedFunction(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(annealing, "CapturedFunction", recorded)
+    return made
+
+
+@pytest.mark.parametrize("name", ["bernoulli", "discretized-logistic"])
+@pytest.mark.parametrize("mode", ["graph", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_captured_chains_are_the_eager_ones(name, mode, tmp_path, monkeypatch):
+    """Draw for draw, in float64, with one graph for the pilot and both directions."""
+    made = captures(monkeypatch)
+    vae, splits = example_vae(name, tmp_path)
+    x = batch(splits, name, 3)
+    torch.manual_seed(0)
+    z = vae.prior().sample((3,))
+    runs = []
+    for each in ("eager", mode):
+        torch.manual_seed(1)
+        runs.append(anneal(vae, x, 6, 4, z, mode=each))
+    for part in ("lower", "upper", "standard_error", "acceptance"):
+        eager, captured = (getattr(run, part) for run in runs)
+        torch.testing.assert_close(captured, eager, rtol=1e-9, atol=1e-9)
+    assert [function.graphs.captures for function in made] == [0, 1]
+    assert None not in made[1].graphs.graphs.values()
+    assert not any(parameter.grad is not None for parameter in vae.parameters())
+
+
+@pytest.mark.parametrize("step", ["captured", "eager"])
+def test_long_chains_are_compiled_and_short_ones_not(step, monkeypatch):
+    """By the evaluations for one chunk of rows: a pilot and one or two directions."""
+    chosen = []
+    monkeypatch.setattr(
+        annealing, "CapturedFunction", lambda f, mode: chosen.append(mode) or CapturedFunction(f)
+    )
+    vae, z, x, _ = simulated((2, 1, 1.0, 0), 2)
+    monkeypatch.setattr(CapturedFunction, "__call__", lambda self, x, z: self.function(x, z))
+    monkeypatch.setattr(annealing, "COMPILE_FROM", 3 * 4 * annealing.LEAPFROG_STEPS)
+    if step == "captured":
+        anneal(vae, x, 4, 1, z)
+        anneal(vae, x, 6, 1)
+        assert chosen == ["compiled"] * 2
+    else:
+        anneal(vae, x, 3, 1, z)
+        anneal(vae, x, 5, 1)
+        anneal(WidePrior(vae), x, 6, 1, z, mode="compiled")  # which is no module
+        assert chosen == ["eager"] * 3
 
 
 def test_bad_arguments():

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -583,3 +588,37 @@ def test_models_that_are_no_modules_are_not_captured():
 def test_long_evaluations_are_compiled_and_short_ones_not():
     assert evidence.choose_mode(179 * 5000 * 64) == "eager"
     assert evidence.choose_mode(10_000 * 5000 * 784) == "compiled"
+
+
+# The faults of a second run, whose memory a first one has had
+PAGE_FAULTS = """
+import resource, torch, pyro_vae
+from pyro_vae.models.build import build_blank
+from pyro_vae.data.splits import DataSpec
+from pyro_vae.evidence.importance import log_evidence
+config = pyro_vae.ModelConfig(latent_dim=20, hidden=(400,), likelihood="bernoulli")
+vae = build_blank(config, DataSpec((1, 28, 28), 1, discrete=True))
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    log_evidence(vae, torch.zeros(20, 1, 28, 28), 500)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_memory_of_chunks_is_kept():
+    """It costs no pages again; but where the thresholds of malloc are a user's, they stay."""
+    faults = []
+    for settings in ({}, {"MALLOC_TRIM_THRESHOLD_": "131072"}):
+        done = subprocess.run(
+            [sys.executable, "-c", PAGE_FAULTS],
+            env={**os.environ, **settings},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        faults.append(int(done.stdout))
+    assert faults[0] < 1000
+    assert faults[1] > 5 * 512, "power: five chunks, of 2 MiB at least"
