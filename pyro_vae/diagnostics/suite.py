@@ -89,21 +89,21 @@ def studies(
         """Progress within a study that takes `percent` of the time, as measured on the digits."""
         return lambda done: advance(percent * done / total)
 
-    weights = _weights(vae, held_out, effort, part(8, len(held_out) * effort.importance_samples))
+    weights = _weights(vae, held_out, effort, part(3, len(held_out) * effort.importance_samples))
     yield weights
     yield _latents(vae, held_out)
     advance(2)
     refined = held_out[: effort.refined]
-    fitted = _gaps(vae, refined, effort, part(25, 2 * effort.refine_steps))
+    fitted = _gaps(vae, refined, effort, part(13, 2 * effort.refine_steps))
     yield fitted
     yield _calibration(vae, effort, part(8, effort.simulations), held_out)
     moves = 3 * effort.anneal_steps * effort.annealed * effort.anneal_chains
-    yield _bounds(vae, effort, part(24, moves), held_out)
+    yield _bounds(vae, effort, part(29, moves), held_out)
     transitions = effort.chains * (effort.chain_warmup + effort.chain_draws)
-    yield _chains(vae, held_out[: effort.chain_rows], effort, part(25, transitions))
+    yield _chains(vae, held_out[: effort.chain_rows], effort, part(18, transitions))
     yield _aggregate(vae, training, effort, held_out)
     advance(2)
-    yield local_study(vae, refined, numbers, effort, part(6, 4 * effort.simulations))
+    yield local_study(vae, refined, numbers, effort, part(25, 4 * effort.simulations))
     yield worst_rows(vae, held_out, numbers, weights.rows | fitted.rows, effort)
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyro
 import torch
@@ -43,6 +43,8 @@ LEAPFROG_STEPS = 5
 FIRST_STEP = 0.5
 # Number of evaluations of the gradient for some rows from which compiling it pays.
 COMPILE_FROM = 10_000
+
+Likelihood = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -106,17 +108,13 @@ def anneal(
     elif mode is None:
         evaluations = (2 if z is None else 3) * num_steps * LEAPFROG_STEPS
         mode = "compiled" if evaluations >= COMPILE_FROM else "eager"
-
-    def likelihood(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        return _with_slope(lambda z: vae.likelihood(z).log_prob(x), z)
-
-    captured = CapturedFunction(likelihood, mode)
+    likelihood = CapturedFunction(_likelihood(vae), mode)
     betas = _schedule(num_steps)
     rows = x.split(rows_at_once(num_chains * x[:1].numel(), x.device))
     starts = [None] * len(rows) if z is None else z.split(len(rows[0]))
     return concatenate(
         [
-            _bounds(_target(vae, captured, part, betas), start, num_chains, on_step)
+            _bounds(_target(vae, likelihood, part, betas), start, num_chains, on_step)
             for part, start in zip(rows, starts, strict=True)
         ]
     )
@@ -151,7 +149,7 @@ class _Target(NamedTuple):
 
     vae: LatentModel
     prior: Distribution
-    likelihood: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (x, z) → log p(x|z), gradient
+    likelihood: Likelihood  # see `_likelihood`
     x: Tensor
     betas: list[float]
     prior_precision: Tensor  # (Z,)
@@ -170,6 +168,15 @@ class _Target(NamedTuple):
         return _State(z.detach(), log_likelihood, log_prior, likelihood_slope, prior_slope)
 
 
+def _likelihood(vae: LatentModel) -> Likelihood:
+    """log p(x|z) (C, B) of x (B, *data_shape) and z (C, B, Z), and its gradient in z (C, B, Z)."""
+
+    def likelihood(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        return _with_slope(lambda z: vae.likelihood(z).log_prob(x), z)
+
+    return likelihood
+
+
 def _with_slope(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
     """Values (C, B) at z (C, B, Z), and their gradients in z (C, B, Z)."""
     with torch.enable_grad():
@@ -180,7 +187,7 @@ def _with_slope(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor
 
 
 @torch.no_grad()
-def _target(vae: LatentModel, likelihood: Any, x: Tensor, betas: list[float]) -> _Target:
+def _target(vae: LatentModel, likelihood: Likelihood, x: Tensor, betas: list[float]) -> _Target:
     prior = vae.prior()
     prior_precision = 1 / prior.sample((1000,)).var(0)
     guide_precision = 1 / vae.posterior(x).sample((200,)).var(0).clamp_min(1e-12)

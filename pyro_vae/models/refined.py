@@ -84,7 +84,7 @@ class Refined(nn.Module):
         guess, log_scale = features.chunk(2, dim=-1)
         shape = vae.likelihood_module.spec.shape
         most = max(STARTS, 2 * self.latent_dim)
-        rows = rows_at_once(most * math.prod(shape), x.device, num_chunks=16)
+        rows = rows_at_once(most * math.prod(shape), x.device, num_chunks=4)
         scale = scale_of(log_scale)
         variance = vae.prior().variance  # once: that of a flow takes thousands of products
         flat = [v.reshape(-1, self.latent_dim) for v in (guess, scale)]

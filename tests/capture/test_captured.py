@@ -1617,15 +1617,6 @@ def test_argument_of_another_layout(layout):
     torch.testing.assert_close(captured(2 * x), function(2 * x))
 
 
-def test_argument_whose_memory_others_share():
-    """The copy on which a graph is traced is apart from it."""
-    table = torch.randn(4, 3)
-    captured = CapturedFunction(lambda x, y: x.add(1).mul_(y), "graph")
-    x, y = table[:, :2], table[:, 1:]
-    torch.testing.assert_close(captured(x, y), (x + 1) * y)
-    torch.testing.assert_close(captured(y, x), (y + 1) * x)
-
-
 # --- on a GPU -------------------------------------------------------------------------------------
 
 

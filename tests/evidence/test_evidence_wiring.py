@@ -31,7 +31,8 @@ def tempered(beta: float, steps: int, step_size: float, at: float | None = None)
     vae = LinearGaussian(weight, torch.zeros(1, dtype=torch.float64), 1.0)
     torch.manual_seed(0)
     # Many rows: each step draws one length for all chains of a row.
-    target = annealing._target(vae, torch.zeros(2000, 1, dtype=torch.float64), [0.0, 1.0])
+    x = torch.zeros(2000, 1, dtype=torch.float64)
+    target = annealing._target(vae, annealing._likelihood(vae), x, [0.0, 1.0])
     precision = 1 + 9 * beta
     z = torch.randn(10, 2000, 1, dtype=torch.float64) / math.sqrt(precision)
     state, size = target.evaluate(z), torch.full((1, 2000, 1), step_size, dtype=torch.float64)
@@ -64,7 +65,7 @@ def test_schedule_starts_at_the_prior_ends_at_the_posterior_and_is_slow_at_both_
 def test_width_is_that_of_prior_and_guide_and_step_sizes_follow_the_acceptance():
     vae, x = oracle(4, 2, 0, guide="diagonal")
     torch.manual_seed(0)
-    target = annealing._target(vae, x[:3], [0.0, 1.0])
+    target = annealing._target(vae, annealing._likelihood(vae), x[:3], [0.0, 1.0])
     torch.testing.assert_close(target.width(0.0), torch.ones(3, 2).double(), rtol=0.15, atol=0)
     guide = vae.posterior(x[:3]).variance.sqrt()
     torch.testing.assert_close(target.width(1.0), guide.detach(), rtol=0.3, atol=0)
