@@ -137,7 +137,7 @@ def test_progress_is_the_share_of_all_work(made):
     *_, done = made
     assert all(step >= 0 for step in done)
     # of 100, but for the two computations that are replaced
-    assert sum(done) == pytest.approx(100 - 25 - 25, abs=1e-6)
+    assert sum(done) == pytest.approx(100 - 13 - 18, abs=1e-6)
 
 
 def test_weights(made):
