@@ -23,6 +23,7 @@ from torch.distributions import biject_to
 
 from ..capture.captured import CapturedFunction, KnownGradient, Mode
 from ..models.interface import PyroModel, held_fixed
+from ..models.log_weights import with_slope
 from ..runtime.memory import Callback, ignore
 from ..runtime.randomness import one_thread
 from .aggregate import energy_coefficient
@@ -162,11 +163,7 @@ def _sampler(vae: PyroModel, x: Tensor, mode: Mode) -> Callable[[], NUTS]:
     _, potential, transforms, _ = initialize_model(vae.model, (x,), initial_params={})
 
     def energy(z: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            value = potential({vae.latent: z})
-            (slope,) = torch.autograd.grad(value, z)
-        return value.detach(), slope
+        return with_slope(lambda z: potential({vae.latent: z}), z)
 
     captured = CapturedFunction(energy, mode)
 

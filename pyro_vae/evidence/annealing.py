@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from ..capture.captured import CapturedFunction, Mode
 from ..models.interface import LatentModel
+from ..models.log_weights import with_slope
 from ..runtime.memory import Callback, check_memory, concatenate, ignore, rows_at_once
 from ..runtime.randomness import one_thread
 
@@ -44,6 +45,7 @@ FIRST_STEP = 0.5
 # Number of evaluations of the gradient for some rows from which compiling it pays.
 COMPILE_FROM = 10_000
 
+# (x, z) → log p(x|z) and its gradient in z
 Likelihood = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -149,7 +151,7 @@ class _Target(NamedTuple):
 
     vae: LatentModel
     prior: Distribution
-    likelihood: Likelihood  # see `_likelihood`
+    likelihood: Likelihood
     x: Tensor
     betas: list[float]
     prior_precision: Tensor  # (Z,)
@@ -163,7 +165,7 @@ class _Target(NamedTuple):
         """The densities and their gradients at z (C, B, Z)."""
         # Without validation: NaN in a leapfrog that diverges is a rejected step, not an error.
         with pyro.validation_enabled(False):
-            log_prior, prior_slope = _with_slope(self.prior.log_prob, z)
+            log_prior, prior_slope = with_slope(self.prior.log_prob, z)
             log_likelihood, likelihood_slope = self.likelihood(self.x, z)
         return _State(z.detach(), log_likelihood, log_prior, likelihood_slope, prior_slope)
 
@@ -172,18 +174,9 @@ def _likelihood(vae: LatentModel) -> Likelihood:
     """log p(x|z) (C, B) of x (B, *data_shape) and z (C, B, Z), and its gradient in z (C, B, Z)."""
 
     def likelihood(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        return _with_slope(lambda z: vae.likelihood(z).log_prob(x), z)
+        return with_slope(lambda z: vae.likelihood(z).log_prob(x), z)
 
     return likelihood
-
-
-def _with_slope(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
-    """Values (C, B) at z (C, B, Z), and their gradients in z (C, B, Z)."""
-    with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        values = function(z)
-        (slope,) = torch.autograd.grad(values.sum(), z)
-    return values.detach(), slope
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ Their mean over z ~ q(z|x) is the ELBO; the log-mean of w estimates log p(x).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from pyro.distributions import Distribution
 from torch import Tensor
@@ -33,3 +35,12 @@ def log_likelihood(vae: LatentModel, x: Tensor, z: Tensor) -> Tensor:
     """log p(x|z) (S, B), nats, for x (B, *data_shape) and z (S, B, Z) or (S, 1, Z), in chunks."""
     chunks = z.split(rows_at_once(x.numel(), x.device))
     return torch.cat([vae.likelihood(chunk).log_prob(x) for chunk in chunks])
+
+
+def with_slope(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
+    """A log-density (...) at z (..., Z), and its gradient in z, which has the shape of z."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        values = function(z)
+        (slope,) = torch.autograd.grad(values.sum(), z)
+    return values.detach(), slope

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from ..runtime.memory import rows_at_once
 from .flows import products
+from .log_weights import with_slope
 from .posteriors import scale_of
 
 if TYPE_CHECKING:
@@ -228,11 +229,10 @@ def local_shape(vae: VAE, variance: Tensor, x: Tensor, z: Tensor) -> tuple[Tenso
 
 def _slopes(vae: VAE, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """log p(x, z) (..., B) and ∇ (..., B, Z), for z (..., B, Z)."""
-    with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        log_joint = vae.likelihood(z).log_prob(x) + vae.prior().log_prob(z)
-        (slopes,) = torch.autograd.grad(log_joint.sum(), z)
-    return log_joint.detach(), torch.nan_to_num(slopes)
+    log_joint, slopes = with_slope(
+        lambda z: vae.likelihood(z).log_prob(x) + vae.prior().log_prob(z), z
+    )
+    return log_joint, torch.nan_to_num(slopes)
 
 
 def _jacobian(vae: VAE, variance: Tensor, z: Tensor) -> Tensor:
