@@ -93,7 +93,9 @@ def holes(aggregate: np.ndarray, prior: np.ndarray, ratio: float = 0.1, seed: in
 
     In a hole the density of the aggregate is below `ratio` times that of the prior. The density
     ratio comes from a cross-validated classifier between the two samples, gradient-boosted trees on
-    z and |z|². It misses some holes: the share is about a lower bound.
+    z and |z|². It misses some holes; of few draws it finds some where there are none: 0.05 of 250
+    in 20 dimensions. The classifier varies with the draws, more than a share of N draws does:
+    repeat this on other draws.
 
     Args:
         aggregate, prior: (N, Z) draws from each, equally many.

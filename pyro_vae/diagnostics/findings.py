@@ -357,9 +357,20 @@ def about_aggregate(blocks: np.ndarray) -> Finding:
     return Finding(AGGREGATE, interval(blocks))
 
 
-def about_holes(share: float, count: int) -> Finding:
-    """Holes of the aggregate posterior of real rows: the share of `count` draws of the prior."""
-    return Finding(HOLES, share_interval(np.arange(count) < round(share * count)))
+def about_holes(shares: np.ndarray, count: int) -> Finding:
+    """Holes of the aggregate posterior of real rows.
+
+    The interval contains two: of the mean of the repetitions, whose spread is the classifier's too,
+    and of the share of all draws of the prior, which counts where all repetitions are equal.
+
+    Args:
+        shares: (R,) of `holes`, each on draws of its own.
+        count: number of the prior's draws of each.
+    """
+    repeated = interval(shares)
+    drawn = share_interval(np.arange(len(shares) * count) < round(shares.sum() * count))
+    low, high = min(repeated.low, drawn.low), max(repeated.high, drawn.high)
+    return Finding(HOLES, Interval(repeated.estimate, max(low, 0.0), min(high, 1.0)))
 
 
 def about_local(correct: np.ndarray) -> Finding:

@@ -201,6 +201,6 @@ def test_predictions_name_the_worst_statistic():
 def test_aggregate_and_holes():
     assert verdicts.about_aggregate(np.array([0.001, -0.001, 0.002])).verdict == "sound"
     assert verdicts.about_aggregate(np.array([0.3, 0.32, 0.31])).verdict == "wrong"
-    assert verdicts.about_holes(0.01, 500).verdict == "sound"
+    assert verdicts.about_holes(np.full(8, 0.01), 500).verdict == "sound"
     # holes are a matter of data and model: no error of inference, however large
-    assert verdicts.about_holes(0.99, 500).verdict == "doubtful"
+    assert verdicts.about_holes(np.full(8, 0.99), 500).verdict == "doubtful"

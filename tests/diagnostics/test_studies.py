@@ -356,9 +356,12 @@ def test_chains(made):
 def test_aggregate(made):
     """Simulated rows against the prior; training rows against the prior for the holes only."""
     vae, _, training, studies, calls, drawn, _ = made
-    (asked, simulated_draws), (asked_seen, seen) = calls["aggregate_posterior"]
-    assert asked["vae"] is asked_seen["vae"] is vae
-    same(asked_seen["x"], training[:30])
+    (asked, simulated_draws), *for_holes = calls["aggregate_posterior"]
+    assert asked["vae"] is vae
+    for asked_seen, _ in for_holes:
+        assert asked_seen["vae"] is vae
+        same(asked_seen["x"], training[:30])
+    seen = for_holes[0][1]
     x = asked["x"]
     assert x.shape == (30, D)
     assert x.abs().max() < 20
@@ -370,16 +373,22 @@ def test_aggregate(made):
     prior = asked["second"]
     assert prior.shape == (30, Z)
     assert abs(prior).max() < 6
-    asked, share = calls.only("holes")
-    same(asked["aggregate"], seen)
-    same(asked["prior"], prior)
+    searches = calls["holes"]
+    assert len(searches) == len(for_holes) == suite.HOLE_REPETITIONS
+    for (asked, _), (_, draws) in zip(searches, for_holes, strict=True):
+        same(asked["aggregate"], draws)
+        assert asked["prior"].shape == (30, Z)
+    for name in ("aggregate", "prior"):
+        firsts = {asked[name][0, 0] for asked, _ in searches}
+        assert len(firsts) == len(searches), "each search has draws of its own"
+    shares = np.array([share for _, share in searches])
     study = studies[6]
     *blocks, (pair, between) = calls["energy_coefficient"]
     same(pair["first"], seen)
     same(pair["second"], prior)
     assert study.details["aggregate"] == {
         "simulated": {"energy_coefficient": test.coefficient, "p_value": test.p_value},
-        "training": {"energy_coefficient": between, "holes": share},
+        "training": {"energy_coefficient": between, "holes": shares.tolist()},
     }
     assert len(blocks) == 10
     same(np.concatenate([call["first"] for call, _ in blocks]), simulated_draws)
@@ -387,7 +396,7 @@ def test_aggregate(made):
     coefficients = np.array([value for _, value in blocks])
     assert study.findings == [
         verdicts.about_aggregate(coefficients),
-        verdicts.about_holes(share, 30),
+        verdicts.about_holes(shares, 30),
     ]
     shown, _ = drawn.only("aggregate_posterior")
     same(shown["prior_draws"], prior)
@@ -438,9 +447,10 @@ def test_holes_of_few_training_rows(monkeypatch):
     calls = Calls()
     watch(monkeypatch, calls, suite, "holes", lambda aggregate, prior: 0.25)
     study = suite._aggregate(model(), torch.randn(8, D), EFFORT)
-    asked, _ = calls.only("holes")
-    assert asked["aggregate"].shape == asked["prior"].shape == (8, Z)
-    assert study.findings[1] == verdicts.about_holes(0.25, 8)
+    for asked, _ in calls["holes"]:
+        assert asked["aggregate"].shape == asked["prior"].shape == (8, Z)
+    shares = np.full(suite.HOLE_REPETITIONS, 0.25)
+    assert study.findings[1] == verdicts.about_holes(shares, 8)
 
 
 def test_sizes_of_the_two_efforts():
