@@ -88,9 +88,7 @@ def compare_with_nuts(
             f"R-hat expects at least 2 chains of at least 4 samples; got {num_chains} of "
             f"{num_samples}"
         )
-    many = num_chains * (num_warmup + num_samples) >= COMPILE_FROM
-    mode: Mode = "compiled" if many else "eager"
-    draws, divergences = chains(vae, x, num_chains, num_samples, num_warmup, on_sample, mode)
+    draws, divergences = chains(vae, x, num_chains, num_samples, num_warmup, on_sample)
     with torch.no_grad():
         posterior = vae.posterior(x)
         own = posterior.sample((num_chains * num_samples,)).double()
@@ -142,13 +140,16 @@ def chains(
     num_samples: int,
     num_warmup: int,
     on_sample: Callback = ignore,
-    mode: Mode = "eager",
+    mode: Mode | None = None,
 ) -> tuple[Tensor, int]:
     """Draws (C, S, B, Z) of NUTS, float64, and the number of divergent transitions.
 
     Arguments as in `compare_with_nuts`, and whether to capture and compile the density and its
-    gradient, see `capture.Mode`.
+    gradient, see `capture.Mode`; by default compiled if there are many transitions.
     """
+    if mode is None:
+        many = num_chains * (num_warmup + num_samples) >= COMPILE_FROM
+        mode = "compiled" if many else "eager"
     with held_fixed(vae):
         sampler = _sampler(vae, x, mode)
         runs = [

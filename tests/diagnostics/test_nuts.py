@@ -259,18 +259,19 @@ def test_captured_chains_of_a_prior_on_the_simplex():
 
 
 def test_many_transitions_are_compiled_and_few_not(monkeypatch):
+    """Of all chains together, warm-up included, unless a mode is given."""
     chosen = []
 
-    def chains(vae, x, num_chains, num_samples, num_warmup, on_sample, mode):
+    def captured(function, mode):
         chosen.append(mode)
-        return exact_draws(vae, x, num_chains, num_samples), 0
+        return CapturedFunction(function, "eager")
 
-    monkeypatch.setattr(nuts, "chains", chains)
+    monkeypatch.setattr(nuts, "CapturedFunction", captured)
     monkeypatch.setattr(nuts, "COMPILE_FROM", 30)
     vae, x = oracle()
-    compare_with_nuts(vae, x, 3, 6, 3)
-    compare_with_nuts(vae, x, 3, 6, 4)
-    assert chosen == ["eager", "compiled"]
+    for num_warmup, mode in ((3, None), (4, None), (4, "graph")):
+        nuts.chains(vae, x, 3, 6, num_warmup, mode=mode)
+    assert chosen == ["eager", "compiled", "graph"]
 
 
 def test_the_seed_decides():

@@ -492,7 +492,7 @@ def test_interval_of_holes_covers_what_varies_more_than_the_draws():
     The shares vary as measured for a run of digits, 0.05 ± 0.017 at 1457 draws.
     False alarm: below 1e-4, for coverage of at least 95%.
     """
-    random, repetitions = np.random.default_rng(11), 1000
+    random, repetitions = np.random.default_rng(11), 200
     true = random.beta(0.05 * 164, 0.95 * 164, size=(repetitions, 8))
     shares = random.binomial(1457, true) / 1457
 
